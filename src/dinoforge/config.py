@@ -1,0 +1,561 @@
+"""The recipe: every choice of a run, typed, on one page.
+
+Sections and keys are those of the reference's YAML files, with its default values (ViT-L/16 on ImageNet), so that
+an official training file loads unchanged. Keys that the reference does not have are marked ``ours``. YAML files
+hold values only; this module is the schema. A recipe is never mutated: derived values (scaled learning rate, steps
+of the run) are computed in ``dinoforge.training.build``.
+
+Nothing here imports torch, so that a mistyped key is answered at once.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dinoforge.errors import RecipeError
+
+Targets = Literal["centering", "sinkhorn_knopp"]
+
+
+@dataclass(frozen=True)
+class Dino:
+    loss_weight: float = 1.0  # 0 switches global and local term off
+    global_loss_weight: float = 1.0  # ours: on top of loss_weight
+    local_loss_weight: float = 1.0  # ours: on top of loss_weight
+    head_n_prototypes: int = 65536
+    head_bottleneck_dim: int = 256
+    head_nlayers: int = 3
+    head_hidden_dim: int = 2048
+    koleo_loss_weight: float = 0.1
+    targets: Targets | None = None  # ours: null takes train.centering
+    student_temp: float = 0.1  # ours: a constant of the reference's DINOLoss
+    center_momentum: float = 0.9  # ours: a constant of the reference's DINOLoss
+
+
+@dataclass(frozen=True)
+class Ibot:
+    loss_weight: float = 1.0
+    mask_sample_probability: float = 0.5  # share of the global crops that are masked at all
+    mask_ratio_min_max: tuple[float, float] = (0.1, 0.5)  # equal bounds: one fixed ratio
+    mask_kind: Literal["block", "bernoulli"] = "block"  # ours: the reference's generator, or each token by itself
+    mask_min_patches: int = 4  # ours: smallest block; a constant of the reference
+    mask_min_aspect: float = 0.3  # ours: blocks' aspect ratio in [a, 1/a]; a constant of the reference
+    separate_head: bool = False
+    head_n_prototypes: int = 65536
+    head_bottleneck_dim: int = 256
+    head_nlayers: int = 3
+    head_hidden_dim: int = 2048
+    targets: Targets | None = None  # ours: null takes train.centering
+    student_temp: float = 0.1  # ours: a constant of the reference's iBOTPatchLoss
+    center_momentum: float = 0.9  # ours: a constant of the reference's iBOTPatchLoss
+
+
+@dataclass(frozen=True)
+class Train:
+    batch_size_per_gpu: int = 64
+    centering: Targets = "centering"
+    OFFICIAL_EPOCH_LENGTH: int = 1250  # steps of a nominal epoch: the unit of every *_epochs key
+    seed: int = 0
+    num_workers: int | None = 10  # capped at the processors there are; null: chosen for the device
+    sinkhorn_iterations: int = 3  # ours: a constant of the reference
+    steps: int | None = None  # ours: length of the run in optimizer steps
+    epochs: float | None = None  # ours: or in passes over the user's images; neither: optim.epochs nominal epochs
+    max_minutes: float | None = None  # ours: stop with a checkpoint after that long; schedules do not change
+    threads: int | None = None  # ours: compute threads; null: all processors
+
+
+@dataclass(frozen=True)
+class Student:
+    arch: str = "vit_large"  # vit_tiny | vit_small | vit_base | vit_large | vit_giant2 | vit_custom
+    embed_dim: int | None = None  # ours: the sizes of vit_custom
+    depth: int | None = None
+    num_heads: int | None = None
+    mlp_ratio: float = 4.0  # ours: 4 in every published size
+    in_chans: int = 3  # ours: channels of the images
+    patch_size: int = 16
+    drop_path_rate: float = 0.3
+    drop_path_uniform: bool = True  # false: rising linearly with depth
+    layerscale: float = 1.0e-05  # initial value; 0: no LayerScale
+    ffn_layer: Literal["mlp", "swiglu", "swiglufused"] = "mlp"
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    ffn_bias: bool = True
+    num_register_tokens: int = 0
+    interpolate_antialias: bool = False
+    interpolate_offset: float = 0.1
+
+
+@dataclass(frozen=True)
+class Teacher:
+    momentum_teacher: float = 0.992
+    final_momentum_teacher: float = 1.0
+    warmup_teacher_temp: float = 0.04
+    teacher_temp: float = 0.07
+    warmup_teacher_temp_epochs: float = 30
+    warmup_teacher_temp_length: str | None = None  # ours: a length such as "30%"; wins over the epochs
+
+
+@dataclass(frozen=True)
+class Optim:
+    epochs: float = 100
+    weight_decay: float = 0.04
+    weight_decay_end: float = 0.4
+    weight_decay_scope: Literal["all", "backbone"] = "all"  # ours: backbone leaves the heads at AdamW's 0.01
+    base_lr: float = 0.004  # for a batch of 1024
+    scaling_rule: Literal["sqrt_wrt_1024", "none"] = "sqrt_wrt_1024"
+    warmup_epochs: float = 10
+    warmup_length: str | None = None  # ours: a length such as "10%" or "500 steps"; wins over the epochs
+    min_lr: float = 1.0e-06
+    clip_grad: float = 3.0  # per sub-network; 0: no clipping
+    freeze_last_layer_epochs: float = 1
+    freeze_last_layer_length: str | None = None  # ours: a length; wins over the epochs
+    freeze_last_layer: Literal["lr", "gradient"] = "lr"  # ours: lr is the reference's way
+    patch_embed_lr_mult: float = 0.2
+    layerwise_decay: float = 0.9
+    adamw_beta1: float = 0.9
+    adamw_beta2: float = 0.999
+
+
+@dataclass(frozen=True)
+class Crops:
+    global_crops_scale: tuple[float, float] = (0.32, 1.0)
+    local_crops_number: int = 8
+    local_crops_scale: tuple[float, float] = (0.05, 0.32)
+    global_crops_size: int = 224
+    local_crops_size: int = 96
+    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # ours: a default of RandomResizedCrop
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Ours: the constants of the reference's augmentation."""
+
+    horizontal_flip: float = 0.5
+    vertical_flip: float = 0.0
+    jitter_probability: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grayscale_probability: float = 0.2
+    blur: Literal["released", "stated"] = "released"  # a probability is inverted in the released code
+    blur_probability: tuple[float, float, float] | None = None  # first global, second global, local; null: by blur
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_kernel: int = 9
+    solarize_probability: float = 0.2  # second global crop only
+    solarize_threshold: int = 128
+
+
+@dataclass(frozen=True)
+class Data:
+    """Ours: how a file becomes an array, and what is borne with."""
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's, on the range 0..1; one value serves all channels
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    sixteen_bit: Literal["full", "minmax"] = "full"  # full: value / 257; minmax: each image's own range
+    max_pixels: int = 178_956_970  # larger images are refused
+    max_bad_share: float = 0.1  # of the images; above it the run stops
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Ours: how an image is shown to the network for evaluation."""
+
+    size: int | None = None  # side in pixels; null: crops.global_crops_size
+    crop: bool = False  # true: the official centre crop; false: the whole image
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Ours: when the run is saved."""
+
+    every_steps: int | None = None
+    every_minutes: float | None = 10.0
+    keep_last: int = 2
+    keep_every: int | None = None  # additionally keep every checkpoint whose step is a multiple
+
+
+@dataclass(frozen=True)
+class Log:
+    """Ours: what is written while it runs."""
+
+    every_steps: int = 10
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device multiplies faster in it
+    device: str = "auto"  # auto: cuda, then mps, then cpu
+    dino: Dino = field(default_factory=Dino)
+    ibot: Ibot = field(default_factory=Ibot)
+    train: Train = field(default_factory=Train)
+    student: Student = field(default_factory=Student)
+    teacher: Teacher = field(default_factory=Teacher)
+    optim: Optim = field(default_factory=Optim)
+    crops: Crops = field(default_factory=Crops)
+    augment: Augment = field(default_factory=Augment)
+    data: Data = field(default_factory=Data)
+    eval: Eval = field(default_factory=Eval)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log: Log = field(default_factory=Log)
+
+
+# Keys of official files that mean nothing here: accepted, and listed once with the reason.
+WITHOUT_MEANING: dict[str, str] = {
+    "MODEL": "a checkpoint of the run itself is found in the run directory",
+    "compute_precision": "see precision",
+    "train.dataset_path": "the data is named on the command line",
+    "train.output_dir": "see --out",
+    "train.saveckp_freq": "see checkpoint.every_steps and checkpoint.every_minutes",
+    "train.cache_dataset": "the index of a folder is kept in memory",
+    "student.block_chunks": "only the layout of the reference's FSDP checkpoints depends on it",
+    "optim.lr": "computed from optim.base_lr, optim.scaling_rule and the batch size",
+    "evaluation": "see eval",
+}
+
+# Keys that may differ between a run and its continuation.
+FREE_KEYS = ("train.num_workers", "train.max_minutes", "checkpoint.", "log.", "eval.")
+
+# Of each group, a layer (file, command line) that names one key takes the others' values of lower layers away.
+_ALTERNATIVES = (
+    ("train.steps", "train.epochs", "optim.epochs"),
+    ("optim.warmup_length", "optim.warmup_epochs"),
+    ("optim.freeze_last_layer_length", "optim.freeze_last_layer_epochs"),
+    ("teacher.warmup_teacher_temp_length", "teacher.warmup_teacher_temp_epochs"),
+)
+
+_SECTIONS: dict[str, type] = {
+    f.name: typing.cast(type, f.type) for f in dataclasses.fields(Recipe) if dataclasses.is_dataclass(f.type)
+}
+_TYPES: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Recipe) if f.name not in _SECTIONS} | {
+    f"{section}.{key}": hint for section, cls in _SECTIONS.items() for key, hint in typing.get_type_hints(cls).items()
+}
+
+
+@dataclass(frozen=True)
+class Length:
+    """A length of a schedule: an amount with its unit."""
+
+    amount: float
+    unit: Literal["steps", "epochs", "official epochs", "%"]
+
+    def steps(self, total_steps: int, steps_per_epoch: float, official_epoch_length: int) -> int:
+        """The length in steps of a run; epochs are passes over the user's images."""
+        unit = {"steps": 1.0, "epochs": steps_per_epoch, "official epochs": official_epoch_length}
+        return round(self.amount * (total_steps / 100 if self.unit == "%" else unit[self.unit]))
+
+
+def parse_length(text: str) -> Length:
+    """Reads ``"500 steps"``, ``"2 epochs"`` (of the user's images), ``"2 official epochs"`` or ``"10%"``."""
+    match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*(steps?|epochs?|official epochs?|%)\s*", text)
+    try:
+        amount = float(match[1]) if match else -1.0
+    except ValueError:
+        amount = -1.0
+    if match is None or not 0 <= amount < float("inf") or (match[2] == "%" and amount > 100):
+        raise RecipeError(
+            f"{text!r} is not a length: expected '500 steps', '2 epochs' (of your images), '2 official epochs' "
+            "or '10%' (of the run)"
+        )
+    unit = match[2] if match[2] == "%" else match[2].rstrip("s") + "s"
+    return Length(amount, typing.cast(Any, unit))
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in _recipe_folder().iterdir() if p.name.endswith(".yaml"))
+
+
+def load_recipe(
+    recipe: str | Path | Recipe = "dinov2", overrides: Mapping[str, Any] | Iterable[str] = ()
+) -> tuple[Recipe, dict[str, str]]:
+    """A recipe by name or file, with overrides on top.
+
+    Arguments:
+        recipe: a name of ``recipe_names()``, a YAML file of ours or of the reference, or a recipe.
+        overrides: ``"section.key=value"`` strings, or a mapping from dotted keys to values.
+
+    Returns:
+        The recipe, and the keys that were given but have no meaning here, each with the reason.
+
+    Raises:
+        RecipeError: an unknown recipe or key (the nearest one is named), a wrong type, a contradiction.
+    """
+    values, ignored = flatten(recipe) if isinstance(recipe, Recipe) else {}, {}
+    if not isinstance(recipe, Recipe):
+        for layer in _layers(recipe):
+            ignored |= _merge(values, layer)
+    given = dict(overrides) if isinstance(overrides, Mapping) else dict(_parse_override(text) for text in overrides)
+    ignored |= _merge(values, given)
+    result = _build(values)
+    _validate(result)
+    return result, ignored
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as dotted keys: ``{"train.seed": 0, …}``."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(recipe):
+        value = getattr(recipe, f.name)
+        if f.name in _SECTIONS:
+            flat |= {f"{f.name}.{key.name}": getattr(value, key.name) for key in dataclasses.fields(value)}
+        else:
+            flat[f.name] = value
+    return flat
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML that ``load_recipe`` reads back to an equal recipe."""
+    plain = dataclasses.asdict(recipe, dict_factory=lambda items: {k: _plain(v) for k, v in items})
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def differences(a: Recipe, b: Recipe, *, ignore: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, apart from those that start with one of ``ignore``."""
+    flat_a, flat_b = flatten(a), flatten(b)
+    return {k: (v, flat_b[k]) for k, v in flat_a.items() if v != flat_b[k] and not k.startswith(ignore)}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _recipe_folder() -> Any:
+    return resources.files("dinoforge") / "recipes"
+
+
+def _layers(recipe: str | Path) -> list[dict[str, Any]]:
+    """The flat values of a recipe file and, before it, of the recipe that its ``base`` names."""
+    path = Path(recipe)
+    if str(recipe) in recipe_names():
+        text = (_recipe_folder() / f"{recipe}.yaml").read_text(encoding="utf-8")
+    elif path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot read the recipe {path}: {error}") from error
+    else:
+        hint = _nearest(str(recipe), recipe_names())
+        raise RecipeError(f"no recipe {str(recipe)!r}{hint}: expected a YAML file or one of {', '.join(recipe_names())}")
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: expected sections with keys, got {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is not None and base not in recipe_names():
+        raise RecipeError(f"{path}: base must be one of {', '.join(recipe_names())}, got {base!r}")
+    return (_layers(base) if base else []) + [_flat_layer(values)]
+
+
+def _flat_layer(values: Mapping[Any, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in _SECTIONS:
+            if value is not None and not isinstance(value, Mapping):
+                raise RecipeError(f"{name} is a section with keys, got {value!r}")
+            flat |= {f"{name}.{key}": v for key, v in (value or {}).items()}
+        else:
+            flat[str(name)] = value
+    return flat
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"expected key=value, such as train.steps=1000, got {text!r}")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        return key.strip(), value
+
+
+def _merge(values: dict[str, Any], layer: Mapping[str, Any]) -> dict[str, str]:
+    """Lays ``layer`` over ``values``; returns the keys without meaning."""
+    ignored: dict[str, str] = {}
+    for keys in _ALTERNATIVES:
+        named = [k for k in keys if layer.get(k) is not None]
+        if named:
+            for key in keys:
+                values.pop(key, None)
+    if layer.get("train.steps") is not None and layer.get("train.epochs") is not None:
+        raise RecipeError("train.steps and train.epochs contradict each other: give one of them")
+    for key, value in layer.items():
+        section = key.split(".")[0]
+        if key in WITHOUT_MEANING or section in WITHOUT_MEANING:
+            ignored[key] = WITHOUT_MEANING.get(key) or WITHOUT_MEANING[section]
+        elif key == "student.pretrained_weights":
+            if value:
+                raise RecipeError("student.pretrained_weights: starting from given weights is not supported yet")
+            ignored[key] = "empty"
+        elif key in _TYPES:
+            values[key] = _convert(key, value, _TYPES[key])
+        elif key in _SECTIONS:
+            raise RecipeError(f"{key} is a section: give its keys, such as {key}.{next(iter(_keys_of(key)))}=value")
+        else:
+            raise RecipeError(f"unknown key {key!r}{_nearest(key, list(_TYPES))}")
+    return ignored
+
+
+def _keys_of(section: str) -> list[str]:
+    return [f.name for f in dataclasses.fields(_SECTIONS[section])]
+
+
+def _nearest(word: str, words: list[str]) -> str:
+    last = word.split(".")[-1]
+    same_ending = [w for w in words if w.split(".")[-1] == last]
+    endings = {w.split(".")[-1]: w for w in reversed(words)}
+    near = same_ending or difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    near = near or [endings[e] for e in difflib.get_close_matches(last, list(endings), n=1, cutoff=0.6)]
+    return f" (did you mean {' or '.join(near[:3])}?)" if near else ""
+
+
+def _build(values: Mapping[str, Any]) -> Recipe:
+    sections: dict[str, dict[str, Any]] = {name: {} for name in _SECTIONS}
+    top: dict[str, Any] = {}
+    for key, value in values.items():
+        section, dot, name = key.partition(".")
+        if dot:
+            sections[section][name] = value
+        else:
+            top[key] = value
+    return Recipe(**top, **{name: cls(**sections[name]) for name, cls in _SECTIONS.items()})
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    """``value`` as the type of ``key``, or an error that says what was expected."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _convert(key, value, next(a for a in arguments if a is not type(None)))
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise RecipeError(f"{key}: expected {' | '.join(map(str, arguments))}, got {value!r}")
+    if origin is tuple:
+        variadic = len(arguments) == 2 and arguments[1] is Ellipsis
+        if variadic and not isinstance(value, list | tuple):
+            value = [value]
+        if not isinstance(value, list | tuple) or (not variadic and len(value) != len(arguments)) or not value:
+            count = "numbers" if variadic else f"{len(arguments)} numbers"
+            raise RecipeError(f"{key}: expected a list of {count}, got {value!r}")
+        return tuple(_convert(key, v, arguments[0]) for v in value)
+    if hint is float:
+        # YAML 1.1 reads 1e-3 (no point) as text.
+        try:
+            number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+        except ValueError:
+            number = None
+        if number is None or number != number or abs(number) == float("inf"):
+            raise RecipeError(f"{key}: expected a number, got {value!r}")
+        return number
+    if hint is int and isinstance(value, float | str) and not isinstance(value, bool):
+        try:
+            value = int(float(value)) if float(value).is_integer() else value
+        except ValueError:
+            pass  # told below, with the value as given
+    if type(value) is not hint:
+        expected = {int: "a whole number", bool: "true or false", str: "text"}[hint]
+        raise RecipeError(f"{key}: expected {expected}, got {value!r}")
+    return value
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RecipeError(message)
+
+
+def _validate(recipe: Recipe) -> None:
+    """Contradictions that show without the data; ``build`` finds those that need it."""
+    flat = flatten(recipe)
+    for key in ("dino", "ibot"):
+        for size in ("head_n_prototypes", "head_bottleneck_dim", "head_nlayers", "head_hidden_dim"):
+            _require(flat[f"{key}.{size}"] >= 1, f"{key}.{size}: expected at least 1, got {flat[f'{key}.{size}']}")
+        _require(flat[f"{key}.student_temp"] > 0, f"{key}.student_temp: expected more than 0")
+        _require(0 <= flat[f"{key}.center_momentum"] < 1, f"{key}.center_momentum: expected 0 up to below 1")
+    at_least_one = (
+        "train.batch_size_per_gpu train.OFFICIAL_EPOCH_LENGTH train.steps train.sinkhorn_iterations train.threads "
+        "student.patch_size student.in_chans student.embed_dim student.depth student.num_heads "
+        "crops.global_crops_size crops.local_crops_size eval.size checkpoint.every_steps checkpoint.keep_last "
+        "checkpoint.keep_every log.every_steps ibot.mask_min_patches data.max_pixels"
+    )
+    for key in at_least_one.split():
+        _require(flat[key] is None or flat[key] >= 1, f"{key}: expected at least 1, got {flat[key]}")
+    for key, value in flat.items():
+        not_negative = key.endswith(("_weight", "_epochs", "_probability", "weight_decay", "_lr", "_flip"))
+        if not_negative and isinstance(value, float):
+            _require(value >= 0, f"{key}: expected 0 or more, got {value:g}")
+    for key in (
+        "optim.weight_decay_end optim.clip_grad optim.patch_embed_lr_mult student.layerscale student.interpolate_offset "
+        "augment.brightness augment.contrast augment.saturation augment.hue student.num_register_tokens "
+        "crops.local_crops_number train.num_workers train.seed"
+    ).split():
+        _require(flat[key] is None or flat[key] >= 0, f"{key}: expected 0 or more, got {flat[key]}")
+    for key in ("optim.layerwise_decay", "optim.base_lr", "teacher.teacher_temp", "teacher.warmup_teacher_temp"):
+        _require(flat[key] > 0, f"{key}: expected more than 0, got {flat[key]:g}")
+    for key in ("train.epochs", "train.max_minutes", "checkpoint.every_minutes", "student.mlp_ratio", "optim.epochs"):
+        _require(flat[key] is None or flat[key] > 0, f"{key}: expected more than 0, got {flat[key]}")
+    for key in (
+        "ibot.mask_sample_probability augment.horizontal_flip augment.vertical_flip augment.jitter_probability "
+        "augment.grayscale_probability augment.solarize_probability data.max_bad_share teacher.momentum_teacher "
+        "teacher.final_momentum_teacher"
+    ).split():
+        _require(0 <= flat[key] <= 1, f"{key}: expected 0 to 1, got {flat[key]:g}")
+    _require(0 <= recipe.student.drop_path_rate < 1, "student.drop_path_rate: expected 0 up to below 1")
+    _require(recipe.augment.hue <= 0.5, f"augment.hue: expected 0 to 0.5, got {recipe.augment.hue:g}")
+    for key in ("crops.global_crops_scale", "crops.local_crops_scale"):
+        low, high = flat[key]
+        _require(0 < low <= high <= 1, f"{key}: expected 0 < low ≤ high ≤ 1 (shares of the image), got {[low, high]}")
+    low, high = recipe.ibot.mask_ratio_min_max
+    _require(0 <= low <= high <= 1, f"ibot.mask_ratio_min_max: expected 0 ≤ low ≤ high ≤ 1, got {[low, high]}")
+    _require(0 < recipe.ibot.mask_min_aspect <= 1, "ibot.mask_min_aspect: expected above 0 up to 1")
+    for key in ("crops.aspect_ratio", "augment.blur_sigma"):
+        low, high = flat[key]
+        _require(0 < low <= high, f"{key}: expected 0 < low ≤ high, got {[low, high]}")
+    _require(
+        recipe.augment.blur_kernel % 2 == 1 and recipe.augment.blur_kernel > 0,
+        f"augment.blur_kernel: expected an odd number of pixels, got {recipe.augment.blur_kernel}",
+    )
+    for share in recipe.augment.blur_probability or ():
+        _require(0 <= share <= 1, f"augment.blur_probability: expected values from 0 to 1, got {share:g}")
+    for key in ("optim.warmup_length", "optim.freeze_last_layer_length", "teacher.warmup_teacher_temp_length"):
+        if flat[key] is not None:
+            parse_length(flat[key])
+
+    patch = recipe.student.patch_size
+    sizes = {"crops.global_crops_size": recipe.crops.global_crops_size}
+    if recipe.crops.local_crops_number:
+        sizes["crops.local_crops_size"] = recipe.crops.local_crops_size
+    if recipe.eval.size is not None:
+        sizes["eval.size"] = recipe.eval.size
+    for key, size in sizes.items():
+        near = max(patch, round(size / patch) * patch)
+        _require(
+            size % patch == 0,
+            f"{key}={size} is not a multiple of student.patch_size={patch}: the nearest that is, is {near}",
+        )
+    for key in ("data.mean", "data.std"):
+        count, channels = len(flat[key]), recipe.student.in_chans
+        _require(
+            count in (1, channels),
+            f"{key} has {count} values for student.in_chans={channels}: give one, or one for each channel",
+        )
+    _require(all(s > 0 for s in recipe.data.std), f"data.std: expected values above 0, got {list(recipe.data.std)}")
+    weights = (recipe.dino.loss_weight, recipe.ibot.loss_weight, recipe.dino.koleo_loss_weight)
+    _require(any(weights), "every loss is off: dino.loss_weight, ibot.loss_weight and dino.koleo_loss_weight are 0")
+    _require(
+        recipe.dino.loss_weight > 0 or recipe.ibot.loss_weight == 0 or recipe.ibot.mask_sample_probability > 0,
+        "only the iBOT loss is on, but ibot.mask_sample_probability is 0: nothing would be learned",
+    )

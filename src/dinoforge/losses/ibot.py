@@ -1,0 +1,33 @@
+"""The iBOT loss on masked patch tokens."""
+
+import torch
+from torch import Tensor
+
+from dinoforge.losses.cross_entropy import cross_entropy
+from dinoforge.losses.targets import Targets
+
+
+def ibot_loss(embeddings: Tensor, prototypes: Tensor, targets: Targets, masks: Tensor, student_temp: float) -> Tensor:
+    """Cross-entropy at each masked patch between what the student guesses and what the teacher sees.
+
+        for c in range(2 * B):
+            for n in masked[c]: loss += H(teacher[c][n], student[c][n]) / len(masked[c]) / (2 * B)
+
+    So each masked crop counts alike, however much of it is masked, and crops without a mask count as zero.
+
+    Source: iBOT (arXiv 2111.07832), equation 2.
+
+    Arguments:
+        embeddings: student bottlenecks of the masked patches [M, d], in the order of ``masks.flatten()``.
+        prototypes: effective weight of the student's last layer [K, d].
+        targets: of the teacher's tokens of the same patches [M].
+        masks: of the global crops [2B, N] bool.
+        student_temp: the student's temperature.
+    """
+    per_crop = masks.sum(dim=1)  # [2B]
+    # M is known from the shapes, so the expansion does not wait for the device.
+    weights = torch.repeat_interleave(
+        1 / per_crop.clamp(min=1).float() / len(masks), per_crop, output_size=len(embeddings)
+    )
+    rows = torch.arange(len(embeddings), device=embeddings.device)[:, None]
+    return cross_entropy(embeddings, prototypes, targets, rows, weights, student_temp)

@@ -1,0 +1,58 @@
+"""The projection head of DINO and iBOT."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Prototypes(nn.Module):
+    """A weight-normed linear layer without bias: rows of ``weight_v`` brought to the lengths ``weight_g``.
+
+    Both are plain parameters, so that copies, sharding and compilation see nothing special.
+    """
+
+    def __init__(self, dim: int, count: int) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(count, 1))
+        self.weight_v = nn.Parameter(torch.empty(count, dim).uniform_(-(dim**-0.5), dim**-0.5))
+
+    def weight(self) -> Tensor:
+        """The effective weight [K, d]."""
+        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight())
+
+
+class DINOHead(nn.Module):
+    """Tokens [N, D] to logits over prototypes [N, K]: an MLP, L2 normalisation, a weight-normed last layer.
+
+    Source: DINO (arXiv 2104.14294), section 3.1 and appendix C.
+
+    Arguments:
+        in_dim: D.
+        prototypes: K.
+        bottleneck_dim: width before the last layer.
+        nlayers: layers of the MLP; 1 makes it a single linear layer.
+        hidden_dim: width inside the MLP.
+    """
+
+    def __init__(self, in_dim: int, *, prototypes: int, bottleneck_dim: int, nlayers: int, hidden_dim: int) -> None:
+        super().__init__()
+        widths = [in_dim] + [hidden_dim] * (nlayers - 1) + [bottleneck_dim]
+        layers: list[nn.Module] = []
+        for width_in, width_out in zip(widths, widths[1:], strict=False):
+            linear = nn.Linear(width_in, width_out)
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+            layers += [linear, nn.GELU()]
+        layers.pop()
+        self.mlp = layers[0] if nlayers == 1 else nn.Sequential(*layers)
+        self.last_layer = Prototypes(bottleneck_dim, prototypes)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """The normalised bottleneck [N, d] that the last layer reads."""
+        return F.normalize(self.mlp(x).float(), dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(self.embed(x))  # type: ignore[no-any-return]

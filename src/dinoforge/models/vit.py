@@ -1,0 +1,220 @@
+"""Vision transformer with the parameter names of the official DINOv2 weights."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinoforge.models.layers import Block, Groups, PatchEmbed, Subset, subset_of
+
+# embed_dim, depth, num_heads; arXiv 2010.11929, 2012.12877 and, for giant, 2304.07193.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "vit_tiny": (192, 12, 3),
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+    "vit_large": (1024, 24, 16),
+    "vit_giant2": (1536, 40, 24),
+}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Normalised output tokens of a batch of images of one size."""
+
+    cls: Tensor  # [B, D]
+    registers: Tensor  # [B, R, D]
+    patches: Tensor  # [B, N, D]
+
+
+@dataclass(frozen=True)
+class KeptSamples:
+    """The images that the two residual branches of a block keep: per resolution group, indices on the CPU."""
+
+    attn: list[Tensor]
+    ffn: list[Tensor]
+
+
+class VisionTransformer(nn.Module):
+    """A vision transformer on images of any size that is a multiple of the patch.
+
+    Arguments:
+        embed_dim, depth, num_heads: its size; ``embed_dim`` is a multiple of ``num_heads``.
+        patch_size: side of a patch in pixels.
+        image_size: side of the images, in pixels, that the grid of position embeddings is made for; other sizes
+            resample it.
+        in_chans: channels of the images.
+        mlp_ratio: hidden width of the feed-forward layers over ``embed_dim``.
+        ffn_layer: ``mlp``, or ``swiglu`` (``swiglufused`` is the same).
+        layerscale: initial value of LayerScale; 0 for none.
+        num_register_tokens: register tokens (arXiv 2309.16588), which get no position embedding.
+        interpolate_antialias, interpolate_offset: how position embeddings are resampled bicubically. An offset
+            above 0 is added to the size before the scale is computed, as the reference does with 0.1.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        patch_size: int,
+        image_size: int,
+        in_chans: int = 3,
+        mlp_ratio: float = 4.0,
+        ffn_layer: str = "mlp",
+        layerscale: float = 1e-5,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        ffn_bias: bool = True,
+        num_register_tokens: int = 0,
+        interpolate_antialias: bool = False,
+        interpolate_offset: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+        if image_size % patch_size:
+            raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
+        self.embed_dim, self.patch_size, self.in_chans = embed_dim, patch_size, in_chans
+        self.num_register_tokens = num_register_tokens
+        self.interpolate_antialias, self.interpolate_offset = interpolate_antialias, interpolate_offset
+
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + (image_size // patch_size) ** 2, embed_dim))
+        self.register_tokens = (
+            nn.Parameter(torch.empty(1, num_register_tokens, embed_dim)) if num_register_tokens else None
+        )
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                num_heads,
+                int(embed_dim * mlp_ratio),
+                swiglu=ffn_layer != "mlp",
+                layerscale=layerscale,
+                qkv_bias=qkv_bias,
+                proj_bias=proj_bias,
+                ffn_bias=ffn_bias,
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor, masks: Tensor | None = None) -> Tokens:
+        """Tokens of images [B, C, H, W]; patches where ``masks`` [B, N] is true are seen as the mask token."""
+        (tokens,) = self.encode([images], [masks])
+        return tokens
+
+    def encode(
+        self,
+        crops: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        kept: Sequence[KeptSamples] | None = None,
+    ) -> list[Tokens]:
+        """Tokens of several groups of images at once, each group of its own size.
+
+        Arguments:
+            crops: per group, images [B, C, H, W].
+            masks: per group, masked patches [B, N] bool or None.
+            kept: per block, the images that each residual branch keeps; None keeps all (no stochastic depth).
+
+        Raises:
+            ValueError: a side that is not a multiple of the patch, or another number of channels.
+        """
+        embedded = [self._embed(c, m) for c, m in zip(crops, masks, strict=True)]  # each [B, 1+R+N, D]
+        groups: Groups = tuple((e.shape[0], e.shape[1]) for e in embedded)
+        x = torch.cat([e.flatten(0, 1) for e in embedded])  # [T, D]
+        for i, block in enumerate(self.blocks):
+            keep_attn: Subset | None = None
+            keep_ffn: Subset | None = None
+            if kept is not None:
+                keep_attn = _subset_unless_all(kept[i].attn, groups, x.device)
+                keep_ffn = _subset_unless_all(kept[i].ffn, groups, x.device)
+            x = block(x, groups, keep_attn, keep_ffn)
+        x = self.norm(x)
+
+        first_patch = 1 + self.num_register_tokens
+        parts = x.split([images * tokens for images, tokens in groups])
+        shaped = [part.view(*group, -1) for part, group in zip(parts, groups, strict=True)]
+        return [Tokens(s[:, 0], s[:, 1:first_patch], s[:, first_patch:]) for s in shaped]
+
+    def _embed(self, images: Tensor, masks: Tensor | None) -> Tensor:
+        """Patch, cls and register tokens with position embeddings [B, 1+R+N, D]."""
+        batch, channels, height, width = images.shape
+        if channels != self.in_chans or height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"expected images with {self.in_chans} channels and sides that are multiples of {self.patch_size}, "
+                f"got {channels} × {height} × {width}"
+            )
+        x = self.patch_embed(images)
+        if masks is not None:
+            x = torch.where(masks[..., None], self.mask_token.to(x.dtype)[None], x)
+        position_cls, position_patches = self._position_embeddings(height // self.patch_size, width // self.patch_size)
+        tokens = [(self.cls_token + position_cls).expand(batch, -1, -1)]
+        if self.register_tokens is not None:
+            tokens.append(self.register_tokens.expand(batch, -1, -1))
+        return torch.cat([*tokens, x + position_patches], dim=1)
+
+    def _position_embeddings(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Position embeddings of the cls token [1, 1, D] and of a grid of patches [1, rows · columns, D]."""
+        cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        side = math.isqrt(patches.shape[1])
+        if (rows, columns) == (side, side):
+            return cls, patches
+        grid = patches.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)  # [1, D, side, side]
+        # The official weights were trained with the scale that the offset gives, not with the one of the sizes.
+        offset = self.interpolate_offset
+        target = (
+            {"scale_factor": ((rows + offset) / side, (columns + offset) / side)}
+            if offset
+            else {"size": (rows, columns)}
+        )
+        grid = F.interpolate(grid, mode="bicubic", antialias=self.interpolate_antialias, **target)  # type: ignore[arg-type]
+        assert grid.shape[-2:] == (rows, columns)
+        return cls, grid.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _subset_unless_all(kept: list[Tensor], groups: Groups, device: torch.device) -> Subset | None:
+    if all(len(indices) == images for indices, (images, _) in zip(kept, groups, strict=True)):
+        return None
+    return subset_of(kept, groups, device)
+
+
+def drop_path_rates(rate: float, depth: int, uniform: bool) -> list[float]:
+    """Rate of stochastic depth of each block: the same for all, or rising linearly from 0 to ``rate``."""
+    return [rate] * depth if uniform else [rate * i / max(depth - 1, 1) for i in range(depth)]
+
+
+def draw_kept_samples(rates: Sequence[float], batch_sizes: Sequence[int], generator: torch.Generator) -> list[KeptSamples]:
+    """Draws stochastic depth: every residual branch keeps ``max(⌊B·(1 - rate)⌋, 1)`` random images of each group.
+
+    Arguments:
+        rates: per block, in [0, 1).
+        batch_sizes: per resolution group, its number of images.
+        generator: on the CPU.
+
+    Source: DINOv2 (arXiv 2304.07193), section 4, "Efficient stochastic depth".
+    """
+
+    def draw(rate: float) -> list[Tensor]:
+        if rate == 0:
+            return [torch.arange(size) for size in batch_sizes]
+        return [torch.randperm(s, generator=generator)[: max(int(s * (1 - rate)), 1)] for s in batch_sizes]
+
+    return [KeptSamples(attn=draw(rate), ffn=draw(rate)) for rate in rates]

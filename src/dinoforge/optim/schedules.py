@@ -1,0 +1,85 @@
+"""Schedules: hyper-parameters as functions of the step."""
+
+import math
+from dataclasses import dataclass
+
+
+def cosine(
+    step: int, base: float, final: float, total_steps: int, warmup_steps: int = 0, warmup_start: float = 0.0
+) -> float:
+    """Linear from ``warmup_start`` to ``base`` over the warm-up, then a half cosine to ``final``; ``final`` beyond.
+
+    The warm-up's last step has ``base``, and so has the first after it, as in the reference.
+    """
+    if step >= total_steps:
+        return final
+    if step < warmup_steps:
+        return warmup_start + (base - warmup_start) * (step / (warmup_steps - 1) if warmup_steps > 1 else 0.0)
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What one step is done with."""
+
+    lr: float
+    last_layer_lr: float
+    weight_decay: float
+    momentum: float
+    teacher_temp: float
+    last_layer_frozen: bool  # by gradient; when it is frozen by lr, last_layer_lr is 0
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """The hyper-parameters of a run; ``schedules(step)`` gives those of one step.
+
+    Arguments:
+        total_steps: length of the run.
+        lr, min_lr: peak and end of the learning rate, after scaling with the batch.
+        warmup_steps: of the learning rate, from 0.
+        weight_decay, weight_decay_end: cosine from the first to the second.
+        momentum, final_momentum: of the teacher's moving average, cosine.
+        warmup_teacher_temp, teacher_temp, teacher_temp_steps: linear over the first steps, then constant.
+        freeze_last_layer_steps: steps in which the heads' last layer does not move.
+        freeze_by_gradient: whether that is done by dropping its gradient instead of by a learning rate of 0.
+    """
+
+    total_steps: int
+    lr: float
+    min_lr: float
+    warmup_steps: int
+    weight_decay: float
+    weight_decay_end: float
+    momentum: float
+    final_momentum: float
+    warmup_teacher_temp: float
+    teacher_temp: float
+    teacher_temp_steps: int
+    freeze_last_layer_steps: int
+    freeze_by_gradient: bool = False
+
+    def __call__(self, step: int) -> Hyperparameters:
+        lr = cosine(step, self.lr, self.min_lr, self.total_steps, self.warmup_steps)
+        frozen = step < self.freeze_last_layer_steps
+        return Hyperparameters(
+            lr=lr,
+            last_layer_lr=0.0 if frozen and not self.freeze_by_gradient else lr,
+            weight_decay=cosine(step, self.weight_decay, self.weight_decay_end, self.total_steps),
+            momentum=cosine(step, self.momentum, self.final_momentum, self.total_steps),
+            teacher_temp=cosine(
+                step,
+                self.teacher_temp,
+                self.teacher_temp,
+                self.teacher_temp_steps,
+                self.teacher_temp_steps,
+                self.warmup_teacher_temp,
+            ),
+            last_layer_frozen=frozen and self.freeze_by_gradient,
+        )
+
+
+def sqrt_scaled_lr(base_lr: float, batch_size: int) -> float:
+    """The learning rate for a batch, from that for 1024 images (``scaling_rule: sqrt_wrt_1024``)."""
+    return base_lr * math.sqrt(batch_size / 1024)

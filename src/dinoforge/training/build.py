@@ -1,0 +1,196 @@
+"""Recipe to objects: the only place that unpacks a recipe for training."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from dinoforge.config import Recipe, parse_length
+from dinoforge.errors import RecipeError
+from dinoforge.models.head import DINOHead
+from dinoforge.models.vit import SIZES, VisionTransformer, drop_path_rates
+from dinoforge.optim.param_groups import parameter_groups
+from dinoforge.optim.schedules import Schedules, sqrt_scaled_lr
+from dinoforge.student_teacher import Objective, StudentTeacher
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How long a run is, and what that means for the user's images."""
+
+    steps: int
+    batch_size: int  # over all ranks
+    images: int
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the images."""
+        return self.steps * self.batch_size / self.images
+
+
+def vit_size(recipe: Recipe) -> tuple[int, int, int]:
+    """embed_dim, depth and num_heads that the recipe asks for."""
+    s = recipe.student
+    given = {"embed_dim": s.embed_dim, "depth": s.depth, "num_heads": s.num_heads}
+    if s.arch == "vit_custom":
+        if missing := [f"student.{k}" for k, v in given.items() if v is None]:
+            raise RecipeError(f"student.arch=vit_custom needs {', '.join(missing)}")
+        embed_dim, depth, heads = (v for v in given.values() if v is not None)
+    elif s.arch in SIZES:
+        embed_dim, depth, heads = SIZES[s.arch]
+        for (key, value), size in zip(given.items(), SIZES[s.arch], strict=True):
+            if value not in (None, size):
+                raise RecipeError(
+                    f"student.{key}={value} contradicts student.arch={s.arch}, which has {size}: "
+                    "give student.arch=vit_custom with all three sizes"
+                )
+    else:
+        raise RecipeError(f"student.arch: expected {', '.join(SIZES)} or vit_custom, got {s.arch!r}")
+    if embed_dim % heads:
+        raise RecipeError(f"student.embed_dim={embed_dim} is not a multiple of student.num_heads={heads}")
+    return embed_dim, depth, heads
+
+
+def build_backbone(recipe: Recipe, *, layerscale: float | None = None) -> VisionTransformer:
+    """A backbone with fresh weights; ``layerscale`` replaces the recipe's initial value."""
+    embed_dim, depth, num_heads = vit_size(recipe)
+    s = recipe.student
+    return VisionTransformer(
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        patch_size=s.patch_size,
+        image_size=recipe.crops.global_crops_size,
+        in_chans=s.in_chans,
+        mlp_ratio=s.mlp_ratio,
+        ffn_layer=s.ffn_layer,
+        layerscale=s.layerscale if layerscale is None else layerscale,
+        qkv_bias=s.qkv_bias,
+        proj_bias=s.proj_bias,
+        ffn_bias=s.ffn_bias,
+        num_register_tokens=s.num_register_tokens,
+        interpolate_antialias=s.interpolate_antialias,
+        interpolate_offset=s.interpolate_offset,
+    )
+
+
+def build_student_teacher(recipe: Recipe) -> StudentTeacher:
+    """Both networks with fresh, equal weights from torch's current random state, and the losses between them."""
+    d, i = recipe.dino, recipe.ibot
+    objective = Objective(
+        dino_global_weight=d.loss_weight * d.global_loss_weight,
+        dino_local_weight=d.loss_weight * d.local_loss_weight,
+        ibot_weight=i.loss_weight,
+        koleo_weight=d.koleo_loss_weight,
+        dino_targets=d.targets or recipe.train.centering,
+        ibot_targets=i.targets or recipe.train.centering,
+        dino_student_temp=d.student_temp,
+        ibot_student_temp=i.student_temp,
+        dino_center_momentum=d.center_momentum,
+        ibot_center_momentum=i.center_momentum,
+        sinkhorn_iterations=recipe.train.sinkhorn_iterations,
+    )
+    backbone = build_backbone(recipe)
+    heads = {}
+    if objective.has_dino or (objective.has_ibot and not i.separate_head):
+        heads["dino_head"] = DINOHead(
+            backbone.embed_dim,
+            prototypes=d.head_n_prototypes,
+            bottleneck_dim=d.head_bottleneck_dim,
+            nlayers=d.head_nlayers,
+            hidden_dim=d.head_hidden_dim,
+        )
+    if objective.has_ibot and i.separate_head:
+        heads["ibot_head"] = DINOHead(
+            backbone.embed_dim,
+            prototypes=i.head_n_prototypes,
+            bottleneck_dim=i.head_bottleneck_dim,
+            nlayers=i.head_nlayers,
+            hidden_dim=i.head_hidden_dim,
+        )
+    return StudentTeacher(backbone, heads, objective)
+
+
+def build_optimizer(recipe: Recipe, student_teacher: StudentTeacher) -> torch.optim.AdamW:
+    """AdamW over the student; learning rates and weight decay are written by ``set_hyperparameters`` at each step."""
+    _, depth, _ = vit_size(recipe)
+    groups = parameter_groups(
+        dict(student_teacher.student.items()),
+        depth=depth,
+        layerwise_decay=recipe.optim.layerwise_decay,
+        patch_embed_lr_mult=recipe.optim.patch_embed_lr_mult,
+        weight_decay_scope=recipe.optim.weight_decay_scope,
+    )
+    return torch.optim.AdamW(groups, lr=0.0, betas=(recipe.optim.adamw_beta1, recipe.optim.adamw_beta2), fused=True)
+
+
+def build_drop_path_rates(recipe: Recipe) -> list[float]:
+    """Rate of stochastic depth of each block of the student."""
+    _, depth, _ = vit_size(recipe)
+    return drop_path_rates(recipe.student.drop_path_rate, depth, recipe.student.drop_path_uniform)
+
+
+def run_length(recipe: Recipe, *, images: int, world_size: int = 1) -> RunLength:
+    """Steps of the run: ``train.steps``, else ``train.epochs`` of the images, else ``optim.epochs`` nominal epochs.
+
+    Raises:
+        RecipeError: a batch that is larger than the data.
+    """
+    batch_size = recipe.train.batch_size_per_gpu * world_size
+    if batch_size > images:
+        raise RecipeError(
+            f"the batch of {batch_size} images is larger than the data ({images} images): "
+            f"set train.batch_size_per_gpu to {images // world_size} or less"
+        )
+    if recipe.train.steps is not None:
+        steps = recipe.train.steps
+    elif recipe.train.epochs is not None:
+        steps = math.ceil(recipe.train.epochs * images / batch_size)
+    else:
+        steps = math.ceil(recipe.optim.epochs * recipe.train.OFFICIAL_EPOCH_LENGTH)
+    return RunLength(steps, batch_size, images)
+
+
+def build_schedules(recipe: Recipe, length: RunLength) -> Schedules:
+    """The schedules of a run of that length.
+
+    Raises:
+        RecipeError: a warm-up or freeze that is as long as the run.
+    """
+    o, t = recipe.optim, recipe.teacher
+
+    def steps_of(key: str, text: str | None, official_epochs: float) -> int:
+        if text is None:
+            steps = round(official_epochs * recipe.train.OFFICIAL_EPOCH_LENGTH)
+            key = f"{key}_epochs={official_epochs:g} (of {recipe.train.OFFICIAL_EPOCH_LENGTH} steps each)"
+        else:
+            steps = parse_length(text).steps(
+                length.steps, length.images / length.batch_size, recipe.train.OFFICIAL_EPOCH_LENGTH
+            )
+            key = f"{key}_length={text}"
+        if steps >= length.steps and steps > 0:
+            raise RecipeError(
+                f"{key} is {steps:,} steps, but the run has only {length.steps:,}: make the run longer, or give a "
+                f"share of it, such as {key.split('_epochs=')[0].split('_length=')[0]}_length=10%"
+            )
+        return steps
+
+    return Schedules(
+        total_steps=length.steps,
+        lr=sqrt_scaled_lr(o.base_lr, length.batch_size) if o.scaling_rule == "sqrt_wrt_1024" else o.base_lr,
+        min_lr=o.min_lr,
+        warmup_steps=steps_of("optim.warmup", o.warmup_length, o.warmup_epochs),
+        weight_decay=o.weight_decay,
+        weight_decay_end=o.weight_decay_end,
+        momentum=t.momentum_teacher,
+        final_momentum=t.final_momentum_teacher,
+        warmup_teacher_temp=t.warmup_teacher_temp,
+        teacher_temp=t.teacher_temp,
+        teacher_temp_steps=steps_of(
+            "teacher.warmup_teacher_temp", t.warmup_teacher_temp_length, t.warmup_teacher_temp_epochs
+        ),
+        freeze_last_layer_steps=steps_of(
+            "optim.freeze_last_layer", o.freeze_last_layer_length, o.freeze_last_layer_epochs
+        ),
+        freeze_by_gradient=o.freeze_last_layer == "gradient",
+    )

@@ -1,0 +1,92 @@
+"""One optimizer step."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dinoforge import distributed
+from dinoforge.data.batch import Batch
+from dinoforge.models.vit import KeptSamples
+from dinoforge.optim.clipping import clip_gradients
+from dinoforge.optim.param_groups import set_hyperparameters
+from dinoforge.optim.schedules import Hyperparameters
+from dinoforge.student_teacher import Losses, StudentTeacher
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave: the losses and, per sub-network, the gradient norm before clipping; still on the device."""
+
+    losses: Losses
+    grad_norms: dict[str, Tensor]
+
+    def values(self) -> dict[str, float]:
+        """All of it as numbers; waits for the device."""
+        terms = vars(self.losses) | {f"grad_norm.{name}": norm for name, norm in self.grad_norms.items()}
+        numbers = torch.stack([t.detach().float() for t in terms.values()]).tolist()
+        return dict(zip(terms, numbers, strict=True))
+
+
+class NonFiniteError(Exception):
+    """A loss or gradient that is not finite; nothing was updated."""
+
+    def __init__(self, values: dict[str, float]) -> None:
+        super().__init__("loss or gradient is not finite")
+        self.values = values
+
+
+def train_step(
+    student_teacher: StudentTeacher,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    hyper: Hyperparameters,
+    *,
+    clip_grad: float,
+    kept: Sequence[KeptSamples] | None = None,
+    autocast: AbstractContextManager[None] | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> StepResult:
+    """Forward, backward, clipping, AdamW, moving average.
+
+    Arguments:
+        batch: normalised crops on the networks' device.
+        hyper: what the schedules say for this step.
+        clip_grad: largest gradient norm of each sub-network; 0 for none.
+        kept: stochastic depth; see ``StudentTeacher``.
+        autocast: precision of the forward pass.
+        scaler: loss scaling for float16. It skips a step whose gradients overflow; that is no error.
+
+    Raises:
+        NonFiniteError: before anything was updated.
+    """
+    set_hyperparameters(
+        optimizer, lr=hyper.lr, last_layer_lr=hyper.last_layer_lr, weight_decay=hyper.weight_decay
+    )
+    with autocast or nullcontext():
+        losses = student_teacher(batch, teacher_temp=hyper.teacher_temp, kept=kept)
+    if scaler is None:
+        losses.total.backward()
+    else:
+        scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
+        scaler.unscale_(optimizer)
+    distributed.average_gradients(list(student_teacher.student.parameters()))
+    grad_norms = clip_gradients(dict(student_teacher.student.items()), clip_grad)
+    result = StepResult(losses, grad_norms)
+
+    checked = [losses.total] if scaler is not None else [losses.total, *grad_norms.values()]
+    if not torch.isfinite(torch.stack([t.detach() for t in checked]).sum()):
+        optimizer.zero_grad(set_to_none=True)
+        raise NonFiniteError(result.values())
+    if hyper.last_layer_frozen:
+        student_teacher.cancel_last_layer_gradients()
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    student_teacher.update_teacher(hyper.momentum)
+    return result

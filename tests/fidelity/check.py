@@ -1,0 +1,232 @@
+"""Compares training steps with numbers measured on the reference implementation.
+
+    python tests/fidelity/check.py DIR…
+
+Each directory is a case: initial weights, batches, and the losses, gradients and final weights that the reference
+gave (``data/README.md`` says how they were made). The steps run through the code that training uses. Prints the worst
+error of each kind and where it is; exits with 1 beyond the bounds, with 2 if a case cannot be read.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dinoforge import distributed
+from dinoforge.config import Recipe, load_recipe
+from dinoforge.data.batch import Batch
+from dinoforge.models.vit import KeptSamples
+from dinoforge.optim.schedules import Hyperparameters
+from dinoforge.student_teacher import StudentTeacher
+from dinoforge.training.build import build_optimizer, build_student_teacher
+from dinoforge.training.step import train_step
+
+LOSS = 1e-5  # relative
+GRAD_NORM = 1e-4  # relative
+GRADIENT = 1e-4  # relative, of tensors with a norm above GRADIENT_FLOOR
+GRADIENT_FLOOR = 1e-6
+UPDATE = 1e-3  # relative to how far the reference moved the parameter …
+UPDATE_FLOOR = 3e-7  # … plus this share of the parameter itself
+CENTER = 1e-5  # relative
+
+
+@dataclass
+class Errors:
+    """The worst error of each kind, as a multiple of its bound, and where."""
+
+    worst: dict[str, tuple[float, str]] = field(default_factory=dict)
+
+    def add(self, kind: str, error: float, bound: float, where: str) -> None:
+        # An error that is not a number, or above 0 with a bound of 0, is infinitely bad.
+        ratio = error / bound if bound > 0 else (0.0 if error == 0 else float("inf"))
+        if ratio != ratio:
+            ratio = float("inf")
+        if kind not in self.worst or ratio > self.worst[kind][0]:
+            self.worst[kind] = (ratio, where)
+
+    @property
+    def within_bounds(self) -> bool:
+        return all(ratio <= 1 for ratio, _ in self.worst.values())
+
+
+def recipe_of(case: dict[str, Any]) -> Recipe:
+    """The case's configuration: overrides on the official defaults, with the sizes of ``vit_custom``."""
+    overrides = {f"{s}.{k}": v for s, keys in case["config"].items() for k, v in keys.items()}
+    overrides |= {f"student.{key}": value for key, value in case["vit"].items()}
+    betas = case["optimizer"]["betas"]
+    recipe, _ = load_recipe("dinov2", overrides | {"optim.adamw_beta1": betas[0], "optim.adamw_beta2": betas[1]})
+    return recipe
+
+
+def load_networks(student_teacher: StudentTeacher, weights: dict[str, Tensor]) -> None:
+    for role in ("student", "teacher"):
+        own = {k.removeprefix(f"{role}."): v for k, v in weights.items() if k.startswith(f"{role}.")}
+        getattr(student_teacher, role).load_state_dict(own, strict=True)
+
+
+def read_batch(folder: Path, name: str) -> Batch:
+    tensors = load_file(folder / f"{name}.safetensors")
+    crops = tensors["global_crops"]
+    return Batch(
+        global_crops=crops,
+        local_crops=tensors.get("local_crops", crops[:0]),
+        masks=tensors["masks"].bool(),
+        indices=torch.arange(len(crops) // 2),
+    )
+
+
+def read_subsets(folder: Path, rank_prefix: str, step: int, depth: int) -> list[KeptSamples] | None:
+    path = folder / f"{rank_prefix}subsets.safetensors"
+    if not path.exists():
+        return None
+    tensors = load_file(path)
+
+    def kept(block: int, branch: str) -> list[Tensor]:
+        name = f"step{step}.block{block}.{branch}"
+        return [tensors[f"{name}.{group}"] for group in ("global", "local") if f"{name}.{group}" in tensors]
+
+    return [KeptSamples(attn=kept(b, "attn"), ffn=kept(b, "ffn")) for b in range(depth)]
+
+
+def without_noise(name: str, tensor: Tensor) -> Tensor:
+    """Leaves out the key third of the attention bias: softmax cancels it, and AdamW turns noise into steps."""
+    if not name.endswith("attn.qkv.bias"):
+        return tensor
+    third = len(tensor) // 3
+    return torch.cat([tensor[:third], tensor[2 * third :]])
+
+
+def run_case(folder: Path) -> Errors:
+    """Runs one rank of a case; on several ranks, call it on each. The errors are those of rank 0."""
+    case = json.loads((folder / "case.json").read_text())
+    recipe = recipe_of(case)
+    initial, expected = load_file(folder / "initial.safetensors"), load_file(folder / "expected.safetensors")
+    torch.manual_seed(0)
+    student_teacher = build_student_teacher(recipe)
+    load_networks(student_teacher, initial)
+    optimizer = build_optimizer(recipe, student_teacher)
+    for group in optimizer.param_groups:
+        group["eps"] = case["optimizer"]["eps"]
+    prefix = f"rank{distributed.rank()}_" if case["world_size"] > 1 else ""
+
+    errors = Errors()
+    gradients: dict[str, Tensor] = {}
+    for i, (schedule, reference) in enumerate(zip(case["schedule"], case["losses"], strict=True)):
+        hyper = Hyperparameters(**schedule, last_layer_frozen=False)
+        handles = _keep_gradients(student_teacher, gradients) if i == 0 else []
+        result = train_step(
+            student_teacher,
+            optimizer,
+            read_batch(folder, f"{prefix}batch_{i}"),
+            hyper,
+            clip_grad=recipe.optim.clip_grad,
+            kept=read_subsets(folder, prefix, i, case["vit"]["depth"]),
+        )
+        for handle in handles:
+            handle.remove()
+        for term, value in vars(result.losses).items():
+            ours, theirs = float(distributed.mean_over_ranks(value)), reference[term]
+            errors.add("loss", abs(ours - theirs), LOSS * abs(theirs), f"{term} at step {i}: {ours:.8g}, {theirs:.8g}")
+        for network, theirs in reference["grad_norm"].items():
+            ours = float(result.grad_norms[network])
+            where = f"{network} at step {i}: {ours:.8g}, {theirs:.8g}"
+            errors.add("gradient norm", abs(ours - theirs), GRAD_NORM * abs(theirs), where)
+
+    gradients = {name: distributed.mean_over_ranks(gradient) for name, gradient in gradients.items()}
+    _compare_gradients(errors, gradients, expected)
+    _compare_parameters(errors, student_teacher, initial, expected)
+    for name in ("dino_center", "ibot_center"):
+        if name in expected:
+            ours, theirs = getattr(student_teacher, name).flatten(), expected[name].flatten()
+            errors.add("centre", float((ours - theirs).norm()), CENTER * float(theirs.norm()), name)
+    return errors
+
+
+def _keep_gradients(student_teacher: StudentTeacher, into: dict[str, Tensor]) -> list[Any]:
+    """Keeps this rank's gradients as the backward pass leaves them, before averaging over ranks and clipping."""
+
+    def keep(name: str) -> Callable[[Tensor], None]:
+        return lambda parameter: into.update({name: cast(Tensor, parameter.grad).clone()})
+
+    named = student_teacher.student.named_parameters()
+    return [p.register_post_accumulate_grad_hook(keep(name)) for name, p in named]
+
+
+def _compare_gradients(errors: Errors, gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, theirs in expected.items():
+        if not name.startswith("grad.student."):
+            continue
+        short = name.removeprefix("grad.student.")
+        theirs = without_noise(short, theirs)
+        ours = without_noise(short, gradients[short]) if short in gradients else torch.zeros_like(theirs)
+        if float(theirs.norm()) > GRADIENT_FLOOR:
+            errors.add("gradient", float((ours - theirs).norm()), GRADIENT * float(theirs.norm()), short)
+
+
+def _compare_parameters(
+    errors: Errors, student_teacher: StudentTeacher, initial: dict[str, Tensor], expected: dict[str, Tensor]
+) -> None:
+    for role in ("student", "teacher"):
+        ours = getattr(student_teacher, role).state_dict()
+        theirs = {k.removeprefix("final."): v for k, v in expected.items() if k.startswith(f"final.{role}.")}
+        if set(theirs) != {f"{role}.{name}" for name in ours}:
+            errors.add("parameter", 1.0, 0.0, f"{role}: other parameters than the reference has")
+            continue
+        for name, p_ref in theirs.items():
+            short = name.removeprefix(f"{role}.")
+            p, p_ref, p_0 = (without_noise(short, x) for x in (ours[short], p_ref, initial[name]))
+            bound = UPDATE * float((p_ref - p_0).norm()) + UPDATE_FLOOR * float(p_ref.norm())
+            errors.add("parameter", float((p - p_ref).norm()), bound, name)
+
+
+def _run_rank(rank: int, folder: str, world_size: int, store: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    try:
+        errors = run_case(Path(folder))
+        if rank == 0:
+            Path(out).write_text(json.dumps(errors.worst))
+    finally:
+        dist.destroy_process_group()
+
+
+def check(folder: Path) -> Errors:
+    """Runs a case on as many processes as it has ranks."""
+    world_size = json.loads((folder / "case.json").read_text())["world_size"]
+    if world_size == 1:
+        return run_case(folder)
+    with tempfile.TemporaryDirectory() as tmp:
+        out = Path(tmp, "errors.json")
+        arguments = (str(folder), world_size, str(Path(tmp, "store")), str(out))
+        torch.multiprocessing.spawn(_run_rank, args=arguments, nprocs=world_size)
+        return Errors({kind: (ratio, where) for kind, (ratio, where) in json.loads(out.read_text()).items()})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="+", type=Path, metavar="DIR", help="a directory with a case.json")
+    cases: list[Path] = parser.parse_args(arguments).cases
+    if missing := [str(folder) for folder in cases if not (folder / "case.json").is_file()]:
+        print(f"no case.json in {', '.join(missing)}", file=sys.stderr)
+        return 2
+    passed = True
+    for folder in cases:
+        errors = check(folder)
+        passed &= errors.within_bounds
+        print(f"{'ok  ' if errors.within_bounds else 'FAIL'} {folder.name}: worst error as a share of its bound")
+        for kind, (ratio, where) in errors.worst.items():
+            print(f"       {kind:<14} {ratio:8.4f}  {where}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
