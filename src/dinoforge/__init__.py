@@ -1,0 +1,20 @@
+"""DINOv2 pretraining of vision transformers on one's own images.
+
+``train``, ``load`` and ``embed`` are imported when they are first used, so that importing the package costs nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "embed", "load", "train"]
+
+if TYPE_CHECKING:
+    from dinoforge.api import embed, load, train
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("embed", "load", "train"):
+        from dinoforge import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -281,7 +281,7 @@ def load_recipe(
 ) -> tuple[Recipe, dict[str, str]]:
     """A recipe by name or file, with overrides on top.
 
-    Arguments:
+    Args:
         recipe: a name of ``recipe_names()``, a YAML file of ours or of the reference, or a recipe.
         overrides: ``"section.key=value"`` strings, or a mapping from dotted keys to values.
 
@@ -295,7 +295,7 @@ def load_recipe(
     if not isinstance(recipe, Recipe):
         for layer in _layers(recipe):
             ignored |= _merge(values, layer)
-    given = dict(overrides) if isinstance(overrides, Mapping) else dict(_parse_override(text) for text in overrides)
+    given = dict(overrides) if isinstance(overrides, Mapping) else dict(parse_override(text) for text in overrides)
     ignored |= _merge(values, given)
     result = _build(values)
     _validate(result)
@@ -371,7 +371,8 @@ def _flat_layer(values: Mapping[Any, Any]) -> dict[str, Any]:
     return flat
 
 
-def _parse_override(text: str) -> tuple[str, Any]:
+def parse_override(text: str) -> tuple[str, Any]:
+    """Reads ``section.key=value``; the value is YAML."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"expected key=value, such as train.steps=1000, got {text!r}")

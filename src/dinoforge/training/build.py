@@ -2,16 +2,24 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
 from dinoforge.config import Recipe, parse_length
+from dinoforge.data.crops import BLUR_PROBABILITY, MultiCrop
+from dinoforge.data.loader import BadImages, TrainingData
+from dinoforge.data.masks import batch_masks, max_num_patches
+from dinoforge.data.sources import Source
 from dinoforge.errors import RecipeError
 from dinoforge.models.head import DINOHead
 from dinoforge.models.vit import SIZES, VisionTransformer, drop_path_rates
 from dinoforge.optim.param_groups import parameter_groups
 from dinoforge.optim.schedules import Schedules, sqrt_scaled_lr
 from dinoforge.student_teacher import Objective, StudentTeacher
+from dinoforge.training.device import resolve_precision
+from dinoforge.training.loop import TrainState
 
 
 @dataclass(frozen=True)
@@ -51,27 +59,27 @@ def vit_size(recipe: Recipe) -> tuple[int, int, int]:
     return embed_dim, depth, heads
 
 
-def build_backbone(recipe: Recipe, *, layerscale: float | None = None) -> VisionTransformer:
-    """A backbone with fresh weights; ``layerscale`` replaces the recipe's initial value."""
+def vit_arguments(recipe: Recipe) -> dict[str, Any]:
+    """The arguments of the recipe's ``VisionTransformer``."""
     embed_dim, depth, num_heads = vit_size(recipe)
     s = recipe.student
-    return VisionTransformer(
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=num_heads,
-        patch_size=s.patch_size,
-        image_size=recipe.crops.global_crops_size,
-        in_chans=s.in_chans,
-        mlp_ratio=s.mlp_ratio,
-        ffn_layer=s.ffn_layer,
-        layerscale=s.layerscale if layerscale is None else layerscale,
-        qkv_bias=s.qkv_bias,
-        proj_bias=s.proj_bias,
-        ffn_bias=s.ffn_bias,
-        num_register_tokens=s.num_register_tokens,
-        interpolate_antialias=s.interpolate_antialias,
-        interpolate_offset=s.interpolate_offset,
-    )
+    return {
+        "embed_dim": embed_dim,
+        "depth": depth,
+        "num_heads": num_heads,
+        "patch_size": s.patch_size,
+        "image_size": recipe.crops.global_crops_size,
+        "in_chans": s.in_chans,
+        "mlp_ratio": s.mlp_ratio,
+        "ffn_layer": s.ffn_layer,
+        "layerscale": s.layerscale,
+        "qkv_bias": s.qkv_bias,
+        "proj_bias": s.proj_bias,
+        "ffn_bias": s.ffn_bias,
+        "num_register_tokens": s.num_register_tokens,
+        "interpolate_antialias": s.interpolate_antialias,
+        "interpolate_offset": s.interpolate_offset,
+    }
 
 
 def build_student_teacher(recipe: Recipe) -> StudentTeacher:
@@ -90,7 +98,7 @@ def build_student_teacher(recipe: Recipe) -> StudentTeacher:
         ibot_center_momentum=i.center_momentum,
         sinkhorn_iterations=recipe.train.sinkhorn_iterations,
     )
-    backbone = build_backbone(recipe)
+    backbone = VisionTransformer(**vit_arguments(recipe))
     heads = {}
     if objective.has_dino or (objective.has_ibot and not i.separate_head):
         heads["dino_head"] = DINOHead(
@@ -193,4 +201,68 @@ def build_schedules(recipe: Recipe, length: RunLength) -> Schedules:
             "optim.freeze_last_layer", o.freeze_last_layer_length, o.freeze_last_layer_epochs
         ),
         freeze_by_gradient=o.freeze_last_layer == "gradient",
+    )
+
+
+def build_state(recipe: Recipe, device: torch.device, *, images: int) -> TrainState:
+    """A run at step 0. The weights are a function of the recipe's seed; torch's global random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed)
+        student_teacher = build_student_teacher(recipe)
+    student_teacher.to(device)
+    half = resolve_precision(recipe.precision, device) is torch.float16
+    return TrainState(
+        student_teacher=student_teacher,
+        optimizer=build_optimizer(recipe, student_teacher),
+        scaler=torch.amp.GradScaler(device.type) if half else None,
+        bad_images=BadImages(recipe.data.max_bad_share, images),
+    )
+
+
+def build_data(recipe: Recipe, source: Source, *, rank: int = 0, world_size: int = 1) -> TrainingData:
+    """The training batches of a source."""
+    c, a, i = recipe.crops, recipe.augment, recipe.ibot
+    patch_size = recipe.student.patch_size
+    crops = MultiCrop(
+        global_size=c.global_crops_size,
+        global_scale=c.global_crops_scale,
+        local_size=c.local_crops_size,
+        local_scale=c.local_crops_scale,
+        local_number=c.local_crops_number,
+        aspect=c.aspect_ratio,
+        horizontal_flip=a.horizontal_flip,
+        vertical_flip=a.vertical_flip,
+        jitter_probability=a.jitter_probability,
+        brightness=a.brightness,
+        contrast=a.contrast,
+        saturation=a.saturation,
+        hue=a.hue,
+        grayscale_probability=a.grayscale_probability,
+        blur_probability=a.blur_probability or BLUR_PROBABILITY[a.blur],
+        blur_sigma=a.blur_sigma,
+        blur_kernel=a.blur_kernel,
+        solarize_probability=a.solarize_probability,
+        solarize_threshold=a.solarize_threshold,
+    )
+    masks = partial(
+        batch_masks,
+        kind=i.mask_kind,
+        ratio=i.mask_ratio_min_max,
+        probability=i.mask_sample_probability,
+        max_patches=max_num_patches(c.global_crops_size, patch_size),
+        min_patches=i.mask_min_patches,
+        min_aspect=i.mask_min_aspect,
+    )
+    return TrainingData(
+        source,
+        crops,
+        masks,
+        patch_size=patch_size,
+        channels=recipe.student.in_chans,
+        sixteen_bit=recipe.data.sixteen_bit,
+        max_pixels=recipe.data.max_pixels,
+        seed=recipe.train.seed,
+        batch_size=recipe.train.batch_size_per_gpu * world_size,
+        rank=rank,
+        world_size=world_size,
     )

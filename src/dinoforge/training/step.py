@@ -51,7 +51,7 @@ def train_step(
 ) -> StepResult:
     """Forward, backward, clipping, AdamW, moving average.
 
-    Arguments:
+    Args:
         batch: normalised crops on the networks' device.
         hyper: what the schedules say for this step.
         clip_grad: largest gradient norm of each sub-network; 0 for none.

@@ -1,0 +1,5 @@
+import sys
+
+from dinoforge.cli import main
+
+sys.exit(main())

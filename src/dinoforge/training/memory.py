@@ -1,0 +1,57 @@
+"""How much memory a run will take, by part, before it is started."""
+
+from dinoforge.config import Recipe
+from dinoforge.student_teacher import StudentTeacher
+from dinoforge.training.build import vit_size
+
+# What the interpreter, PyTorch and its libraries take before anything is built, measured.
+_LIBRARIES = 0.45 * 2**30
+
+
+def estimate(recipe: Recipe, networks: StudentTeacher, *, precision_bytes: int, on_cpu: bool) -> dict[str, float]:
+    """Bytes per part of the peak of one process.
+
+    Activations are counted as what the backward pass of each block keeps, for tokens of all student crops; a factor
+    of the width D per token: 4 D in float32 (residual stream and LayerNorm inputs), 2 D + 3 D + 2 D for attention, and
+    twice the hidden width of the feed-forward layer, in the precision of the products.
+
+    Args:
+        recipe: the run.
+        networks: on any device, also ``meta``.
+        precision_bytes: size of an activation in matrix products: 4, or 2 for half precisions.
+        on_cpu: whether the libraries share the memory with the run.
+    """
+    batch = recipe.train.batch_size_per_gpu
+    embed_dim, depth, _ = vit_size(recipe)
+    crops, student = recipe.crops, recipe.student
+    global_patches = (crops.global_crops_size // student.patch_size) ** 2
+    local_patches = (crops.local_crops_size // student.patch_size) ** 2
+    extra = 1 + student.num_register_tokens
+    global_tokens = 2 * batch * (global_patches + extra)
+    tokens = global_tokens + crops.local_crops_number * batch * (local_patches + extra)
+    kept = 1 - student.drop_path_rate if student.drop_path_uniform else 1 - student.drop_path_rate / 2
+    hidden = embed_dim * student.mlp_ratio
+    full = 4 * (4 * embed_dim)
+    half = precision_bytes * (7 * embed_dim + 2 * hidden)
+    casts = 2 * 2 * (2 * embed_dim + hidden) if precision_bytes == 2 else 0
+    activations = tokens * depth * (kept * (full + half + casts))
+
+    ratio = sum(recipe.ibot.mask_ratio_min_max) / 2
+    masked = 2 * batch * recipe.ibot.mask_sample_probability * ratio * global_patches
+    samples = 2 * batch + masked
+    parameters = sum(p.numel() for p in networks.student.parameters())
+    prototypes = max((len(h.last_layer.weight_g) for n, h in networks.student.items() if n != "backbone"), default=0)  # type: ignore[union-attr, arg-type]
+    prototype_weights = sum(
+        p.numel() for n, p in networks.student.named_parameters() if n.endswith("last_layer.weight_v")
+    )
+    return {
+        "libraries": _LIBRARIES if on_cpu else 0.0,
+        "student and teacher": 2 * 4 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer": 8 * parameters,
+        "activations": activations,
+        "teacher logits": samples * prototypes * precision_bytes,
+        "heads": (samples + crops.local_crops_number * batch) * 3 * recipe.dino.head_hidden_dim * 4
+        + 3 * 4 * prototype_weights,
+        "batches": 3 * batch * student.in_chans * 5 * (2 * crops.global_crops_size**2),
+    }

@@ -1,0 +1,189 @@
+"""What a run tells while it goes: the terminal, a file of JSON lines, TensorBoard."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from dinoforge.errors import RecipeError, RunError
+from dinoforge.files import write_text, writing_error
+from dinoforge.training.device import peak_memory_gib
+from dinoforge.training.loop import StepReport
+
+Metrics = dict[str, float]
+Sink = Callable[[Metrics], None]
+
+_PLAIN_LINE_SECONDS = 10.0
+
+
+class MetricsHook:
+    """Measures every ``every_steps`` steps, and at the last one, and hands the numbers on.
+
+    Losses and gradient norms are those of that very step, so that a continued run writes what an uninterrupted one
+    does; speed and waiting are means since the last time.
+    """
+
+    def __init__(
+        self, sinks: list[Sink], *, every_steps: int, total_steps: int, batch_size: int, device: torch.device
+    ) -> None:
+        self.sinks, self.every_steps, self.total_steps = sinks, every_steps, total_steps
+        self.batch_size, self.device = batch_size, device
+        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
+
+    def __call__(self, report: StepReport) -> None:
+        self._steps += 1
+        self._seconds += report.seconds
+        self._waited += report.waited
+        step = report.state.step
+        if step % self.every_steps and step != self.total_steps:
+            return
+        hyper = {k: float(v) for k, v in vars(report.hyper).items() if k != "last_layer_frozen"}
+        metrics = {
+            "step": step,
+            **report.result.values(),
+            **hyper,
+            "images_per_second": self._steps * self.batch_size / self._seconds,
+            "data_wait_share": self._waited / self._seconds,
+            "memory_gib": peak_memory_gib(self.device),
+            "skipped_images": len(report.state.bad_images.skipped),
+            "train_seconds": report.state.seconds,
+        }
+        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
+        for sink in self.sinks:
+            sink(metrics)
+
+
+class JsonLines:
+    """``metrics.jsonl``: one object per line, written through at once."""
+
+    def __init__(self, path: Path, *, first_step: int) -> None:
+        """Opens the file for what comes after ``first_step`` steps; later lines, of steps to be redone, are cut."""
+        self.path = path
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= first_step]
+            write_text(path, "".join(f"{line}\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def __call__(self, metrics: Metrics) -> None:
+        try:
+            self._file.write(json.dumps(metrics) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise writing_error(self.path, error) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite for one that a kill cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+class TensorBoard:
+    """Scalars for TensorBoard in ``tensorboard/`` of the run."""
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise RecipeError("log.tensorboard=true needs: pip install 'dinoforge[tensorboard]'") from error
+        self._writer: Any = SummaryWriter(str(folder), purge_step=first_step + 1)  # type: ignore[no-untyped-call]
+
+    def __call__(self, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, int(metrics["step"]))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Display:
+    """The terminal: a live bar, or plain lines where the output is no terminal."""
+
+    def __init__(self, console: Console, *, total_steps: int, first_step: int) -> None:
+        self.console, self.total_steps = console, total_steps
+        self._last_line = float("-inf")
+        self._last_shown: tuple[float, float] | None = None  # steps done and when
+        self._progress: Progress | None = None
+        if console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[rate]}"),
+                console=console,
+            )
+            self._task = self._progress.add_task("", total=total_steps, completed=first_step, rate="starting")
+
+    def __enter__(self) -> Self:
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def __call__(self, metrics: Metrics) -> None:
+        step, now = int(metrics["step"]), time.monotonic()
+        rate = f"{metrics['images_per_second']:.0f} images/s · {self._remaining(step, now)}"
+        if self._progress:
+            self._progress.update(self._task, completed=step, rate=rate)
+        # On a terminal the bar moves in between, so lines may be rarer.
+        if now - self._last_line < _PLAIN_LINE_SECONDS and step != self.total_steps:
+            return
+        self._last_line = now
+        text = f"{step:>{len(str(self.total_steps))}}/{self.total_steps}  {describe(metrics)}"
+        self.console.print(text if self._progress else f"{text}  {rate}", highlight=False, soft_wrap=True)
+
+    def _remaining(self, step: int, now: float) -> str:
+        """Time to go at the speed since the last call."""
+        last, self._last_shown = self._last_shown, (step, now)
+        if step >= self.total_steps:
+            return "done"
+        if last is None or step <= last[0]:
+            return "…"
+        return f"{duration((self.total_steps - step) * (now - last[1]) / (step - last[0]))} to go"
+
+
+def describe(metrics: Metrics) -> str:
+    """One line on one step: every loss term, learning rate, share of time waiting for data, memory."""
+    terms = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("dino_local", "dino_global", "ibot", "koleo"))
+    return (
+        f"loss {metrics['total']:.3f}  ({terms})  lr {metrics['lr']:.1e}  "
+        f"data {metrics['data_wait_share']:.0%}  {metrics['memory_gib']:.1f} GiB"
+    )
+
+
+def duration(seconds: float) -> str:
+    """A duration for people: ``40 s``, ``12 min``, ``3 h 05 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def check_writable(folder: Path) -> None:
+    """Raises RunError where a run could not write."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except FileExistsError as error:
+        raise RunError(f"{folder} is a file, not a folder: choose another place with --out") from error
+    except OSError as error:
+        raise writing_error(folder, error) from error

@@ -1,0 +1,129 @@
+"""What would run, in words, before it does."""
+
+from dataclasses import dataclass
+
+import torch
+
+from dinoforge.config import Recipe
+from dinoforge.data.loader import DataSummary
+from dinoforge.optim.schedules import Schedules
+from dinoforge.student_teacher import StudentTeacher
+from dinoforge.training.build import RunLength, build_schedules, build_student_teacher, run_length, vit_size
+from dinoforge.training.device import resolve_device, resolve_precision, usable_processors
+from dinoforge.training.memory import estimate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe on a data set on this machine, checked."""
+
+    recipe: Recipe
+    data: DataSummary
+    length: RunLength
+    schedules: Schedules
+    device: torch.device
+    precision: torch.dtype
+    threads: int
+    num_workers: int
+    parameters: dict[str, int]  # per sub-network of the student
+    memory: dict[str, float]  # estimated bytes per part
+
+
+def make_plan(recipe: Recipe, data: DataSummary) -> Plan:
+    """Everything that can be known, and can be wrong, before work starts. Allocates no weights.
+
+    Raises:
+        RecipeError: the recipe does not fit itself, the data or the machine.
+    """
+    device = resolve_device(recipe.device)
+    precision = resolve_precision(recipe.precision, device)
+    length = run_length(recipe, images=data.count)
+    schedules = build_schedules(recipe, length)
+    with torch.device("meta"):
+        networks = build_student_teacher(recipe)
+    processors = usable_processors()
+    wanted = recipe.train.num_workers
+    if wanted is None:
+        wanted = max(1, processors // 2) if device.type == "cpu" else processors
+        wanted = min(wanted, 8)
+    return Plan(
+        recipe=recipe,
+        data=data,
+        length=length,
+        schedules=schedules,
+        device=device,
+        precision=precision,
+        threads=recipe.train.threads or processors,
+        num_workers=min(wanted, processors),
+        parameters=_count(networks),
+        memory=estimate(
+            recipe, networks, precision_bytes=precision.itemsize, on_cpu=device.type == "cpu"
+        ),
+    )
+
+
+def _count(networks: StudentTeacher) -> dict[str, int]:
+    return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.student.items()}
+
+
+def render(plan: Plan, *, data_path: str, out: str) -> str:
+    """The plan as aligned lines."""
+    r, s = plan.recipe, plan.recipe.student
+    embed_dim, depth, heads = vit_size(r)
+    side = r.crops.global_crops_size
+    total = sum(plan.memory.values())
+    top = sorted(plan.memory.items(), key=lambda part: -part[1])[:3]
+    local = f" + {r.crops.local_crops_number} × {r.crops.local_crops_size}²" if r.crops.local_crops_number else ""
+    targets = {"dino": r.dino.targets or r.train.centering, "ibot": r.ibot.targets or r.train.centering}
+    losses = {
+        f"DINO ({targets['dino']})": r.dino.loss_weight,
+        f"iBOT ({targets['ibot']}, {r.ibot.mask_kind} masks)": r.ibot.loss_weight,
+        "KoLeo": r.dino.koleo_loss_weight,
+    }
+    lines = {
+        "data": f"{plan.data.count:,} images in {data_path}: {_sizes(plan.data)}",
+        "crops": f"2 × {side}²{local} pixels, {s.in_chans} channel{'s' if s.in_chans > 1 else ''}",
+        "model": (
+            f"{s.arch}: width {embed_dim}, {depth} blocks, {heads} heads, patch {s.patch_size} → "
+            f"{(side // s.patch_size) ** 2} patches; "
+            + ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in plan.parameters.items())
+        ),
+        "losses": ", ".join(f"{name} × {weight:g}" for name, weight in losses.items() if weight),
+        "run": (
+            f"{plan.length.steps:,} steps of {plan.length.batch_size} images = {plan.length.epochs:.1f} epochs of "
+            "your data"
+        ),
+        "compute": (
+            f"{plan.device}, {str(plan.precision).removeprefix('torch.')}, {plan.threads} threads, "
+            f"{plan.num_workers} data workers"
+        ),
+        "memory": f"about {total / 2**30:.1f} GiB ("
+        + ", ".join(f"{name} {size / 2**30:.1f}" for name, size in top)
+        + ")",
+        "out": out,
+    }
+    return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
+
+
+def render_schedules(plan: Plan) -> str:
+    """Hyper-parameters at the steps where something changes."""
+    s = plan.schedules
+    last = s.total_steps - 1
+    steps = {0, s.freeze_last_layer_steps, s.warmup_steps, s.teacher_temp_steps, last // 2, last}
+    lines = [f"{'step':>9}  {'lr':>9}  {'last layer':>10}  {'decay':>7}  {'momentum':>8}  {'temp':>6}"]
+    for step in sorted(i for i in steps if 0 <= i <= last):
+        h = s(step)
+        last_layer = "frozen" if h.last_layer_frozen else f"{h.last_layer_lr:.2e}"
+        lines.append(
+            f"{step:>9,}  {h.lr:>9.2e}  {last_layer:>10}  {h.weight_decay:>7.4f}  {h.momentum:>8.5f}  "
+            f"{h.teacher_temp:>6.4f}"
+        )
+    return "\n".join(lines)
+
+
+def _sizes(data: DataSummary) -> str:
+    (w0, w1), (h0, h1) = data.widths, data.heights
+    size = f"{w0}×{h0}" if (w0, h0) == (w1, h1) else f"{w0}–{w1} × {h0}–{h1}"
+    modes = ", ".join(mode for mode, _ in data.modes)
+    bad = f"; {len(data.failures)} of {data.sampled} looked at cannot be read" if data.failures else ""
+    return f"{size} pixels, {modes}{bad}"

@@ -1,0 +1,150 @@
+"""The run directory: what is in it, whose it is, and how a run is taken up again.
+
+    recipe.yaml           the recipe as resolved
+    run.json              data, versions, device, precision, threads; a line for each time it was started
+    metrics.jsonl         one line per logged step
+    skipped.txt           images that could not be read, each once
+    checkpoints/          everything that continuing needs
+    teacher.safetensors   the backbone: EMA weights, official names
+    summary.json          how far it is and how fast it was
+"""
+
+import json
+import platform
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy
+import PIL
+import torch
+import torchvision
+
+from dinoforge import __version__, checkpoint
+from dinoforge.config import FREE_KEYS, Recipe, differences, dump, load_recipe
+from dinoforge.errors import RunError
+from dinoforge.files import write_text
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """Which images a run is made on."""
+
+    path: str
+    images: int
+    fingerprint: str
+
+
+class RunDirectory:
+    """One run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.teacher = path / "teacher.safetensors"
+        self.metrics = path / "metrics.jsonl"
+        self.skipped = path / "skipped.txt"
+        self.summary = path / "summary.json"
+        self._recipe = path / "recipe.yaml"
+        self._info = path / "run.json"
+
+    @property
+    def exists(self) -> bool:
+        return self._recipe.is_file() and self._info.is_file()
+
+    def require_free_or_same(self, recipe: Recipe, data: DataIdentity) -> None:
+        """Raises RunError unless the folder is new, or holds the run of this recipe on these images."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file, not a folder: choose another place with --out")
+        if not self.exists:
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise RunError(
+                    f"{self.path} holds something else than a run: choose an empty or new folder with --out"
+                )
+            return
+        way_out = f"Start another run with --out, or delete {self.path} if you no longer need it."
+        changed = differences(self.recipe(), recipe, ignore=FREE_KEYS)
+        if changed:
+            lines = "\n".join(f"  {key}: {old} there, {new} now" for key, (old, new) in changed.items())
+            raise RunError(f"{self.path} holds a run of another recipe:\n{lines}\n{way_out}")
+        there = self.info()["data"]
+        if there["fingerprint"] != data.fingerprint:
+            raise RunError(
+                f"{self.path} holds a run on other images: {there['images']} in {there['path']} there, "
+                f"{data.images} in {data.path} now, or with other names.\n{way_out}"
+            )
+
+    def recipe(self) -> Recipe:
+        """The recipe that the run was started with."""
+        return load_recipe(self._recipe)[0]
+
+    def info(self) -> dict[str, Any]:
+        return _read_json(self._info)
+
+    def read_summary(self) -> dict[str, Any]:
+        """The summary so far; empty before the first."""
+        return _read_json(self.summary) if self.summary.exists() else {}
+
+    def write_summary(self, values: dict[str, Any]) -> None:
+        """Lays values over the summary."""
+        write_text(self.summary, json.dumps(self.read_summary() | values, indent=2) + "\n")
+
+    def record_start(
+        self, recipe: Recipe, data: DataIdentity, *, device: torch.device, precision: torch.dtype, step: int
+    ) -> None:
+        """Writes what the run is, and that it was started now at ``step``."""
+        start = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "step": step,
+            "device": _device_name(device),
+            "precision": str(precision).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "dinoforge": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+                "numpy": numpy.__version__,
+                "pillow": PIL.__version__,
+            },
+        }
+        info = self.info() if self._info.exists() else {"data": vars(data), "seed": recipe.train.seed, "starts": []}
+        info["starts"].append(start)
+        write_text(self._info, json.dumps(info, indent=2) + "\n")
+        write_text(self._recipe, dump(recipe))
+
+    def add_skipped(self, lines: list[str]) -> None:
+        """Appends to the list of unreadable images."""
+        if lines:
+            with self.skipped.open("a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in lines)
+
+    def require_space(self, needed: int) -> None:
+        """Raises RunError if the disk has less than ``needed`` bytes free."""
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise RunError(
+                f"{self.path} has {free / 2**30:.1f} GiB free, and the checkpoints of this run need about "
+                f"{needed / 2**30:.1f} GiB: free some, lower checkpoint.keep_last, or choose another --out"
+            )
+
+    def latest_step(self) -> int | None:
+        """The step of the newest checkpoint."""
+        return max(checkpoint.steps(self.path), default=None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read {path}: {error}") from error
+    return values
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        return f"cpu ({torch.cpu.get_capabilities().get('cpu_name') or platform.machine()})"
+    return str(device)
