@@ -56,7 +56,7 @@ class Objective:
 class StudentTeacher(nn.Module):
     """Student, teacher and the losses between them (DINOv2, arXiv 2304.07193, section 4).
 
-    Arguments:
+    Args:
         backbone: of the student.
         heads: of the student: ``dino_head`` and, where the patch loss has its own, ``ibot_head``; a head that no
             loss reads is left out.
@@ -85,7 +85,7 @@ class StudentTeacher(nn.Module):
     def forward(self, batch: Batch, *, teacher_temp: float, kept: Sequence[KeptSamples] | None = None) -> Losses:
         """The losses of a batch of normalised crops.
 
-        Arguments:
+        Args:
             batch: crops float32 on the networks' device; see ``Batch`` for the order of crops.
             teacher_temp: temperature of the teacher's targets.
             kept: stochastic depth of the student: per block, the images that each branch keeps.

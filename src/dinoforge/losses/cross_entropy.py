@@ -79,7 +79,7 @@ def cross_entropy(
     Under autocast to bfloat16 the products run in it; sums, softmax and loss are float32. float16 has too little
     range for these gradients before they are scaled, so there the products stay in float32.
 
-    Arguments:
+    Args:
         embeddings: normalised student bottlenecks [R, d].
         prototypes: effective weight of the student's last layer [K, d].
         targets: of the teacher.

@@ -28,7 +28,7 @@ def dino_loss(
 
     Source: DINO (arXiv 2104.14294), equation 3.
 
-    Arguments:
+    Args:
         global_embeddings: student bottlenecks of the global crops [2B, d], crop-major.
         local_embeddings: of the local crops [L·B, d], crop-major; empty if that term is not wanted.
         prototypes: effective weight of the student's last layer [K, d].

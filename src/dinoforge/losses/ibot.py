@@ -17,7 +17,7 @@ def ibot_loss(embeddings: Tensor, prototypes: Tensor, targets: Targets, masks: T
 
     Source: iBOT (arXiv 2111.07832), equation 2.
 
-    Arguments:
+    Args:
         embeddings: student bottlenecks of the masked patches [M, d], in the order of ``masks.flatten()``.
         prototypes: effective weight of the student's last layer [K, d].
         targets: of the teacher's tokens of the same patches [M].

@@ -13,7 +13,7 @@ def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
 
     Source: "Spreading vectors for similarity search" (arXiv 1806.03198), equation 2, as in DINOv2, section 4.
 
-    Arguments:
+    Args:
         x: features [B, D]; normalised here. With fewer than two there is no neighbour and the loss is 0.
         eps: added to each coordinate's difference and to the distance, as in the reference.
     """

@@ -32,7 +32,7 @@ class Targets:
 def centering(logits: Tensor, temp: float, center: Tensor) -> Targets:
     """``softmax((logits - center) / temp)``.
 
-    Arguments:
+    Args:
         logits: of the teacher [N, K].
         temp: the teacher's temperature.
         center: running mean of earlier logits [K].
@@ -58,7 +58,7 @@ def sinkhorn_knopp(logits: Tensor, temp: float, iterations: int = 3) -> Targets:
 
     The constant masses 1/K and 1/N cancel.
 
-    Arguments:
+    Args:
         logits: of the teacher [n, K], the samples of this rank; n may be 0 on some.
         temp: the teacher's temperature.
         iterations: 3 in SwAV (arXiv 2006.09882, section 3.1) and DINOv2 (arXiv 2304.07193, section 4).

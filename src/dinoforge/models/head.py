@@ -29,7 +29,7 @@ class DINOHead(nn.Module):
 
     Source: DINO (arXiv 2104.14294), section 3.1 and appendix C.
 
-    Arguments:
+    Args:
         in_dim: D.
         prototypes: K.
         bottleneck_dim: width before the last layer.

@@ -40,7 +40,7 @@ class KeptSamples:
 class VisionTransformer(nn.Module):
     """A vision transformer on images of any size that is a multiple of the patch.
 
-    Arguments:
+    Args:
         embed_dim, depth, num_heads: its size; ``embed_dim`` is a multiple of ``num_heads``.
         patch_size: side of a patch in pixels.
         image_size: side of the images, in pixels, that the grid of position embeddings is made for; other sizes
@@ -129,7 +129,7 @@ class VisionTransformer(nn.Module):
     ) -> list[Tokens]:
         """Tokens of several groups of images at once, each group of its own size.
 
-        Arguments:
+        Args:
             crops: per group, images [B, C, H, W].
             masks: per group, masked patches [B, N] bool or None.
             kept: per block, the images that each residual branch keeps; None keeps all (no stochastic depth).
@@ -204,7 +204,7 @@ def drop_path_rates(rate: float, depth: int, uniform: bool) -> list[float]:
 def draw_kept_samples(rates: Sequence[float], batch_sizes: Sequence[int], generator: torch.Generator) -> list[KeptSamples]:
     """Draws stochastic depth: every residual branch keeps ``max(⌊B·(1 - rate)⌋, 1)`` random images of each group.
 
-    Arguments:
+    Args:
         rates: per block, in [0, 1).
         batch_sizes: per resolution group, its number of images.
         generator: on the CPU.

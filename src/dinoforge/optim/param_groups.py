@@ -32,7 +32,7 @@ def rule_of(
 ) -> Rule:
     """The rule for one parameter.
 
-    Arguments:
+    Args:
         name: official name inside its sub-network, such as ``blocks.3.attn.qkv.weight``.
         depth: L, the number of blocks, of a backbone; None for a head.
         layerwise_decay: d. Block i (from 0) has the factor d^(L - i); patch embedding, position embeddings and
@@ -77,7 +77,7 @@ def parameter_groups(
     Besides ``params``, a group carries ``names``, ``module`` (the sub-network) and the fields of ``Rule``;
     ``set_hyperparameters`` turns those into learning rate and weight decay.
 
-    Arguments:
+    Args:
         networks: the student's sub-networks: ``backbone`` and heads.
         depth: blocks of the backbone.
         layerwise_decay, patch_embed_lr_mult: see ``rule_of``.

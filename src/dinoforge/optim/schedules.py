@@ -35,7 +35,7 @@ class Hyperparameters:
 class Schedules:
     """The hyper-parameters of a run; ``schedules(step)`` gives those of one step.
 
-    Arguments:
+    Args:
         total_steps: length of the run.
         lr, min_lr: peak and end of the learning rate, after scaling with the batch.
         warmup_steps: of the learning rate, from 0.

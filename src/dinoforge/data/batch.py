@@ -1,0 +1,94 @@
+"""One step's data: crops, masks, and where they come from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Crops and masks of B images.
+
+    Crops are ordered crop-major, as in the reference: the first crop of all images, then the second of all images…
+
+    Args:
+        global_crops: uint8 [2·B, C, H, W].
+        local_crops: uint8 [L·B, C, h, w]; L may be 0.
+        masks: bool [2·B, N], True where the student sees the mask token.
+        indices: int64 [B], positions in the source of the images that were used.
+        skipped: Index, printable name and reason of each image that could not be read while this batch was made.
+    """
+
+    global_crops: torch.Tensor
+    local_crops: torch.Tensor
+    masks: torch.Tensor
+    indices: torch.Tensor
+    skipped: tuple[tuple[int, str, str], ...] = ()
+
+    @property
+    def masked(self) -> torch.Tensor:
+        return self.masks.flatten().nonzero()[:, 0]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Copy the tensors to a device; from pinned memory without waiting for it."""
+        return replace(
+            self,
+            global_crops=self.global_crops.to(device, non_blocking=True),
+            local_crops=self.local_crops.to(device, non_blocking=True),
+            masks=self.masks.to(device, non_blocking=True),
+            indices=self.indices.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> "Batch":
+        """Copy the tensors to page-locked memory."""
+        return replace(
+            self,
+            global_crops=self.global_crops.pin_memory(),
+            local_crops=self.local_crops.pin_memory(),
+            masks=self.masks.pin_memory(),
+            indices=self.indices.pin_memory(),
+        )
+
+
+def collate(crops: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join the crops of B images, crop-major.
+
+    Args:
+        crops: Per image, global crops [G, C, H, W] and local crops [L, C, h, w].
+
+    Returns:
+        Global crops [G·B, C, H, W] and local crops [L·B, C, h, w].
+    """
+    global_crops = torch.stack([image_globals for image_globals, _ in crops], dim=1)  # [G, B, C, H, W]
+    local_crops = torch.stack([image_locals for _, image_locals in crops], dim=1)  # [L, B, C, h, w]
+    return global_crops.flatten(0, 1), local_crops.flatten(0, 1)
+
+
+def normalize(crops: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Bring crops to the network's range: (crops / 255 - mean) / std, on the device where they are.
+
+    Args:
+        crops: uint8 [N, C, H, W]. Floating-point crops are taken to be normalised already and returned as they are.
+        mean: Per channel, of values in 0…1; length C or 1.
+        std: Likewise.
+
+    Returns:
+        float32 [N, C, H, W].
+    """
+    if crops.is_floating_point():
+        return crops
+    shape = (1, -1, 1, 1)
+    scale = torch.tensor(std, dtype=torch.float32, device=crops.device).mul(255).reciprocal().view(shape)
+    shift = torch.tensor(mean, dtype=torch.float32, device=crops.device).mul(255).view(shape)
+    return (crops.float() - shift) * scale
+
+
+def prepare(batch: Batch, *, device: torch.device, mean: Sequence[float], std: Sequence[float]) -> Batch:
+    """Bring a batch to a device, its crops normalised; see `normalize`."""
+    batch = batch.to(device)
+    return replace(
+        batch,
+        global_crops=normalize(batch.global_crops, mean, std),
+        local_crops=normalize(batch.local_crops, mean, std),
+    )

@@ -1,0 +1,412 @@
+"""Which sample comes when, and how it gets there: every batch is a pure function of (seed, step).
+
+Nothing random lives in a process: the image at a position of the global order, its crops and its masks are computed
+from the seed and that position. So the stream of batches does not depend on the number of worker processes, on where a
+run was stopped, or, at equal global batch, on the number of ranks.
+"""
+
+import hashlib
+import math
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dinoforge.data.batch import Batch, collate
+from dinoforge.data.crops import MultiCrop
+from dinoforge.data.decode import MAX_PIXELS, decode, describe
+from dinoforge.data.sources import Source, printable
+from dinoforge.errors import DataError, ImageError
+
+MAX_ATTEMPTS = 10
+"""Images tried for one position before the batch is given up."""
+
+Skipped = tuple[int, str, str]
+"""Index, printable name and reason of an image that could not be read."""
+
+DrawMasks = Callable[[int, tuple[int, int], np.random.Generator], npt.NDArray[np.bool_]]
+"""(number of global crops, patch grid (h, w), rng) -> bool [number, h·w]; `masks.batch_masks` with its settings."""
+
+_FEISTEL_ROUNDS = 8
+_MASK64 = (1 << 64) - 1
+
+
+def sample_index(position: int, length: int, seed: int) -> int:
+    """Look up which image comes at a position of the global order.
+
+    Each epoch is a permutation of the images of its own, computed on the fly: a generalised Feistel network on
+    Z_a x Z_b with a·b just above `length` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), walked
+    until it lands inside. Needs no list, whatever the length.
+
+    Args:
+        position: Samples before this one since the start of training.
+        length: Number of images.
+        seed: The run's seed.
+    """
+    epoch, place = divmod(position, length)
+    rows = math.isqrt(length) + 1  # at least 2: a single row could only be rotated
+    columns = -(-length // rows)  # length <= rows · columns < length + rows
+    keys: list[int] = np.frombuffer(_digest(seed, "order", epoch, size=8 * _FEISTEL_ROUNDS), dtype="<u8").tolist()
+    while True:
+        left, right = divmod(place, columns)
+        for number, key in enumerate(keys):
+            if number % 2 == 0:
+                left = (left + _mix(right ^ key)) % rows
+            else:
+                right = (right + _mix(left ^ key)) % columns
+        place = left * columns + right
+        if place < length:
+            return place
+
+
+def sample_rng(seed: int, position: int, purpose: str) -> np.random.Generator:
+    """Make the generator of one purpose at one position; generators of different arguments are independent."""
+    key = np.frombuffer(_digest(seed, purpose, position, size=16), dtype="<u8")
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def _digest(seed: int, purpose: str, position: int, *, size: int) -> bytes:
+    return hashlib.blake2b(f"{seed}/{purpose}/{position}".encode(), digest_size=size).digest()
+
+
+def _mix(x: int) -> int:
+    """Scramble 64 bits (the finaliser of SplitMix64, Steele et al. 2014)."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A batch that could not be made. Data rather than an exception, which would carry a worker's traceback."""
+
+    message: str
+    skipped: tuple[Skipped, ...]
+
+
+class TrainingData(Dataset[Batch | Failure]):
+    """The training batches, by step.
+
+    Args:
+        source: The images.
+        crops: The augmentation.
+        masks: Draws the masks of all global crops of a global batch.
+        patch_size: Edge of a patch, pixels; the global crop size is a multiple of it.
+        channels: Channels of the images, C.
+        sixteen_bit: How values deeper than 8 bits are scaled, see `decode`.
+        max_pixels: Larger images are refused, see `decode`.
+        seed: The run's seed.
+        batch_size: Images in a global batch, over all ranks.
+        rank: Which contiguous slice of the global batch to make.
+        world_size: Number of slices; divides `batch_size`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        crops: MultiCrop,
+        masks: DrawMasks,
+        *,
+        patch_size: int,
+        channels: int = 3,
+        sixteen_bit: str = "full",
+        max_pixels: int = MAX_PIXELS,
+        seed: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        assert batch_size % world_size == 0, (batch_size, world_size)
+        assert 0 <= rank < world_size, (rank, world_size)
+        assert crops.global_size % patch_size == 0, (crops.global_size, patch_size)
+        self.source = source
+        self.crops = crops
+        self.masks = masks
+        self.grid = (crops.global_size // patch_size,) * 2
+        self.channels = channels
+        self.sixteen_bit = sixteen_bit
+        self.max_pixels = max_pixels
+        self.seed = seed
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+
+    def __getitem__(self, step: int) -> Batch | Failure:
+        """Make this rank's part of the global batch of a step."""
+        first = step * self.batch_size
+        share = self.batch_size // self.world_size
+        crops: list[tuple[torch.Tensor, torch.Tensor]] = []
+        indices: list[int] = []
+        skipped: list[Skipped] = []
+        with _one_thread():
+            for position in range(first + self.rank * share, first + (self.rank + 1) * share):
+                sample = self._sample(position, skipped)
+                if sample is None:
+                    reasons = "; ".join(f"{name}: {reason}" for _, name, reason in skipped[-3:])
+                    message = f"{MAX_ATTEMPTS} images in a row could not be read, the last ones: {reasons}"
+                    return Failure(message=message, skipped=tuple(skipped))
+                indices.append(sample[0])
+                crops.append(sample[1])
+            global_crops, local_crops = collate(crops)
+        return Batch(
+            global_crops=global_crops,
+            local_crops=local_crops,
+            masks=self._masks(first),
+            indices=torch.tensor(indices, dtype=torch.int64),
+            skipped=tuple(skipped),
+        )
+
+    def _sample(self, position: int, skipped: list[Skipped]) -> tuple[int, tuple[torch.Tensor, torch.Tensor]] | None:
+        """Make the crops of one position; unreadable images are noted and replaced, up to a limit."""
+        for attempt in range(MAX_ATTEMPTS):
+            if attempt == 0:
+                index = sample_index(position, len(self.source), self.seed)
+            else:
+                index = int(sample_rng(self.seed, position, f"replacement {attempt}").integers(len(self.source)))
+            try:
+                image = decode(
+                    self.source.item(index).image,
+                    channels=self.channels,
+                    sixteen_bit=self.sixteen_bit,
+                    max_pixels=self.max_pixels,
+                )
+            except ImageError as error:
+                skipped.append((index, printable(self.source.name(index)), str(error)))
+                continue
+            return index, self.crops(image, sample_rng(self.seed, position, f"crops {attempt}"))
+        return None
+
+    def _masks(self, first: int) -> torch.Tensor:
+        """Draw the masks of the global batch and take the rows of this rank's images: bool [2·B, N]."""
+        masks = self.masks(2 * self.batch_size, self.grid, sample_rng(self.seed, first, "masks"))
+        tokens = masks.shape[1]
+        by_view = masks.reshape(2, self.world_size, -1, tokens)  # [2, ranks, B, N]
+        return torch.from_numpy(by_view[:, self.rank].reshape(-1, tokens))
+
+
+def make_loader(
+    data: TrainingData,
+    *,
+    start_step: int,
+    end_step: int,
+    num_workers: int,
+    pin_memory: bool = False,
+    prefetch: int = 2,
+    timeout: float = 0.0,
+) -> Iterator[Batch]:
+    """Start making the batches of steps `start_step`…`end_step` - 1, to be taken in order.
+
+    Workers start at once and leave when the iterator is closed, exhausted or forgotten.
+
+    Args:
+        data: The batches.
+        start_step: First step.
+        end_step: Step after the last.
+        num_workers: Worker processes; 0 makes batches in this process, when they are asked for.
+        pin_memory: Put batches into page-locked memory.
+        prefetch: Batches that each worker prepares ahead.
+        timeout: Longest wait for a batch, seconds; 0 waits for ever. Without workers it has no meaning.
+
+    Raises:
+        DataError: (on iteration) A batch could not be made, a worker was killed, or the wait took too long.
+    """
+    loader: DataLoader[Batch | Failure] = DataLoader(
+        data,
+        batch_size=None,
+        sampler=range(start_step, end_step),
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch if num_workers else None,
+        timeout=timeout if num_workers else 0.0,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # or else torch would draw from the global generator
+    )
+    with _same_sigchld_handler():
+        batches = iter(loader)
+    return _checked(batches, timeout)
+
+
+def _checked(batches: Iterator[Batch | Failure], timeout: float) -> Iterator[Batch]:
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if str(error).startswith("DataLoader worker"):
+                raise DataError(
+                    "a data-loading worker was killed by the system, most often for lack of memory or of shared memory "
+                    "(/dev/shm): use fewer train.num_workers or a smaller train.batch_size_per_gpu"
+                ) from error
+            if str(error).startswith("DataLoader timed out"):
+                raise DataError(f"no batch came within {timeout:g} s: the storage may be stuck") from error
+            raise
+        if isinstance(batch, Failure):
+            raise DataError(batch.message)
+        yield batch
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    """Leave stopping to the main process: it gets the signal too, and ends its workers when it is done."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute as a worker does: sums over many threads may round differently, and the stream would depend on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _same_sigchld_handler() -> Iterator[None]:
+    """Undo torch's SIGCHLD handler, which raises a dead worker's error wherever the main thread happens to be.
+
+    Without it the death is found when the next batch is waited for, where it can be told as what it is.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+class BadImages:
+    """The images that could not be read so far, and the rule that stops a run when they are too many.
+
+    The share is taken of the distinct images drawn so far, but of no fewer than 64 (or all), so that one bad image at
+    the start stops nothing.
+
+    Args:
+        max_share: Largest share of unreadable images, 0…1 (`data.max_bad_share`).
+        length: Number of images in the source.
+    """
+
+    def __init__(self, max_share: float, length: int) -> None:
+        self.max_share = max_share
+        self.length = length
+        self.skipped: dict[int, tuple[str, str]] = {}
+        """Index -> printable name, reason."""
+
+    def update(self, skipped: Iterable[Skipped], draws: int) -> list[Skipped]:
+        """Note what was skipped, and return what is new.
+
+        Args:
+            skipped: As in `Batch.skipped`, of one rank or of all.
+            draws: Samples drawn since the start of training, over all ranks.
+
+        Raises:
+            DataError: The share of unreadable images is above the limit.
+        """
+        new = []
+        for index, name, reason in skipped:
+            if index not in self.skipped:
+                self.skipped[index] = (name, reason)
+                new.append((index, name, reason))
+        seen = max(min(draws, self.length), min(self.length, 64))
+        if len(self.skipped) > self.max_share * seen:
+            examples = "; ".join(f"{name}: {reason}" for name, reason in list(self.skipped.values())[:3])
+            raise DataError(
+                f"{len(self.skipped)} of about {seen} images could not be read ({len(self.skipped) / seen:.1%}; "
+                f"data.max_bad_share allows {self.max_share:.1%}), such as {examples}"
+            )
+        return new
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": [[index, name, reason] for index, (name, reason) in self.skipped.items()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped = {int(index): (name, reason) for index, name, reason in state["skipped"]}
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What a look at a few images tells about a source.
+
+    Args:
+        count: Images in the source.
+        sampled: Images that were looked at.
+        widths, heights: Smallest and largest, pixels, of those that could be read.
+        modes: Kinds of pixels before decoding and their number, most frequent first, e.g. ``(("RGB", 15), ("L", 1))``.
+        values: Smallest and largest pixel value after decoding, over all of them. A narrow range of deeper images,
+            such as 0…16 for 12 bits in a 16-bit file, calls for data.sixteen_bit=minmax.
+        failures: Index, printable name and reason of those that could not be read.
+    """
+
+    count: int
+    sampled: int
+    widths: tuple[int, int]
+    heights: tuple[int, int]
+    modes: tuple[tuple[str, int], ...]
+    values: tuple[int, int]
+    failures: tuple[Skipped, ...]
+
+
+def inspect(
+    source: Source,
+    *,
+    channels: int = 3,
+    sixteen_bit: str = "full",
+    max_pixels: int = MAX_PIXELS,
+    samples: int = 16,
+) -> DataSummary:
+    """Decode a few evenly spaced images, before any work starts.
+
+    Args:
+        source: The images.
+        channels, sixteen_bit, max_pixels: As for `decode`.
+        samples: Images to look at.
+
+    Raises:
+        DataError: None of them can be read.
+    """
+    shapes: list[tuple[int, ...]] = []
+    modes: Counter[str] = Counter()
+    values: list[int] = []
+    failures: list[Skipped] = []
+    indices = np.unique(np.linspace(0, len(source) - 1, samples).round().astype(int)).tolist()
+    for index in indices:
+        try:
+            image = source.item(index).image
+            pixels = decode(image, channels=channels, sixteen_bit=sixteen_bit, max_pixels=max_pixels)
+            modes[describe(image)[2]] += 1
+        except ImageError as error:
+            failures.append((index, printable(source.name(index)), str(error)))
+            continue
+        shapes.append(pixels.shape)
+        values += [int(pixels.min()), int(pixels.max())]
+    if not shapes:
+        examples = "; ".join(f"{name}: {reason}" for _, name, reason in failures[:3])
+        raise DataError(f"none of {len(indices)} images that were tried could be read, such as {examples}")
+    heights, widths, _ = zip(*shapes, strict=True)
+    return DataSummary(
+        count=len(source),
+        sampled=len(indices),
+        widths=(min(widths), max(widths)),
+        heights=(min(heights), max(heights)),
+        modes=tuple(modes.most_common()),
+        values=(min(values), max(values)),
+        failures=tuple(failures),
+    )

@@ -1,0 +1,163 @@
+"""A backbone over a data set: tokens in bounded memory."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NotRequired, TypedDict, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from dinoforge.data.batch import normalize
+from dinoforge.data.crops import whole
+from dinoforge.data.decode import decode
+from dinoforge.data.sources import Source, printable
+from dinoforge.errors import DataError, ImageError, WeightsError
+
+# Images kept for a comparison with raw pixels stay in memory as uint8.
+MAX_KEPT_BYTES = 8 * 2**30
+
+
+class Reading(TypedDict):
+    """How images are read and shown to a backbone: the keywords of ``extract``."""
+
+    size: int  # side in pixels
+    channels: int
+    mean: Sequence[float]  # per channel, on the range 0..1
+    std: Sequence[float]
+    sixteen_bit: str  # see dinoforge.data.decode
+    max_pixels: int  # larger images are refused
+    center_crop: NotRequired[bool]  # default false: the whole image, resized
+    device: NotRequired[torch.device]  # default: the CPU
+    autocast: NotRequired[torch.dtype | None]  # default none: float32 throughout
+    batch_size: NotRequired[int]  # default 64
+    num_workers: NotRequired[int]  # default 0: images are read in this process
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that could not be used."""
+
+    name: str  # printable
+    reason: str
+
+
+@dataclass(frozen=True)
+class Features:
+    """Row ``i`` of every tensor belongs to image ``kept[i]`` of the source."""
+
+    cls: Tensor  # [N, D] float32, on the CPU
+    images: Tensor | None  # [N, C, size, size] uint8: what the backbone saw, before normalisation
+    kept: list[int]
+    skipped: list[Skipped]
+
+
+def extract(
+    backbone: nn.Module,
+    source: Source,
+    indices: Sequence[int],
+    *,
+    keep_images: bool = False,
+    **reading: Unpack[Reading],
+) -> Features:
+    """The cls token of each image, in the order of ``indices``; unreadable images are left out and reported.
+
+    Memory: one batch of images and tokens, and what is returned.
+
+    Args:
+        backbone: from float32 images [B, C, H, W] to ``Tokens``; it runs in eval mode, on ``device``.
+        source: the images.
+        indices: which of them.
+        keep_images: whether ``Features.images`` is filled.
+        reading: see ``Reading``.
+
+    Raises:
+        DataError: not one image can be read, or the kept ones would take more than ``MAX_KEPT_BYTES``.
+        WeightsError: the backbone's output is not finite.
+    """
+    image_bytes = len(indices) * reading["channels"] * reading["size"] ** 2
+    if keep_images and image_bytes > MAX_KEPT_BYTES:
+        raise DataError(
+            f"comparing {len(indices):,} images of {reading['size']} x {reading['size']} pixels by their raw pixels "
+            f"takes {image_bytes / 2**30:.1f} GiB of memory, more than the {MAX_KEPT_BYTES / 2**30:.0f} GiB allowed: "
+            "choose a smaller eval.size or fewer images"
+        )
+    kept: list[int] = []
+    skipped: list[Skipped] = []
+    cls: list[Tensor] = []
+    kept_images: list[Tensor] = []
+    for read in _batches(source, indices, reading):
+        images = [image for _, image in read if isinstance(image, Tensor)]
+        kept += [index for index, image in read if isinstance(image, Tensor)]
+        skipped += [Skipped(printable(source.name(index)), reason) for index, reason in read if isinstance(reason, str)]
+        if images:
+            batch = torch.stack(images)  # [B, C, size, size] uint8
+            cls.append(embed(backbone, batch, **reading))
+            if keep_images:
+                kept_images.append(batch)
+    if not kept:
+        first = f": {skipped[0].name}: {skipped[0].reason}" if skipped else ""
+        raise DataError(f"none of the {len(indices)} images can be read{first}")
+    return Features(torch.cat(cls), torch.cat(kept_images) if keep_images else None, kept, skipped)
+
+
+def embed(backbone: nn.Module, images: Tensor, **reading: Unpack[Reading]) -> Tensor:
+    """The cls tokens [N, D], float32 on the CPU, of uint8 images [N, C, H, W], batch by batch.
+
+    Raises:
+        WeightsError: the backbone's output is not finite.
+    """
+    device = reading.get("device", torch.device("cpu"))
+    dtype = reading.get("autocast")
+    was_training = backbone.training
+    backbone.eval()
+    cls: list[Tensor] = []
+    try:
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+            for batch in images.split(reading.get("batch_size", 64)):
+                tokens = backbone(normalize(batch.to(device), reading["mean"], reading["std"]))
+                cls.append(tokens.cls.float().cpu())
+    finally:
+        backbone.train(was_training)
+    result = torch.cat(cls)
+    if not result.isfinite().all():
+        raise WeightsError("the backbone's features are not finite: its weights are damaged, or its training diverged")
+    return result
+
+
+@dataclass(frozen=True)
+class _Images(Dataset[tuple[int, Tensor | str]]):
+    """Index and image [C, size, size] uint8, or the reason why there is none."""
+
+    source: Source
+    indices: Sequence[int]
+    reading: Reading
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[int, Tensor | str]:
+        index, reading = self.indices[position], self.reading
+        try:
+            array = decode(
+                self.source.item(index).image,
+                channels=reading["channels"],
+                sixteen_bit=reading["sixteen_bit"],
+                max_pixels=reading["max_pixels"],
+            )
+            return index, whole(array, reading["size"], center_crop=reading.get("center_crop", False))
+        except ImageError as error:
+            return index, str(error)
+
+
+def _batches(source: Source, indices: Sequence[int], reading: Reading) -> Iterator[list[tuple[int, Tensor | str]]]:
+    return iter(
+        DataLoader(
+            _Images(source, indices, reading),
+            batch_size=reading.get("batch_size", 64),
+            num_workers=reading.get("num_workers", 0),
+            collate_fn=list,
+            # Without its own generator the loader would draw from the global one, and a probe would change a run.
+            generator=torch.Generator(),
+        )
+    )

@@ -1,0 +1,75 @@
+"""What every test may use: real images, system packages, and the rule that CI skips nothing."""
+
+import csv
+import importlib.util
+import os
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+import torch
+
+# Set in CI, where everything a test needs can be installed: a skipped test is then a failed one.
+REQUIRE_ALL = os.environ.get("DINOFORGE_REQUIRE_ALL") == "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> None:
+    """The same number of threads everywhere, so that a test takes as long on a large machine's one corner."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def require_system() -> Callable[[str | Path, str], Path]:
+    """``require_system(path, package)``: the path; the test is skipped, naming the package, where it does not exist."""
+
+    def require(path: str | Path, package: str) -> Path:
+        if not Path(path).exists():
+            pytest.skip(f"needs {path} of the Debian package {package}")
+        return Path(path)
+
+    return require
+
+
+@pytest.fixture(scope="session")
+def solar_cells() -> Path:
+    """2,624 grey photographs of solar cells, 300 x 300, as the files of the elpv-dataset package."""
+    spec = importlib.util.find_spec("elpv_dataset")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs the Python package elpv-dataset")
+    return Path(spec.origin).parent / "data" / "images"
+
+
+@pytest.fixture(scope="session")
+def solar_labels(solar_cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A labels file for ``solar_cells``: ``defect`` where the experts' probability is at least 0.5, else ``fine``."""
+    lines = (solar_cells.parent / "labels.csv").read_text(encoding="utf-8").splitlines()
+    rows = [line.split() for line in lines]  # images/cell0001.png  1.0  mono
+    path = tmp_path_factory.mktemp("labels") / "solar.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "label"])
+        writer.writerows([Path(name).name, "defect" if float(p) >= 0.5 else "fine"] for name, p, _ in rows)
+    return path
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    # An expected failure is reported as skipped, too, but it did run.
+    if REQUIRE_ALL and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"{reason} (DINOFORGE_REQUIRE_ALL=1: no test may be skipped)"

@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from dinoforge.data.batch import Batch, collate, normalize, prepare
+
+
+def test_collate_is_crop_major() -> None:
+    # Value = 10 · image + crop, so the order can be read off.
+    crops = [
+        (
+            torch.tensor([10 * image, 10 * image + 1]).view(2, 1, 1, 1).expand(2, 3, 8, 8),
+            torch.arange(4).add(10 * image).view(4, 1, 1, 1).expand(4, 3, 4, 4),
+        )
+        for image in range(3)
+    ]
+    global_crops, local_crops = collate(crops)
+    assert global_crops.shape == (6, 3, 8, 8)
+    assert local_crops.shape == (12, 3, 4, 4)
+    assert global_crops[:, 0, 0, 0].tolist() == [0, 10, 20, 1, 11, 21]
+    assert local_crops[:, 0, 0, 0].tolist() == [0, 10, 20, 1, 11, 21, 2, 12, 22, 3, 13, 23]
+
+
+def test_collate_without_local_crops() -> None:
+    _, local_crops = collate([(torch.zeros(2, 1, 8, 8), torch.zeros(0, 1, 4, 4))] * 3)
+    assert local_crops.shape == (0, 1, 4, 4)
+
+
+def test_to_moves_tensors_only() -> None:
+    batch = Batch(
+        global_crops=torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+        local_crops=torch.zeros(0, 3, 4, 4, dtype=torch.uint8),
+        masks=torch.zeros(2, 4, dtype=torch.bool),
+        indices=torch.tensor([5]),
+        skipped=((1, "a", "b"),),
+    )
+    moved = batch.to("meta")
+    for name in ("global_crops", "local_crops", "masks", "indices"):
+        assert getattr(moved, name).device.type == "meta"
+        assert getattr(moved, name).shape == getattr(batch, name).shape
+    assert moved.skipped == batch.skipped
+
+
+@pytest.mark.parametrize(("mean", "std"), [([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), ([0.5], [0.25])])
+def test_normalize(mean: list[float], std: list[float]) -> None:
+    crops = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = (crops.double() / 255 - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+    normalized = normalize(crops, mean, std)
+    assert normalized.dtype == torch.float32
+    torch.testing.assert_close(normalized.double(), expected, rtol=1e-5, atol=1e-6)
+    assert normalize(normalized, mean, std) is normalized
+
+
+def test_prepare_normalizes_crops_and_keeps_the_rest() -> None:
+    batch = Batch(
+        global_crops=torch.full((2, 1, 8, 8), 255, dtype=torch.uint8),
+        local_crops=torch.zeros(4, 1, 4, 4, dtype=torch.uint8),
+        masks=torch.ones(2, 4, dtype=torch.bool),
+        indices=torch.tensor([5]),
+        skipped=((1, "a", "b"),),
+    )
+    prepared = prepare(batch, device=torch.device("cpu"), mean=[0.5], std=[0.25])
+    assert prepared.global_crops.unique().tolist() == [2.0]
+    assert prepared.local_crops.unique().tolist() == [-2.0]
+    assert prepared.masks is batch.masks
+    assert prepared.skipped == batch.skipped

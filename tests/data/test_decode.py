@@ -1,0 +1,377 @@
+"""Every rule that decode.py states, each on an image made here."""
+
+import contextlib
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+
+from dinoforge.data.decode import decode, describe
+from dinoforge.errors import ImageError
+
+RNG = np.random.default_rng(0)
+GREY = RNG.integers(0, 256, (12, 20), dtype=np.uint8)
+COLOUR = RNG.integers(0, 256, (12, 20, 3), dtype=np.uint8)
+DEEP = RNG.integers(0, 65536, (12, 20), dtype=np.uint16)
+DEEP[0, :3] = 0, 128, 65535
+LUMA = np.array([0.299, 0.587, 0.114])
+
+
+def encoded(picture: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def png(rows: np.ndarray, *, bits: int, colour_type: int) -> bytes:
+    """A PNG of uint16 samples [H, W, C], which Pillow cannot write."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    height, width, _ = rows.shape
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def deep_tiff(planes: np.ndarray, *, planar: int) -> bytes:
+    """An uncompressed little-endian 16-bit RGB TIFF of [H, W, 3] (planar 1) or [3, H, W] (planar 2)."""
+    height, width = planes.shape[:2] if planar == 1 else planes.shape[1:]
+    strips = 1 if planar == 1 else 3
+    data = planes.astype("<u2").tobytes()
+    entries = [(256, 3, [width]), (257, 3, [height]), (258, 3, [16] * 3), (259, 3, [1]), (262, 3, [2])]
+    after = 8 + 2 + 12 * 10 + 4
+    bits_at, offsets_at, counts_at, data_at = after, after + 6, after + 18, after + 30
+    size = len(data) // strips
+    entries += [(273, 4, [data_at + i * size for i in range(strips)]), (277, 3, [3]), (278, 3, [height])]
+    entries += [(279, 4, [size] * strips), (284, 3, [planar])]
+    places = {258: bits_at, 273: offsets_at, 279: counts_at}
+    body = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
+    tail = dict.fromkeys(places.values(), b"")
+    for tag, kind, values in entries:
+        packed = struct.pack(f"<{len(values)}{'H' if kind == 3 else 'I'}", *values)
+        if len(packed) > 4:
+            tail[places[tag]] = packed
+            packed = struct.pack("<I", places[tag])
+        body += struct.pack("<HHI", tag, kind, len(values)) + packed.ljust(4, b"\0")
+    body += struct.pack("<I", 0) + tail[bits_at].ljust(6, b"\0")
+    return body + tail[offsets_at].ljust(12, b"\0") + tail[counts_at].ljust(12, b"\0") + data
+
+
+def over_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    weight = alpha[..., None] / 255
+    return colour * weight + 255 * (1 - weight)
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF"])
+def test_eight_bits_pass_unchanged(format: str) -> None:
+    assert np.array_equal(decode(encoded(Image.fromarray(COLOUR), format), channels=3), COLOUR)
+    assert np.array_equal(decode(encoded(Image.fromarray(GREY), format), channels=1)[:, :, 0], GREY)
+    assert np.array_equal(decode(encoded(Image.fromarray(GREY), format), channels=3), GREY[:, :, None].repeat(3, 2))
+
+
+@pytest.mark.parametrize(("format", "options"), [("JPEG", {"quality": 95}), ("WEBP", {"lossless": True})])
+def test_compressed_formats_are_read(format: str, options: dict[str, Any]) -> None:
+    smooth = np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8)
+    pixels = decode(encoded(Image.fromarray(smooth), format, **options), channels=3)
+    assert np.abs(pixels.astype(int) - smooth).max() <= 12
+
+
+def test_result_is_contiguous_and_writable() -> None:
+    for image in (encoded(Image.fromarray(COLOUR)), Image.fromarray(GREY), COLOUR, COLOUR[::-1, ::2], GREY):
+        for channels in (1, 3):
+            pixels = decode(image, channels=channels)
+            assert pixels.dtype == np.uint8
+            assert pixels.ndim == 3
+            assert pixels.shape[2] == channels
+            assert pixels.flags.c_contiguous
+            assert pixels.flags.writeable
+
+
+def test_grey_is_luma() -> None:
+    for image in (encoded(Image.fromarray(COLOUR)), COLOUR, torch.from_numpy(COLOUR).permute(2, 0, 1)):
+        assert np.abs(decode(image, channels=1)[:, :, 0] - COLOUR @ LUMA).max() <= 0.51
+
+
+def test_palette_one_bit_cmyk() -> None:
+    palette = Image.fromarray(COLOUR).quantize(16)
+    expected = np.asarray(palette.convert("RGB"))
+    assert np.array_equal(decode(encoded(palette), channels=3), expected)
+    assert np.array_equal(decode(encoded(palette, "GIF"), channels=3), expected)
+
+    one_bit = Image.fromarray(GREY > 127)
+    assert np.array_equal(decode(encoded(one_bit), channels=1)[:, :, 0], (GREY > 127) * 255)
+
+    cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
+    for data in (encoded(cmyk, "TIFF"), cmyk):
+        assert decode(data, channels=3)[0, 0].tolist() == [255, 0, 0]
+    red = decode(encoded(cmyk, "JPEG", quality=100), channels=3)[0, 0]
+    assert red[0] > 240
+    assert red[1:].max() < 15
+
+
+@pytest.mark.parametrize("mode", ["YCbCr", "HSV", "LAB"])
+def test_other_colour_spaces_become_rgb(mode: str) -> None:
+    colours = Image.fromarray(np.array([[[200, 40, 40], [40, 160, 60], [128, 128, 128], [30, 60, 150]]], np.uint8))
+    if mode == "LAB":
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        other = ImageCms.applyTransform(colours, ImageCms.buildTransform(*profiles, "RGB", "LAB"))
+        assert other is not None
+        assert np.abs(decode(encoded(other, "TIFF"), channels=3).astype(int) - np.asarray(colours)).max() <= 8
+    else:
+        other = colours.convert(mode)
+    assert np.abs(decode(other, channels=3).astype(int) - np.asarray(colours)).max() <= 8
+
+
+def test_alpha_is_laid_over_white() -> None:
+    alpha = GREY.copy()
+    rgba = Image.fromarray(np.dstack([COLOUR, alpha]))
+    for image in (encoded(rgba), encoded(rgba, "WEBP", lossless=True, exact=True), rgba):
+        assert np.abs(decode(image, channels=3) - over_white(COLOUR, alpha)).max() <= 1
+        assert np.array_equal(decode(image, channels=4), np.dstack([COLOUR, alpha]))
+    la = Image.fromarray(np.dstack([GREY, alpha]))
+    assert np.abs(decode(encoded(la), channels=1) - over_white(GREY[..., None], alpha)).max() <= 1
+    assert np.array_equal(decode(encoded(la), channels=2), np.dstack([GREY, alpha]))
+    for premultiplied in (rgba.convert("RGBa"), la.convert("La")):
+        assert decode(premultiplied, channels=3).shape == (12, 20, 3)
+
+
+@pytest.mark.parametrize("level", [0, 255])
+def test_uniform_alpha_hides_nothing(level: int) -> None:
+    image = encoded(Image.fromarray(np.dstack([COLOUR, np.full_like(GREY, level)])))
+    assert np.array_equal(decode(image, channels=3), COLOUR)
+
+
+def test_transparent_palette_and_colour_key() -> None:
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    palette.putdata([0, 1])
+    for format in ("PNG", "GIF"):
+        pixels = decode(encoded(palette, format, transparency=0), channels=3)
+        assert pixels[0].tolist() == [[255, 255, 255], [200, 100, 50]]
+    keyed = Image.fromarray(np.array([[[1, 2, 3], [9, 8, 7]]], np.uint8))
+    assert decode(encoded(keyed, transparency=(1, 2, 3)), channels=3)[0].tolist() == [[255] * 3, [9, 8, 7]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP", "JPEG"])
+def test_exif_rotation(orientation: int, format: str) -> None:
+    upright = np.zeros((24, 40), np.uint8)
+    upright[:8, :8] = 255  # top left
+    upright[:8, -8:] = 128  # top right
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,  # the inverse of what undoes it
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = Image.fromarray(upright)
+    if orientation > 1:
+        stored = stored.transpose(turns[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(stored, format, exif=exif)
+    pixels = decode(data, channels=1)
+    assert np.abs(pixels[:, :, 0].astype(int) - upright).max() < 40
+    assert describe(data)[:2] == (40, 24)
+    assert np.array_equal(decode(Image.open(io.BytesIO(data)), channels=1), pixels)
+
+
+def test_broken_exif_costs_nothing_but_the_rotation() -> None:
+    data = encoded(Image.fromarray(COLOUR), exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert np.array_equal(decode(data, channels=3), COLOUR)
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bit_full_range(format: str) -> None:
+    expected = np.rint(DEEP / 257).astype(np.uint8)
+    assert expected[0, 2] == 255
+    for image in (encoded(Image.fromarray(DEEP), format), DEEP, DEEP.astype(np.int64), torch.from_numpy(DEEP)):
+        assert np.array_equal(decode(image, channels=1)[:, :, 0], expected)
+    assert np.array_equal(decode(DEEP, channels=3), expected[:, :, None].repeat(3, 2))
+
+
+def test_every_sixteen_bit_value_is_rounded_to_nearest() -> None:
+    every = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    pixels = decode(every, channels=1)[:, :, 0].astype(int)
+    assert (np.abs(pixels * 257 - every.astype(int)) <= 128).all()
+
+
+def test_big_endian_tiff() -> None:
+    data = encoded(Image.frombytes("I;16B", (20, 12), DEEP.astype(">u2").tobytes()), "TIFF")
+    assert np.array_equal(decode(data, channels=1)[:, :, 0], np.rint(DEEP / 257))
+
+
+def test_minmax() -> None:
+    twelve_bits = (DEEP // 16).astype(np.uint16)
+    span = int(twelve_bits.max()) - int(twelve_bits.min())
+    expected = np.rint((twelve_bits - twelve_bits.min().astype(float)) * 255 / span)
+    for image in (encoded(Image.fromarray(twelve_bits)), twelve_bits, twelve_bits / 7.0 - 3):
+        pixels = decode(image, channels=1, sixteen_bit="minmax")[:, :, 0]
+        assert np.abs(pixels - expected).max() <= 1
+        assert pixels.min() == 0
+        assert pixels.max() == 255
+    assert not decode(np.full((3, 3), 77, np.uint16), channels=1, sixteen_bit="minmax").any()
+    assert np.array_equal(decode(GREY // 4, channels=1, sixteen_bit="minmax")[:, :, 0], GREY // 4)
+
+
+@pytest.mark.parametrize(("colour_type", "bands", "channels"), [(2, 3, 3), (6, 4, 4), (4, 2, 1)])
+def test_sixteen_bit_colour_png(colour_type: int, bands: int, channels: int) -> None:
+    rows = RNG.integers(0, 65536, (6, 5, bands), dtype=np.uint16)
+    rows[0, :2] = [[65535], [0]]
+    if colour_type == 4:
+        rows[..., 1] = 65535
+    data = png(rows, bits=16, colour_type=colour_type)
+    assert describe(data)[2].endswith(";16")
+    pixels = decode(data, channels=channels)
+    assert np.abs(pixels - rows[:, :, :channels] / 257).max() <= 1
+    assert pixels[0, 0, 0] == 255
+    assert pixels[0, 1, 0] == 0
+    with pytest.raises(ImageError, match="minmax"):
+        decode(data, channels=channels, sixteen_bit="minmax")
+    with pytest.raises(ImageError, match="minmax"):
+        decode(Image.open(io.BytesIO(data)), channels=channels, sixteen_bit="minmax")
+
+
+def test_sixteen_bit_colour_tiff() -> None:
+    values = RNG.integers(0, 65536, (6, 5, 3), dtype=np.uint16)
+    pixels = decode(deep_tiff(values, planar=1), channels=3)
+    assert np.abs(pixels - values / 257).max() <= 1
+    with pytest.raises(ImageError, match="minmax"):
+        decode(deep_tiff(values, planar=1), channels=3, sixteen_bit="minmax")
+    with pytest.raises(ImageError, match="separate planes"):
+        decode(deep_tiff(values.transpose(2, 0, 1), planar=2), channels=3)
+
+
+def test_floats_and_wide_integers() -> None:
+    unit = GREY / 255
+    for image in (unit, unit.astype(np.float32), torch.from_numpy(unit), Image.fromarray(unit.astype(np.float32))):
+        assert np.array_equal(decode(image, channels=1)[:, :, 0], GREY)
+    assert np.array_equal(decode(encoded(Image.fromarray(unit.astype(np.float32)), "TIFF"), channels=1)[:, :, 0], GREY)
+    assert np.abs(decode(torch.from_numpy(unit).bfloat16(), channels=1)[:, :, 0].astype(int) - GREY).max() <= 1
+    assert np.array_equal(decode(GREY > 9, channels=1)[:, :, 0], (GREY > 9) * 255)
+    wide = Image.fromarray(DEEP.astype(np.int32))
+    assert np.array_equal(decode(encoded(wide, "TIFF"), channels=1)[:, :, 0], np.rint(DEEP / 257))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.array([[0.0, 1.5]]),
+        np.array([[-0.1, 0.5]]),
+        np.array([[0, 70000]]),
+        np.array([[-1, 5]], np.int16),
+        Image.fromarray(np.array([[0, 255]], np.float32)),
+    ],
+)
+def test_out_of_range_is_refused_not_clipped(image: Any) -> None:
+    with pytest.raises(ImageError, match=r"data\.sixteen_bit=minmax"):
+        decode(image, channels=1)
+    pixels = decode(image, channels=1, sixteen_bit="minmax")
+    assert pixels.min() == 0
+    assert pixels.max() == 255
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("rule", ["full", "minmax"])
+def test_not_finite_is_refused(value: float, rule: str) -> None:
+    with pytest.raises(ImageError, match="not finite"):
+        decode(np.array([[0.5, value]]), channels=1, sixteen_bit=rule)
+
+
+@pytest.mark.parametrize(("bands", "channels"), [(5, 5), (2, 2), (4, 4)])
+def test_arrays_of_any_number_of_channels(bands: int, channels: int) -> None:
+    array = RNG.integers(0, 256, (6, 7, bands), dtype=np.uint8)
+    assert np.array_equal(decode(array, channels=channels), array)
+    assert np.array_equal(decode(torch.from_numpy(array).permute(2, 0, 1), channels=channels), array)
+
+
+@pytest.mark.parametrize(("image", "channels"), [(np.zeros((4, 4, 4), np.uint8), 3), (np.zeros((4, 4, 2)), 1)])
+def test_channels_are_never_dropped_from_arrays(image: np.ndarray, channels: int) -> None:
+    with pytest.raises(ImageError, match="channels, expected"):
+        decode(image, channels=channels)
+
+
+def test_files_with_too_few_channels() -> None:
+    for channels in (2, 4, 5):
+        with pytest.raises(ImageError, match=f"has 3 channels .*expected {channels}"):
+            decode(encoded(Image.fromarray(COLOUR)), channels=channels)
+
+
+def test_first_frame() -> None:
+    frames = [Image.fromarray(np.full((8, 8, 3), level, np.uint8)) for level in (10, 200)]
+    for format in ("GIF", "TIFF", "WEBP", "PNG"):
+        options = {"lossless": True} if format == "WEBP" else {}
+        data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
+        assert (decode(data, channels=3) == 10).all()
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("kept", [0.0, 0.02, 0.5, 0.9])
+def test_truncated(format: str, kept: float) -> None:
+    data = encoded(Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)), format)
+    with pytest.raises(ImageError):
+        decode(data[: int(len(data) * kept)], channels=3)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP"])
+def test_damaged_bytes_raise_nothing_else(format: str) -> None:
+    data = encoded(Image.fromarray(COLOUR), format)
+    rng = np.random.default_rng(1)
+    for _ in range(150):
+        damaged = np.frombuffer(data, np.uint8).copy()
+        damaged[rng.integers(len(data), size=3)] = rng.integers(0, 256, 3)
+        for read in (lambda image: decode(image, channels=3, max_pixels=10**6), describe):
+            with contextlib.suppress(ImageError):
+                read(damaged.tobytes())
+
+
+def test_other_formats_are_not_tried() -> None:
+    for data in (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"P6 1 1 255\n\0\0\0", b"hello", b""):
+        with pytest.raises(ImageError, match="not an image"):
+            decode(data, channels=3)
+
+
+def test_bomb_is_refused_by_its_header(recwarn: pytest.WarningsRecorder) -> None:
+    before = Image.MAX_IMAGE_PIXELS
+    bomb = bytearray(encoded(Image.fromarray(GREY)))
+    bomb[16:24] = struct.pack(">II", 40000, 40000)
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    with pytest.raises(ImageError, match=r"data\.max_pixels"):
+        decode(bytes(bomb), channels=3)
+    with pytest.raises(ImageError, match=r"data\.max_pixels"):
+        decode(encoded(Image.fromarray(GREY)), channels=1, max_pixels=239)
+    with pytest.raises(ImageError, match=r"data\.max_pixels"):
+        decode(GREY, channels=1, max_pixels=239)
+    assert decode(encoded(Image.fromarray(GREY)), channels=1, max_pixels=240).shape == (12, 20, 1)
+    assert describe(bytes(bomb))[:2] == (40000, 40000)
+    assert before == Image.MAX_IMAGE_PIXELS
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("image", [np.zeros((0, 5)), np.zeros(5), np.zeros((1, 2, 3, 4)), np.array([["a"]])])
+def test_arrays_that_are_no_images(image: np.ndarray) -> None:
+    with pytest.raises(ImageError):
+        decode(image, channels=1)
+
+
+def test_describe() -> None:
+    assert describe(encoded(Image.fromarray(COLOUR), "JPEG")) == (20, 12, "RGB")
+    assert describe(encoded(Image.fromarray(DEEP))) == (20, 12, "I;16")
+    assert describe(Image.fromarray(GREY)) == (20, 12, "L")
+    assert describe(np.zeros((3, 4, 5), np.uint16)) == (4, 3, "uint16 x5")
+    assert describe(torch.zeros(3, 4, 5)) == (5, 4, "float32 x3")
+
+
+def test_one_by_one_and_thin_images() -> None:
+    for size in ((1, 1), (1, 500), (500, 1)):
+        assert decode(encoded(Image.new("L", size)), channels=3).shape == (size[1], size[0], 3)

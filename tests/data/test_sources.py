@@ -1,0 +1,252 @@
+import errno
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinoforge.data.decode import decode
+from dinoforge.data.sources import EXTENSIONS, FolderSource, SequenceSource, Source, open_source, printable, read_labels
+from dinoforge.errors import DataError, ImageError
+
+
+def folder(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+    return root
+
+
+def names(source: Source) -> list[str]:
+    return [source.name(index) for index in range(len(source))]
+
+
+def test_folder_is_walked_and_sorted(tmp_path: Path) -> None:
+    folder(tmp_path, "b/2.PNG", "b/10.jpg", "a/deep/er/1.Tiff", "z.webp", "readme.txt", "noextension")
+    folder(tmp_path, ".hidden/1.png", ".2.png", "__MACOSX/3.png", "b/._2.PNG")
+    source = open_source(tmp_path)
+    assert names(source) == ["a/deep/er/1.Tiff", "b/10.jpg", "b/2.PNG", "z.webp"]
+    assert source.item(1).image == b"b/10.jpg"
+    assert [source.item(index).label for index in range(4)] == ["a", "b", "b", None]
+    assert source.labels() is None
+
+
+def test_every_extension_in_any_case(tmp_path: Path) -> None:
+    folder(tmp_path, *[f"{extension}.{extension.upper()}" for extension in EXTENSIONS])
+    assert len(FolderSource(str(tmp_path))) == len(EXTENSIONS) == 8
+
+
+def test_labels_are_top_folders(tmp_path: Path) -> None:
+    source = FolderSource(folder(tmp_path, "cat/1.png", "cat/x/2.png", "dog/1.png"))
+    assert source.labels() == ["cat", "cat", "dog"]
+
+
+def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
+    data, elsewhere = folder(tmp_path / "data", "a/1.png"), folder(tmp_path / "elsewhere", "2.png")
+    (data / "linked").symlink_to(elsewhere)
+    (data / "a" / "loop").symlink_to(data)
+    (data / "self.png").symlink_to(data / "self.png")
+    (data / "3.png").symlink_to(elsewhere / "2.png")
+    (data / "gone.png").symlink_to(elsewhere / "gone.png")
+    source = FolderSource(data)
+    assert names(source) == ["3.png", "a/1.png", "gone.png", "linked/2.png", "self.png"]
+    assert source.item(0).image == b"2.png"
+    for index in (2, 4):
+        with pytest.raises(ImageError):
+            source.item(index)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
+    (tmp_path / os.fsdecode(b"caf\xe9/\xff.png")).write_bytes(b"data")
+    source = FolderSource(tmp_path)
+    assert source.item(0).image == b"data"
+    assert printable(source.name(0)) == "caf\\xe9/\\xff.png"
+    assert os.fsencode(source.name(0)) == b"caf\xe9/\xff.png"
+    assert printable(source.labels()[0]) == "caf\\xe9"  # type: ignore[index]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_pipes_are_not_images(tmp_path: Path) -> None:
+    folder(tmp_path, "1.png")
+    os.mkfifo(tmp_path / "2.png")
+    assert names(FolderSource(tmp_path)) == ["1.png"]
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    source = FolderSource(folder(tmp_path, "1.png", "2.png", "3.png"))
+    (tmp_path / "1.png").unlink()
+    (tmp_path / "2.png").write_bytes(b"")
+    (tmp_path / "3.png").unlink()
+    (tmp_path / "3.png").mkdir()
+    for index, reason in enumerate(["No such file", "empty file", "directory"]):
+        with pytest.raises(ImageError, match=reason):
+            source.item(index)
+    with pytest.raises(IndexError):
+        source.item(3)
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
+    file = tmp_path / "labels.csv"
+    file.write_text("a,b")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    other = folder(tmp_path / "other", "1.txt", "2.txt", "3.dcm")
+    for path, message in (
+        (tmp_path / "missing", "does not exist"),
+        (file, "is a file"),
+        (empty, "no files at all"),
+        (other, r"found 3 other files \(2 .txt, 1 .dcm\)"),
+    ):
+        with pytest.raises(DataError, match=message):
+            open_source(path)
+
+
+def test_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path, "a/1.png", "b/2.png")
+    scandir = os.scandir
+
+    def refuse(path: bytes) -> Any:  # root, who runs many a test, may read everything
+        if path.endswith(b"/b"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"cannot read the folder .*/b: Permission denied"):
+        open_source(tmp_path)
+
+
+def test_index_is_compact(tmp_path: Path) -> None:
+    folder(tmp_path, *[f"some_folder/image_{index:06}.png" for index in range(500)])
+    source = FolderSource(tmp_path)
+    data = pickle.dumps(source)
+    assert len(data) / 500 < 60
+    copy = pickle.loads(data)
+    assert names(copy) == names(source)
+    assert copy.fingerprint() == source.fingerprint()
+
+
+def test_fingerprint_tells_sources_apart(tmp_path: Path) -> None:
+    one = FolderSource(folder(tmp_path / "one", "a.png", "b.png")).fingerprint()
+    assert FolderSource(folder(tmp_path / "two", "a.png", "b.png")).fingerprint() == one
+    assert FolderSource(folder(tmp_path / "three", "a.png", "c.png")).fingerprint() != one
+    assert FolderSource(folder(tmp_path / "four", "a.png", "b.png", "c.png")).fingerprint() != one
+    assert SequenceSource(["a", "b"]).fingerprint() != SequenceSource(["a", "c"]).fingerprint()
+    assert SequenceSource(np.zeros((2, 3, 3))).fingerprint() != SequenceSource(np.zeros((3, 3, 3))).fingerprint()
+
+
+def test_sequences_of_every_kind(tmp_path: Path) -> None:
+    pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    path = tmp_path / "1.png"
+    Image.fromarray(pixels).save(path)
+    items = [
+        path,
+        str(path),
+        path.read_bytes(),
+        Image.fromarray(pixels),
+        pixels,
+        torch.from_numpy(pixels).permute(2, 0, 1),
+        (pixels, 7),
+        [pixels, torch.tensor(7)],
+        {"image": pixels, "label": "seven"},
+    ]
+    source = open_source(items)
+    assert isinstance(source, SequenceSource)
+    assert len(source) == 9
+    for index in range(9):
+        assert np.array_equal(decode(source.item(index).image, channels=3), pixels)
+    assert [source.item(index).label for index in range(9)] == [None] * 6 + ["7", "7", "seven"]
+    assert names(source)[:3] == [str(path), str(path), "item 2"]
+    assert source.labels() is None
+    assert open_source(items[6:]).labels() == ["7", "7", "seven"]
+    assert open_source(source) is source
+
+
+def test_arrays_and_data_sets_are_sequences() -> None:
+    class Squares:
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
+            if index == 1:
+                raise KeyError("lost")
+            return np.full((4, 4), index, np.uint8), f"class {index}"
+
+    source = open_source(Squares())
+    assert source.item(2).label == "class 2"
+    assert source.item(2).name == "item 2"
+    assert source.labels() is None
+    with pytest.raises(ImageError, match="KeyError: 'lost'"):
+        source.item(1)
+    assert decode(open_source(np.zeros((5, 4, 3, 3), np.uint8)).item(4).image, channels=3).shape == (4, 3, 3)
+    assert decode(open_source(torch.zeros(5, 3, 4, 2)).item(4).image, channels=3).shape == (4, 2, 3)
+
+
+@pytest.mark.parametrize("data", [3, None, {"a": 1}, [], iter([1]), np.zeros((0, 4, 4))])
+def test_objects_that_are_no_sequence(data: object) -> None:
+    with pytest.raises(DataError, match=r"expected a folder|is empty"):
+        open_source(data)
+
+
+def test_items_that_are_no_images(tmp_path: Path) -> None:
+    source = open_source([17, (), {"pixels": 1}, tmp_path / "missing.png", "nul\0.png"])
+    for index in range(5):
+        with pytest.raises(ImageError):
+            source.item(index)
+
+
+@pytest.fixture
+def animals(tmp_path: Path) -> FolderSource:
+    return FolderSource(folder(tmp_path / "animals", "a/1.png", "a/2.png", "b/3.png"))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "a/1.png,cat\na/2.png,dog\nb/3.png,cat\n",
+        "file,label\na/1.png,cat\na/2.png,dog\nb/3.png,cat\n",
+        "\ufefffile;label;more\r\n1.png;cat;x\r\n2.png;dog;x\r\n3.png;cat;x\r\n",
+        "./a/1.png\tcat\n\na\\2.png\tdog\n3.png\tcat\nelse/where.png\tcow\n",
+        'name,label\n"a/1.png","cat"\n2.png, dog \n3.png,cat\n3.png,cat\n',
+    ],
+)
+def test_read_labels(tmp_path: Path, animals: FolderSource, table: str) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text(table, newline="", encoding="utf-8")
+    assert read_labels(path, animals) == ["cat", "dog", "cat"]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("a/1.png,cat\nb/3.png,dog\n", "no label for 1 of 3 images, such as a/2.png"),
+        ("a/1.png,cat\na/2.png,\nb/3.png,dog\n", "no label for 1 of 3 images, such as a/2.png"),
+        ("x/1.png,cat\nx/2.png,cat\nx/3.png,cat\n", "3 of 3 images.*names in the table look like: x/1.png"),
+        ("a/1.png,cat\n1.png,dog\n", "line 2: '1.png' is labelled both 'cat' and 'dog'"),
+        ("a/1.png\n", "line 1: expected a file name and a label"),
+        ("", "no label for 3 of 3"),
+    ],
+)
+def test_labels_that_cannot_be_used(tmp_path: Path, animals: FolderSource, table: str, message: str) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text(table)
+    with pytest.raises(DataError, match=message):
+        read_labels(path, animals)
+
+
+def test_ambiguous_and_missing_tables(tmp_path: Path) -> None:
+    source = FolderSource(folder(tmp_path / "d", "1.png", "a/1.png", "a/2.png", "b/2.png"))
+    path = tmp_path / "labels.csv"
+    path.write_text("1.png,top\n2.png,cat\n")
+    with pytest.raises(DataError, match=r"line 2: '2.png' could be any of a/2.png, b/2.png"):
+        read_labels(path, source)
+    path.write_text("1.png,top\na/1.png,cat\na/2.png,cat\nb/2.png,dog\n")
+    assert read_labels(path, source) == ["top", "cat", "cat", "dog"]
+    with pytest.raises(DataError, match="cannot read labels"):
+        read_labels(tmp_path / "missing.csv", source)
