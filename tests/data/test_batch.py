@@ -30,11 +30,12 @@ def test_to_moves_tensors_only() -> None:
         global_crops=torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
         local_crops=torch.zeros(0, 3, 4, 4, dtype=torch.uint8),
         masks=torch.zeros(2, 4, dtype=torch.bool),
+        masked=torch.zeros(0, dtype=torch.int64),
         indices=torch.tensor([5]),
         skipped=((1, "a", "b"),),
     )
     moved = batch.to("meta")
-    for name in ("global_crops", "local_crops", "masks", "indices"):
+    for name in ("global_crops", "local_crops", "masks", "masked", "indices"):
         assert getattr(moved, name).device.type == "meta"
         assert getattr(moved, name).shape == getattr(batch, name).shape
     assert moved.skipped == batch.skipped
@@ -55,6 +56,7 @@ def test_prepare_normalizes_crops_and_keeps_the_rest() -> None:
         global_crops=torch.full((2, 1, 8, 8), 255, dtype=torch.uint8),
         local_crops=torch.zeros(4, 1, 4, 4, dtype=torch.uint8),
         masks=torch.ones(2, 4, dtype=torch.bool),
+        masked=torch.arange(8),
         indices=torch.tensor([5]),
         skipped=((1, "a", "b"),),
     )

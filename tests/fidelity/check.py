@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dinoforge import distributed
 from dinoforge.config import Recipe, load_recipe
-from dinoforge.data.batch import Batch
+from dinoforge.data.batch import Batch, masked_patches
 from dinoforge.models.vit import KeptSamples
 from dinoforge.optim.schedules import Hyperparameters
 from dinoforge.student_teacher import StudentTeacher
@@ -76,10 +76,12 @@ def load_networks(student_teacher: StudentTeacher, weights: dict[str, Tensor]) -
 def read_batch(folder: Path, name: str) -> Batch:
     tensors = load_file(folder / f"{name}.safetensors")
     crops = tensors["global_crops"]
+    masks = tensors["masks"].bool()
     return Batch(
         global_crops=crops,
         local_crops=tensors.get("local_crops", crops[:0]),
-        masks=tensors["masks"].bool(),
+        masks=masks,
+        masked=masked_patches(masks),
         indices=torch.arange(len(crops) // 2),
     )
 

@@ -16,6 +16,8 @@ class Batch:
         global_crops: uint8 [2·B, C, H, W].
         local_crops: uint8 [L·B, C, h, w]; L may be 0.
         masks: bool [2·B, N], True where the student sees the mask token.
+        masked: int64 [M], where `masks.flatten()` is true. Counted on the CPU, so that no step waits for the device to
+            learn how many there are.
         indices: int64 [B], positions in the source of the images that were used.
         skipped: Index, printable name and reason of each image that could not be read while this batch was made.
     """
@@ -23,12 +25,9 @@ class Batch:
     global_crops: torch.Tensor
     local_crops: torch.Tensor
     masks: torch.Tensor
+    masked: torch.Tensor
     indices: torch.Tensor
     skipped: tuple[tuple[int, str, str], ...] = ()
-
-    @property
-    def masked(self) -> torch.Tensor:
-        return self.masks.flatten().nonzero()[:, 0]
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the tensors to a device; from pinned memory without waiting for it."""
@@ -37,6 +36,7 @@ class Batch:
             global_crops=self.global_crops.to(device, non_blocking=True),
             local_crops=self.local_crops.to(device, non_blocking=True),
             masks=self.masks.to(device, non_blocking=True),
+            masked=self.masked.to(device, non_blocking=True),
             indices=self.indices.to(device, non_blocking=True),
         )
 
@@ -47,8 +47,14 @@ class Batch:
             global_crops=self.global_crops.pin_memory(),
             local_crops=self.local_crops.pin_memory(),
             masks=self.masks.pin_memory(),
+            masked=self.masked.pin_memory(),
             indices=self.indices.pin_memory(),
         )
+
+
+def masked_patches(masks: torch.Tensor) -> torch.Tensor:
+    """Where masks [2·B, N] are true: indices [M] into `masks.flatten()`."""
+    return masks.flatten().nonzero()[:, 0]
 
 
 def collate(crops: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

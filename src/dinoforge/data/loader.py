@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dinoforge.data.batch import Batch, collate
+from dinoforge.data.batch import Batch, collate, masked_patches
 from dinoforge.data.crops import MultiCrop
 from dinoforge.data.decode import MAX_PIXELS, decode, describe
 from dinoforge.data.sources import Source, printable
@@ -156,10 +156,12 @@ class TrainingData(Dataset[Batch | Failure]):
                 indices.append(sample[0])
                 crops.append(sample[1])
             global_crops, local_crops = collate(crops)
+        masks = self._masks(first)
         return Batch(
             global_crops=global_crops,
             local_crops=local_crops,
-            masks=self._masks(first),
+            masks=masks,
+            masked=masked_patches(masks),
             indices=torch.tensor(indices, dtype=torch.int64),
             skipped=tuple(skipped),
         )

@@ -68,8 +68,11 @@ class Attention(nn.Module):
         return self.proj(out[0] if len(out) == 1 else torch.cat(out))  # type: ignore[no-any-return]
 
     def _attend(self, qkv: Tensor, images: int, tokens: int) -> Tensor:
+        if qkv.device.type == "cpu":
+            qkv = qkv.float()  # attention's backward pass on the CPU is several times slower in bfloat16
         q, k, v = qkv.view(images, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, N, D/heads]
-        out = F.scaled_dot_product_attention(q, k, v)
+        with torch.autocast("cpu", enabled=False):
+            out = F.scaled_dot_product_attention(q, k, v)
         return out.transpose(1, 2).reshape(images * tokens, -1)  # [B·N, D]
 
 

@@ -1,0 +1,474 @@
+"""The vision transformer: packing, masks, position embeddings, stochastic depth, sizes."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dinoforge.models.layers import Block, SwiGLU, subset_of
+from dinoforge.models.vit import SIZES, KeptSamples, VisionTransformer, draw_kept_samples, drop_path_rates
+
+
+def make_vit(**changes):
+    """A small network in which every parameter matters."""
+    torch.manual_seed(0)
+    arguments = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4, "image_size": 16} | changes
+    network = VisionTransformer(**arguments)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return network.eval()
+
+
+def images(count, height=16, width=None, channels=3, seed=0):
+    shape = (count, channels, height, width or height)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_equal_tokens(a, b, **tolerance):
+    for name in ("cls", "registers", "patches"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), **tolerance)
+
+
+# Packing
+
+
+@pytest.mark.parametrize("ffn_layer", ["mlp", "swiglu"])
+@pytest.mark.parametrize("registers", [0, 3])
+def test_groups_packed_together_equal_each_alone(ffn_layer, registers):
+    network = make_vit(ffn_layer=ffn_layer, num_register_tokens=registers)
+    large, small, wide = images(3), images(5, 8, seed=1), images(2, 8, 12, seed=2)
+    masks = torch.rand(3, 16) < 0.4
+    together = network.encode([large, small, wide], [masks, None, None])
+    for tokens, (crops, m) in zip(together, [(large, masks), (small, None), (wide, None)], strict=True):
+        count = crops.shape[2] * crops.shape[3] // 16
+        assert tokens.cls.shape == (len(crops), 16)
+        assert tokens.registers.shape == (len(crops), registers, 16)
+        assert tokens.patches.shape == (len(crops), count, 16)
+        assert_equal_tokens(tokens, network(crops, m), rtol=1e-4, atol=1e-5)
+
+
+def test_images_do_not_see_each_other():
+    network = make_vit()
+    batch = images(4)
+    alone = [network(batch[i : i + 1]) for i in range(4)]
+    together = network(batch)
+    torch.testing.assert_close(together.patches, torch.cat([t.patches for t in alone]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together.cls, torch.cat([t.cls for t in alone]), rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_are_normalised_by_the_final_norm():
+    network = make_vit()
+    nn.init.ones_(network.norm.weight)
+    nn.init.zeros_(network.norm.bias)
+    patches = network(images(2)).patches
+    torch.testing.assert_close(patches.mean(-1), torch.zeros(2, 16), rtol=0, atol=1e-5)
+    torch.testing.assert_close(patches.var(-1, unbiased=False), torch.ones(2, 16), rtol=1e-3, atol=0)
+
+
+def test_attention_is_softmax_of_scaled_products():
+    network = make_vit(depth=1, layerscale=0.0)
+    block = network.blocks[0]
+    x = torch.randn(3, 5, 16)
+    q, k, v = block.attn.qkv(x).chunk(3, dim=-1)
+    heads = []
+    for h in range(2):
+        part = slice(8 * h, 8 * h + 8)
+        weights = torch.softmax(q[..., part] @ k[..., part].transpose(1, 2) / 8**0.5, dim=-1)
+        heads.append(weights @ v[..., part])
+    expected = block.attn.proj(torch.cat(heads, dim=-1))
+    torch.testing.assert_close(block.attn(x.flatten(0, 1), ((3, 5),)).view(3, 5, 16), expected, rtol=1e-4, atol=1e-5)
+
+
+# Masks
+
+
+def change_patch(batch, row, column):
+    changed = batch.clone()
+    changed[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 1
+    return changed
+
+
+def test_a_masked_patch_is_not_seen():
+    network = make_vit(num_register_tokens=2)
+    batch = images(2)
+    changed = change_patch(batch, 1, 2)  # patch 6 of the 4 × 4 grid
+    masks = torch.zeros(2, 16, dtype=torch.bool)
+    masks[:, 6] = True
+    assert_equal_tokens(network(batch, masks), network(changed, masks), rtol=0, atol=0)
+    seen, otherwise = network(batch), network(changed)
+    assert (seen.cls - otherwise.cls).abs().amax(-1).gt(1e-4).all()
+    assert (seen.patches - otherwise.patches).abs().amax(-1).gt(1e-4).all()
+    masks = torch.ones(2, 16, dtype=torch.bool)
+    masks[:, 6] = False
+    assert not torch.equal(network(batch, masks).cls, network(changed, masks).cls)
+
+
+def test_the_mask_token_stands_at_masked_patches_with_their_positions():
+    network = make_vit(depth=0)
+    network.norm = nn.Identity()
+    masks = torch.rand(2, 16, generator=torch.Generator().manual_seed(0)) < 0.5
+    patches = network(images(2), masks).patches
+    unmasked = network(images(2)).patches
+    expected = (network.mask_token + network.pos_embed[0, 1:]).expand(2, -1, -1)
+    torch.testing.assert_close(patches[masks], expected[masks])
+    torch.testing.assert_close(patches[~masks], unmasked[~masks])
+
+
+def test_no_mask_and_an_empty_mask_are_the_same():
+    network = make_vit()
+    empty = torch.zeros(2, 16, dtype=torch.bool)
+    assert_equal_tokens(network(images(2), empty), network(images(2)), rtol=0, atol=0)
+
+
+# Position embeddings
+
+
+def positions(network, height, width):
+    """The position embeddings that a network adds to the patches of an image of that size."""
+    network.blocks, network.norm = nn.ModuleList(), nn.Identity()
+    nn.init.zeros_(network.patch_embed.proj.weight)
+    nn.init.zeros_(network.patch_embed.proj.bias)
+    return network(images(1, height, width))
+
+
+def cubic(distance, a=-0.75):
+    d = abs(distance)
+    if d <= 1:
+        return (a + 2) * d**3 - (a + 3) * d**2 + 1
+    return a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a if d < 2 else 0.0
+
+
+def cubic_matrix(target, source, scale):
+    """Rows of weights [target, source] of bicubic resampling along one axis, with repeated edges."""
+    matrix = torch.zeros(target, source, dtype=torch.float64)
+    for i in range(target):
+        at = (i + 0.5) / scale - 0.5
+        for j in range(math.floor(at) - 1, math.floor(at) + 3):
+            matrix[i, min(max(j, 0), source - 1)] += cubic(at - j)
+    return matrix
+
+
+def test_the_native_size_takes_the_position_embeddings_as_they_are():
+    network = make_vit()
+    tokens = positions(network, 16, 16)
+    torch.testing.assert_close(tokens.patches, network.pos_embed[:, 1:], rtol=0, atol=0)
+    torch.testing.assert_close(tokens.cls, (network.cls_token + network.pos_embed[:, :1])[:, 0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.1])
+@pytest.mark.parametrize(("rows", "columns"), [(2, 2), (4, 6), (7, 3), (3, 4), (9, 9), (1, 1)])
+def test_other_sizes_resample_bicubically(rows, columns, offset):
+    network = make_vit(interpolate_offset=offset)
+    ours = positions(network, 4 * rows, 4 * columns)
+    vertical = cubic_matrix(rows, 4, (rows + offset) / 4)
+    horizontal = cubic_matrix(columns, 4, (columns + offset) / 4)
+    grid = network.pos_embed[0, 1:].detach().double().view(4, 4, 16)
+    expected = torch.einsum("ri,cj,ijd->rcd", vertical, horizontal, grid).reshape(1, rows * columns, 16)
+    torch.testing.assert_close(ours.patches.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.cls, (network.cls_token + network.pos_embed[:, :1])[:, 0])
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 0.1])
+@pytest.mark.parametrize(("rows", "columns"), [(2, 2), (6, 3), (8, 8)])
+def test_resampling_agrees_with_interpolate(rows, columns, offset, antialias):
+    network = make_vit(interpolate_offset=offset, interpolate_antialias=antialias)
+    ours = positions(network, 4 * rows, 4 * columns).patches
+    grid = network.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    size = {"scale_factor": ((rows + offset) / 4, (columns + offset) / 4)} if offset else {"size": (rows, columns)}
+    expected = F.interpolate(grid, mode="bicubic", antialias=antialias, **size).permute(0, 2, 3, 1).flatten(1, 2)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+def test_antialiasing_matters_when_the_grid_shrinks():
+    a, b = (positions(make_vit(interpolate_antialias=on), 8, 8).patches for on in (False, True))
+    assert (a - b).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("side", [8, 16, 28])
+def test_register_tokens_get_no_position(side):
+    network = make_vit(num_register_tokens=3)
+    tokens = positions(network, side, side)
+    torch.testing.assert_close(tokens.registers, network.register_tokens, rtol=0, atol=0)
+
+
+def test_position_embeddings_learn_at_any_size():
+    for side in (16, 8, 28):
+        network = make_vit()
+        network(images(1, side)).cls.sum().backward()
+        assert network.pos_embed.grad.abs().sum(-1).gt(0).all()
+
+
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), side=st.integers(1, 37))
+@settings(max_examples=30, deadline=None)
+def test_the_resampled_grid_has_the_size_of_the_image(rows, columns, side):
+    network = VisionTransformer(embed_dim=2, depth=0, num_heads=1, patch_size=2, image_size=2 * side, in_chans=1)
+    assert network(torch.zeros(1, 1, 2 * rows, 2 * columns)).patches.shape == (1, rows * columns, 2)
+
+
+# Stochastic depth
+
+
+@given(
+    rates=st.lists(st.floats(0, 0.99), min_size=1, max_size=4),
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=30, deadline=None)
+def test_draws_are_distinct_images_of_the_stated_number(rates, sizes, seed):
+    drawn = draw_kept_samples(rates, sizes, torch.Generator().manual_seed(seed))
+    again = draw_kept_samples(rates, sizes, torch.Generator().manual_seed(seed))
+    assert len(drawn) == len(rates)
+    for rate, block, repeated in zip(rates, drawn, again, strict=True):
+        for branch, other in ((block.attn, repeated.attn), (block.ffn, repeated.ffn)):
+            assert [len(kept) for kept in branch] == [max(int(size * (1 - rate)), 1) for size in sizes]
+            for kept, same, size in zip(branch, other, sizes, strict=True):
+                assert torch.equal(kept, same)
+                assert len(set(kept.tolist())) == len(kept)
+                assert 0 <= int(kept.min())
+                assert int(kept.max()) < size
+
+
+def test_branches_blocks_and_groups_draw_for_themselves():
+    drawn = draw_kept_samples([0.5, 0.5], [64, 64], torch.Generator().manual_seed(0))
+    sets = [frozenset(kept.tolist()) for block in drawn for branch in (block.attn, block.ffn) for kept in branch]
+    assert len(set(sets)) == 8
+    other = draw_kept_samples([0.5, 0.5], [64, 64], torch.Generator().manual_seed(1))
+    assert frozenset(other[0].attn[0].tolist()) != sets[0]
+
+
+def test_each_image_is_kept_equally_often():
+    generator, draws, size = torch.Generator().manual_seed(0), 2000, 10
+    counts = torch.zeros(size)
+    for block in draw_kept_samples([0.3] * draws, [size], generator):
+        counts[block.attn[0]] += 1
+    deviation = (draws * 0.7 * 0.3) ** 0.5
+    assert (counts - 0.7 * draws).abs().max() < 6 * deviation
+
+
+def make_block(swiglu=False):
+    torch.manual_seed(1)
+    block = Block(8, 2, 16, swiglu=swiglu, layerscale=1.0, qkv_bias=True, proj_bias=True, ffn_bias=True)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return block
+
+
+def branch_of(block, x, kind):
+    """One residual branch on images [B, N, D]."""
+    if kind == "attn":
+        normed = block.norm1(x)
+        return block.ls1(block.attn(normed.flatten(0, 1), ((x.shape[0], x.shape[1]),)).view_as(x))
+    return block.ls2(block.mlp(block.norm2(x)))
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_a_branch_with_a_subset_is_that_branch_of_the_kept_images_scaled(swiglu):
+    block = make_block(swiglu)
+    shapes = [(4, 5), (6, 3)]  # images, tokens of two groups
+    parts = [torch.randn(*shape, 8) for shape in shapes]
+    kept_attn = [torch.tensor([2, 0, 3]), torch.tensor([5])]
+    kept_ffn = [torch.tensor([1]), torch.tensor([4, 0])]
+    device = torch.device("cpu")
+    packed = torch.cat([p.flatten(0, 1) for p in parts])
+    groups = tuple(shapes)
+    ours = block(packed, groups, subset_of(kept_attn, groups, device), subset_of(kept_ffn, groups, device))
+
+    expected = []
+    for x, attn, ffn in zip(parts, kept_attn, kept_ffn, strict=True):
+        x = x.clone()
+        for kept, kind in ((attn, "attn"), (ffn, "ffn")):
+            added = branch_of(block, x[kept], kind) * (len(x) / len(kept))
+            x = x.clone()
+            for position, image in enumerate(kept.tolist()):
+                x[image] = x[image] + added[position]
+        expected.append(x.flatten(0, 1))
+    torch.testing.assert_close(ours, torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["attn", "ffn"])
+@pytest.mark.parametrize("kept", [1, 3, 4])
+def test_the_expectation_over_subsets_is_the_whole_branch(kind, kept):
+    block = make_block()
+    nn.init.zeros_((block.ls2 if kind == "attn" else block.ls1).gamma)  # the other branch adds nothing
+    x, groups = torch.randn(5, 3, 8), ((5, 3),)
+    packed = x.flatten(0, 1)
+    outputs = []
+    for chosen in itertools.combinations(range(5), kept):
+        subset = subset_of([torch.tensor(chosen)], groups, torch.device("cpu"))
+        outputs.append(block(packed, groups, **{f"keep_{kind}": subset}))
+    torch.testing.assert_close(torch.stack(outputs).mean(0), block(packed, groups), rtol=1e-4, atol=1e-5)
+
+
+def test_rate_zero_is_no_stochastic_depth():
+    network = make_vit()
+    crops = [images(4), images(6, 8)]
+    kept = draw_kept_samples([0.0, 0.0], [4, 6], torch.Generator().manual_seed(0))
+    for a, b in zip(network.encode(crops, [None, None], kept), network.encode(crops, [None, None]), strict=True):
+        assert_equal_tokens(a, b, rtol=0, atol=0)
+
+
+def test_images_that_no_branch_keeps_pass_unchanged():
+    network = make_vit()
+    kept = [KeptSamples(attn=[torch.tensor([1])], ffn=[torch.tensor([1])])] * 2
+    (tokens,) = network.encode([images(3)], [None], kept)
+    bare = make_vit(depth=0)
+    bare.load_state_dict({k: v for k, v in network.state_dict().items() if not k.startswith("blocks.")})
+    embedded = bare(images(3))
+    torch.testing.assert_close(tokens.patches[[0, 2]], embedded.patches[[0, 2]])
+    assert (tokens.patches[1] - embedded.patches[1]).abs().max() > 1e-2
+
+
+def test_dropped_images_give_the_branch_no_gradient():
+    network = make_vit(depth=1)
+    batch = images(3).requires_grad_()
+    kept = [KeptSamples(attn=[torch.tensor([1])], ffn=[torch.tensor([1])])]
+    (tokens,) = network.encode([batch], [None], kept)
+    tokens.cls[[0, 2]].sum().backward()
+    assert network.blocks[0].attn.qkv.weight.grad.abs().max() == 0
+    assert network.cls_token.grad.abs().max() > 0
+
+
+def test_rates_of_the_blocks():
+    assert drop_path_rates(0.3, 4, uniform=True) == [0.3] * 4
+    assert drop_path_rates(0.3, 4, uniform=False) == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert drop_path_rates(0.3, 1, uniform=False) == [0.0]
+    assert drop_path_rates(0.0, 3, uniform=False) == [0.0] * 3
+
+
+# Sizes
+
+# embed_dim, depth, feed-forward layer, parameters of the published backbones with 14-pixel patches at 518 pixels.
+PUBLISHED = {
+    "vit_small": (384, 12, "mlp", 22_056_576),
+    "vit_base": (768, 12, "mlp", 86_580_480),
+    "vit_large": (1024, 24, "mlp", 304_368_640),
+    "vit_giant2": (1536, 40, "swiglufused", 1_136_480_768),
+}
+
+
+def count_by_hand(d, depth, patch, side, channels=3, registers=0, ffn="mlp", ratio=4.0, layerscale=True, bias=(1, 1, 1)):
+    qkv, proj, ffn_bias = bias
+    hidden = int(d * ratio)
+    if ffn == "mlp":
+        feed_forward = 2 * d * hidden + ffn_bias * (hidden + d)
+    else:
+        hidden = math.ceil(int(hidden * 2 / 3) / 8) * 8
+        feed_forward = 3 * d * hidden + ffn_bias * (2 * hidden + d)
+    block = 2 * (2 * d) + 3 * d * d + qkv * 3 * d + d * d + proj * d + feed_forward + layerscale * 2 * d
+    tokens = d + d + registers * d + (1 + (side // patch) ** 2) * d  # cls, mask, registers, positions
+    return channels * patch * patch * d + d + tokens + depth * block + 2 * d
+
+
+def count(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    d, depth, ffn, parameters = PUBLISHED[name]
+    embed_dim, blocks, heads = SIZES[name]
+    assert (embed_dim, blocks, embed_dim // heads) == (d, depth, 64)
+    with torch.device("meta"):
+        network = VisionTransformer(
+            embed_dim=embed_dim, depth=blocks, num_heads=heads, patch_size=14, image_size=518, ffn_layer=ffn
+        )
+    assert count(network) == count_by_hand(d, depth, 14, 518, ffn=ffn) == parameters
+
+
+def test_every_size_is_tested():
+    assert set(SIZES) == {*PUBLISHED, "vit_tiny"}
+    assert SIZES["vit_tiny"] == (192, 12, 3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"channels": 1},
+        {"channels": 7, "registers": 4},
+        {"ratio": 2.5},
+        {"ffn": "swiglu", "ratio": 3.0},
+        {"layerscale": False},
+        *[{"bias": bias} for bias in itertools.product((0, 1), repeat=3)],
+        {"bias": (0, 1, 0), "ffn": "swiglu"},
+    ],
+)
+def test_parameters_by_switches(changes):
+    qkv, proj, ffn_bias = map(bool, changes.get("bias", (1, 1, 1)))
+    network = VisionTransformer(
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
+        patch_size=4,
+        image_size=12,
+        in_chans=changes.get("channels", 3),
+        num_register_tokens=changes.get("registers", 0),
+        ffn_layer=changes.get("ffn", "mlp"),
+        mlp_ratio=changes.get("ratio", 4.0),
+        layerscale=1e-5 if changes.get("layerscale", True) else 0.0,
+        qkv_bias=qkv,
+        proj_bias=proj,
+        ffn_bias=ffn_bias,
+    )
+    assert count(network) == count_by_hand(24, 2, 4, 12, **changes)
+    names = {name for name, _ in network.named_parameters()}
+    assert ("blocks.0.attn.qkv.bias" in names) == qkv
+    assert ("blocks.0.attn.proj.bias" in names) == proj
+    assert {n for n in names if n.startswith("blocks.0.mlp") and n.endswith("bias")} != set() or not ffn_bias
+    assert ("blocks.1.ls2.gamma" in names) == changes.get("layerscale", True)
+    assert ("register_tokens" in names) == ("registers" in changes)
+    channels = changes.get("channels", 3)
+    assert network(torch.randn(2, channels, 8, 12)).patches.shape == (2, 6, 24)
+
+
+@given(dim=st.integers(1, 2000), ratio=st.sampled_from([1.0, 2.0, 2.5, 4.0]))
+@settings(max_examples=30, deadline=None)
+def test_swiglu_width_is_two_thirds_rounded_up_to_eight(dim, ratio):
+    with torch.device("meta"):
+        layer = SwiGLU(dim, int(dim * ratio), bias=True)
+    width = layer.w3.in_features
+    wanted = int(int(dim * ratio) * 2 / 3)
+    assert layer.w12.out_features == 2 * width
+    assert width % 8 == 0
+    assert wanted <= width < wanted + 8
+
+
+def test_swiglu_gates_with_the_first_half():
+    torch.manual_seed(0)
+    layer = SwiGLU(6, 12, bias=True)
+    x = torch.randn(5, 6)
+    w, b = layer.w12.weight, layer.w12.bias
+    gate, value = x @ w[:8].T + b[:8], x @ w[8:].T + b[8:]
+    torch.testing.assert_close(layer(x), layer.w3(gate * torch.sigmoid(gate) * value))
+
+
+def test_layerscale_starts_at_its_value():
+    network = VisionTransformer(embed_dim=8, depth=1, num_heads=1, patch_size=4, image_size=8, layerscale=0.25)
+    assert network.blocks[0].ls1.gamma.unique().tolist() == [0.25]
+    assert network.blocks[0].ls2.gamma.unique().tolist() == [0.25]
+
+
+# Errors
+
+
+def test_sizes_that_do_not_fit_together():
+    with pytest.raises(ValueError, match="num_heads"):
+        make_vit(embed_dim=15)
+    with pytest.raises(ValueError, match="patch_size"):
+        make_vit(image_size=17)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 16, 16), (2, 3, 15, 16), (2, 3, 16, 18)])
+def test_images_that_do_not_fit(shape):
+    with pytest.raises(ValueError, match="3 channels and sides that are multiples of 4"):
+        make_vit()(torch.zeros(shape))
+
+
+@pytest.mark.xfail(reason="an offset of 1 or more makes the grid larger than the image", raises=AssertionError)
+def test_a_large_offset_is_refused_or_works():
+    make_vit(interpolate_offset=1.0)(images(1, 8))

@@ -1,0 +1,146 @@
+"""The command line as a shell sees it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dinoforge
+from dinoforge.cli import main
+
+SMALL = (
+    "student.embed_dim=48 student.depth=2 student.num_heads=2 student.patch_size=8 student.in_chans=1 data.mean=0.5 "
+    "data.std=0.25 crops.global_crops_size=32 crops.local_crops_size=16 crops.local_crops_number=2 "
+    "dino.head_n_prototypes=64 dino.head_hidden_dim=64 train.batch_size_per_gpu=8 train.steps=5 train.num_workers=0"
+).split()
+
+
+@pytest.fixture(scope="module")
+def classes(solar_cells, solar_labels, tmp_path_factory):
+    """Two folders, one for each label, of 20 solar cells each."""
+    root = tmp_path_factory.mktemp("classes")
+    labels = dict(line.split(",") for line in solar_labels.read_text().splitlines()[1:])
+    for label in ("defect", "fine"):
+        (root / label).mkdir()
+        for name in [name for name, value in labels.items() if value == label][:20]:
+            shutil.copy(solar_cells / name, root / label)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(classes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", str(classes), "--out", str(out), *SMALL]) == 0
+    return out
+
+
+def test_help_is_light():
+    code = "import sys; from dinoforge.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n" + (
+        "assert not {'torch', 'numpy', 'PIL', 'rich'} & set(sys.modules), sorted(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["eval"], ["train", "--help"], ["eval", "knn", "--help"], ["--version"]])
+def test_help_of_everything(arguments, capsys):
+    try:
+        code = main(arguments)
+    except SystemExit as exit_:
+        code = exit_.code
+    assert code == 0
+    assert "dinoforge" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "/nowhere"], "does not exist"),
+        (["train", "{classes}", "train.stps=5"], "did you mean train.steps"),
+        (["train", "{classes}", "train.steps=five"], "whole number"),
+        (["train", "{classes}", "--recipe", "smal"], "did you mean small"),
+        (["train", "{classes}/fine", "train.batch_size_per_gpu=32"], "larger than the data"),
+        (["eval", "knn", "{empty}", "--data", "{classes}"], "no teacher.safetensors"),
+        (["eval", "knn", "{run}", "--data", "{classes}/fine"], "labels"),
+        (["eval", "knn", "{run}", "--data", "{classes}", "eval.size=33"], "multiple"),
+        (["eval", "knn", "{run}", "--data", "{classes}", "train.steps=3"], "eval.size"),
+        (["eval", "knn", "{run}", "--data", "{empty}"], "no images"),
+    ],
+)
+def test_user_errors_exit_with_2_and_no_traceback(arguments, message, classes, run, tmp_path, capfd):
+    places = {"classes": classes, "run": run, "empty": tmp_path}
+    assert main([a.format(**places) for a in arguments]) == 2
+    captured = capfd.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err
+
+
+def test_usage_errors(capsys):
+    for arguments in (["train"], ["train", "x", "--no-such-option"], ["train", "x", "y=1", "z"], ["frobnicate"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 2
+
+
+def test_keys_may_stand_before_and_after_options(classes, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", str(classes), *SMALL[:8], "--out", str(out), "--dry-run", *SMALL[8:]]) == 0
+    assert "5 steps of 8 images" in capsys.readouterr().out
+
+
+def test_default_out_names_data_and_recipe(classes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(classes), *SMALL]) == 0
+    assert Path("runs", f"{classes.name}-small", "teacher.safetensors").is_file()
+
+
+def test_knn_prints_one_line_of_json_and_completes_the_summary(classes, run, capsys):
+    assert main(["eval", "knn", str(run), "--data", str(classes), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    result = json.loads(out)
+    assert set(result) == {"knn", "k", "splits", "n", "labels_from"}
+    assert set(result["knn"]) == {"pixels", "untrained", "trained"}
+    for row in result["knn"].values():
+        assert {"mean", "sd", "by_k", "balanced_mean"} <= set(row)
+        assert 0 <= row["mean"] <= 1
+    assert (result["splits"], result["n"], result["labels_from"]) == (5, 40, "folders")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["knn"] == result["knn"]
+    assert summary["steps"] == 5
+
+
+def test_knn_with_labels_file_test_folder_and_weights_file(classes, run, tmp_path, capsys):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    rows = []
+    for path in sorted(classes.rglob("*.png")):
+        shutil.copy(path, flat)
+        rows.append(f"{path.name},{path.parent.name}")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("\n".join(rows))
+    weights = str(run / "teacher.safetensors")
+    arguments = ["eval", "knn", weights, "--data", str(flat), "--test", str(flat), "--labels", str(labels), "--json"]
+    assert main(arguments) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["splits"], result["n"], result["labels_from"]) == (1, 80, "labels.csv")
+    # Every test image stands among the labelled ones too; that and a near-zero distance decide its vote at small k.
+    assert result["knn"]["pixels"]["mean"] >= 0.5
+
+
+def test_knn_table_reads_well(classes, run, capsys):
+    assert main(["eval", "knn", str(run), "--data", str(classes), "eval.crop=true", "eval.size=40"]) == 0
+    out = capsys.readouterr().out
+    for word in ("accuracy", "pixels", "untrained", "trained", "5 stratified splits"):
+        assert word in out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert dinoforge.__version__ in capsys.readouterr().out
