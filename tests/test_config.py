@@ -185,7 +185,7 @@ def test_shipped_recipes_load_and_round_trip(name, file):
         {"train.epochs": 0.5},
         {"optim.epochs": 3, "optim.warmup_epochs": 1.5},
         {"optim.warmup_length": "500 steps", "teacher.warmup_teacher_temp_length": "2 official epochs"},
-        {"data.mean": 0.5, "data.std": [0.1], "train.num_workers": None, "eval.size": 32},
+        {"data.mean": 0.5, "data.std": [0.1], "train.num_workers": None, "eval.size": 48},
         {"augment.blur_probability": [0, 1, 0.5], "ibot.targets": "sinkhorn_knopp", "precision": "bf16"},
     ],
 )
@@ -259,7 +259,7 @@ def test_a_file_that_is_no_text(tmp_path):
 
 
 def test_keys_without_meaning_are_returned_with_their_reason():
-    overrides = {key: 1 for key in WITHOUT_MEANING} | {"MODEL.WEIGHTS": "x", "evaluation.eval_period_iterations": 1}
+    overrides = dict.fromkeys(WITHOUT_MEANING, 1) | {"MODEL.WEIGHTS": "x", "evaluation.eval_period_iterations": 1}
     loaded, ignored = load_recipe("dinov2", overrides)
     assert loaded == Recipe()
     assert set(ignored) == set(overrides)

@@ -25,7 +25,9 @@ from dinoforge.errors import DataError, RecipeError, TrainingError, WeightsError
 from dinoforge.evaluation.knn import KnnResult, run_knn
 from dinoforge.files import write_atomically
 from dinoforge.models.vit import VisionTransformer
-from dinoforge.training import build, device as devices, loop, plan as plans
+from dinoforge.training import build, loop
+from dinoforge.training import device as devices
+from dinoforge.training import plan as plans
 from dinoforge.training.metrics import Display, JsonLines, MetricsHook, Sink, TensorBoard, check_writable, duration
 from dinoforge.training.run import DataIdentity, RunDirectory
 
@@ -83,9 +85,7 @@ def train(
     run.require_free_or_same(resolved, identity)
 
     image = _image_input(resolved)
-    summary = inspect(
-        source, channels=image.in_chans, sixteen_bit=image.sixteen_bit, max_pixels=image.max_pixels
-    )
+    summary = inspect(source, channels=image.in_chans, sixteen_bit=image.sixteen_bit, max_pixels=image.max_pixels)
     plan = plans.make_plan(resolved, summary)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     say(plans.render(plan, data_path=data_name, out=str(run.path)))

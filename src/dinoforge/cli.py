@@ -4,9 +4,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from dinoforge import __version__
-from dinoforge.errors import DinoforgeError, RecipeError
+from dinoforge.errors import DinoforgeError
 
 _EXIT_USER_ERROR = 2
 _EXIT_SIGNALS = {"SIGINT": 130, "SIGTERM": 143}
@@ -37,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="dinoforge", description="Pretrain vision transformers on your own images, without labels, by DINOv2."
     )
     parser.add_argument("--version", action="version", version=f"dinoforge {__version__}")
-    parser.set_defaults(run=lambda _: parser.print_help() or 0, parser=parser)
+    parser.set_defaults(run=partial(_help, parser), parser=parser)
     commands = parser.add_subparsers(metavar="COMMAND")
 
     train = commands.add_parser(
@@ -55,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train, parser=train)
 
     evaluate = commands.add_parser("eval", help="measure a backbone on labelled images")
-    evaluate.set_defaults(run=lambda _: evaluate.print_help() or 0, parser=evaluate)
+    evaluate.set_defaults(run=partial(_help, evaluate), parser=evaluate)
     methods = evaluate.add_subparsers(metavar="METHOD")
     knn = methods.add_parser(
         "knn",
@@ -72,11 +74,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _help(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    parser.print_help()
+    return 0
+
+
 def _add_keys(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("keys", nargs="*", metavar="key=value", help=text)
 
 
-def _keys(texts: Sequence[str]) -> dict[str, object]:
+def _keys(texts: Sequence[str]) -> dict[str, Any]:
     from dinoforge.config import parse_override
 
     return dict(parse_override(text) for text in texts)

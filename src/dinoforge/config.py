@@ -291,7 +291,8 @@ def load_recipe(
     Raises:
         RecipeError: an unknown recipe or key (the nearest one is named), a wrong type, a contradiction.
     """
-    values, ignored = flatten(recipe) if isinstance(recipe, Recipe) else {}, {}
+    values = flatten(recipe) if isinstance(recipe, Recipe) else {}
+    ignored: dict[str, str] = {}
     if not isinstance(recipe, Recipe):
         for layer in _layers(recipe):
             ignored |= _merge(values, layer)
@@ -346,7 +347,9 @@ def _layers(recipe: str | Path) -> list[dict[str, Any]]:
             raise RecipeError(f"cannot read the recipe {path}: {error}") from error
     else:
         hint = _nearest(str(recipe), recipe_names())
-        raise RecipeError(f"no recipe {str(recipe)!r}{hint}: expected a YAML file or one of {', '.join(recipe_names())}")
+        raise RecipeError(
+            f"no recipe {str(recipe)!r}{hint}: expected a YAML file or one of {', '.join(recipe_names())}"
+        )
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -499,9 +502,9 @@ def _validate(recipe: Recipe) -> None:
         if not_negative and isinstance(value, float):
             _require(value >= 0, f"{key}: expected 0 or more, got {value:g}")
     for key in (
-        "optim.weight_decay_end optim.clip_grad optim.patch_embed_lr_mult student.layerscale student.interpolate_offset "
-        "augment.brightness augment.contrast augment.saturation augment.hue student.num_register_tokens "
-        "crops.local_crops_number train.num_workers train.seed"
+        "optim.weight_decay_end optim.clip_grad optim.patch_embed_lr_mult student.layerscale "
+        "student.interpolate_offset student.num_register_tokens augment.brightness augment.contrast augment.saturation "
+        "augment.hue crops.local_crops_number train.num_workers train.seed"
     ).split():
         _require(flat[key] is None or flat[key] >= 0, f"{key}: expected 0 or more, got {flat[key]}")
     for key in ("optim.layerwise_decay", "optim.base_lr", "teacher.teacher_temp", "teacher.warmup_teacher_temp"):
@@ -529,6 +532,10 @@ def _validate(recipe: Recipe) -> None:
         recipe.augment.blur_kernel % 2 == 1 and recipe.augment.blur_kernel > 0,
         f"augment.blur_kernel: expected an odd number of pixels, got {recipe.augment.blur_kernel}",
     )
+    _require(
+        recipe.augment.blur_kernel // 2 < min(recipe.crops.global_crops_size, recipe.crops.local_crops_size),
+        f"augment.blur_kernel={recipe.augment.blur_kernel} is too large for the crops",
+    )
     for share in recipe.augment.blur_probability or ():
         _require(0 <= share <= 1, f"augment.blur_probability: expected values from 0 to 1, got {share:g}")
     for key in ("optim.warmup_length", "optim.freeze_last_layer_length", "teacher.warmup_teacher_temp_length"):
@@ -541,11 +548,11 @@ def _validate(recipe: Recipe) -> None:
         sizes["crops.local_crops_size"] = recipe.crops.local_crops_size
     if recipe.eval.size is not None:
         sizes["eval.size"] = recipe.eval.size
-    for key, size in sizes.items():
-        near = max(patch, round(size / patch) * patch)
+    for key, side in sizes.items():
+        near = max(patch, round(side / patch) * patch)
         _require(
-            size % patch == 0,
-            f"{key}={size} is not a multiple of student.patch_size={patch}: the nearest that is, is {near}",
+            side % patch == 0,
+            f"{key}={side} is not a multiple of student.patch_size={patch}: the nearest that is, is {near}",
         )
     for key in ("data.mean", "data.std"):
         count, channels = len(flat[key]), recipe.student.in_chans

@@ -77,7 +77,9 @@ def assert_close(ours, theirs, bound=1e-5):
 
 @pytest.mark.parametrize("peaky", ["", "_peaky"])
 def test_sinkhorn_knopp(losses, peaky):
-    assert_close(sinkhorn_knopp(losses[f"teacher_cls_logits{peaky}"], 0.05).rows(slice(None)), losses[f"sinkhorn_0.05{peaky}"])
+    assert_close(
+        sinkhorn_knopp(losses[f"teacher_cls_logits{peaky}"], 0.05).rows(slice(None)), losses[f"sinkhorn_0.05{peaky}"]
+    )
 
 
 def test_sinkhorn_knopp_of_patches(losses):
@@ -99,11 +101,11 @@ def test_dino_terms_and_gradients(losses):
     student_local = losses["student_local_logits"].clone().requires_grad_()
     targets = sinkhorn_knopp(losses["teacher_cls_logits"], 0.05)
     prototypes = torch.eye(student_global.shape[1])
-    g, l = dino_loss(student_global, student_local, prototypes, targets, local_crops_number=4, student_temp=0.1)
-    g, l = g * 10 / 2, l * 10  # as the file has them: before they are divided by the number of pairs
-    (g + l).backward()
-    assert_close(g, losses["dino_global_unscaled"])
-    assert_close(l, losses["dino_local_unscaled"])
+    glob, loc = dino_loss(student_global, student_local, prototypes, targets, local_crops_number=4, student_temp=0.1)
+    glob, loc = glob * 10 / 2, loc * 10  # as the file has them: before they are divided by the number of pairs
+    (glob + loc).backward()
+    assert_close(glob, losses["dino_global_unscaled"])
+    assert_close(loc, losses["dino_local_unscaled"])
     assert_close(student_global.grad.roll(6, 0), losses["grad_student_global_logits"])
     assert_close(student_local.grad, losses["grad_student_local_logits"])
 

@@ -1,5 +1,7 @@
 """The projection head of DINO and iBOT."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +20,8 @@ class Prototypes(nn.Module):
 
     def weight(self) -> Tensor:
         """The effective weight [K, d]."""
-        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+        weight: Tensor = self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight())
@@ -41,7 +44,7 @@ class DINOHead(nn.Module):
         super().__init__()
         widths = [in_dim] + [hidden_dim] * (nlayers - 1) + [bottleneck_dim]
         layers: list[nn.Module] = []
-        for width_in, width_out in zip(widths, widths[1:], strict=False):
+        for width_in, width_out in itertools.pairwise(widths):
             linear = nn.Linear(width_in, width_out)
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
@@ -55,4 +58,5 @@ class DINOHead(nn.Module):
         return F.normalize(self.mlp(x).float(), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last_layer(self.embed(x))  # type: ignore[no-any-return]
+        logits: Tensor = self.last_layer(self.embed(x))
+        return logits

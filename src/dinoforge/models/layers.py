@@ -49,7 +49,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+        out: Tensor = self.proj(images).flatten(2).transpose(1, 2)
+        return out
 
 
 class Attention(nn.Module):
@@ -64,8 +65,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
         qkv = self.qkv(x)  # [T, 3D]
         sizes = [images * tokens for images, tokens in groups]
-        out = [self._attend(part, *group) for part, group in zip(qkv.split(sizes), groups, strict=True)]
-        return self.proj(out[0] if len(out) == 1 else torch.cat(out))  # type: ignore[no-any-return]
+        attended = [self._attend(part, *group) for part, group in zip(qkv.split(sizes), groups, strict=True)]
+        out: Tensor = self.proj(attended[0] if len(attended) == 1 else torch.cat(attended))
+        return out
 
     def _attend(self, qkv: Tensor, images: int, tokens: int) -> Tensor:
         if qkv.device.type == "cpu":
@@ -85,7 +87,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
 
 
 class SwiGLU(nn.Module):
@@ -99,7 +102,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)  # type: ignore[no-any-return]
+        out: Tensor = self.w3(F.silu(gate) * value)
+        return out
 
 
 class LayerScale(nn.Module):
@@ -148,10 +152,12 @@ class Block(nn.Module):
         return _add_to(x, self._ffn_branch(x[keep_ffn.rows]), keep_ffn)
 
     def _attn_branch(self, x: Tensor, groups: Groups) -> Tensor:
-        return self.ls1(self.attn(self.norm1(x), groups))  # type: ignore[no-any-return]
+        out: Tensor = self.ls1(self.attn(self.norm1(x), groups))
+        return out
 
     def _ffn_branch(self, x: Tensor) -> Tensor:
-        return self.ls2(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
+        out: Tensor = self.ls2(self.mlp(self.norm2(x)))
+        return out
 
 
 def _add_to(x: Tensor, residual: Tensor, subset: Subset) -> Tensor:

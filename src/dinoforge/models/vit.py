@@ -185,7 +185,7 @@ class VisionTransformer(nn.Module):
             if offset
             else {"size": (rows, columns)}
         )
-        grid = F.interpolate(grid, mode="bicubic", antialias=self.interpolate_antialias, **target)  # type: ignore[arg-type]
+        grid = F.interpolate(grid, mode="bicubic", antialias=self.interpolate_antialias, **target)
         assert grid.shape[-2:] == (rows, columns)
         return cls, grid.permute(0, 2, 3, 1).flatten(1, 2)
 
@@ -201,7 +201,9 @@ def drop_path_rates(rate: float, depth: int, uniform: bool) -> list[float]:
     return [rate] * depth if uniform else [rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
-def draw_kept_samples(rates: Sequence[float], batch_sizes: Sequence[int], generator: torch.Generator) -> list[KeptSamples]:
+def draw_kept_samples(
+    rates: Sequence[float], batch_sizes: Sequence[int], generator: torch.Generator
+) -> list[KeptSamples]:
     """Draws stochastic depth: every residual branch keeps ``max(⌊B·(1 - rate)⌋, 1)`` random images of each group.
 
     Args:

@@ -13,6 +13,4 @@ def clip_gradients(networks: Mapping[str, nn.Module], max_norm: float) -> dict[s
         The norm of each sub-network before clipping, on its device.
     """
     limit = max_norm if max_norm > 0 else float("inf")
-    return {
-        name: torch.nn.utils.clip_grad_norm_(network.parameters(), limit) for name, network in networks.items()
-    }
+    return {name: torch.nn.utils.clip_grad_norm_(network.parameters(), limit) for name, network in networks.items()}

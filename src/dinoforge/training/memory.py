@@ -40,10 +40,9 @@ def estimate(recipe: Recipe, networks: StudentTeacher, *, precision_bytes: int, 
     masked = 2 * batch * recipe.ibot.mask_sample_probability * ratio * global_patches
     samples = 2 * batch + masked
     parameters = sum(p.numel() for p in networks.student.parameters())
-    prototypes = max((len(h.last_layer.weight_g) for n, h in networks.student.items() if n != "backbone"), default=0)  # type: ignore[union-attr, arg-type]
-    prototype_weights = sum(
-        p.numel() for n, p in networks.student.named_parameters() if n.endswith("last_layer.weight_v")
-    )
+    last_layers = [p for name, p in networks.student.named_parameters() if name.endswith("last_layer.weight_v")]
+    prototypes = max((len(p) for p in last_layers), default=0)
+    prototype_weights = sum(p.numel() for p in last_layers)
     return {
         "libraries": _LIBRARIES if on_cpu else 0.0,
         "student and teacher": 2 * 4 * parameters,

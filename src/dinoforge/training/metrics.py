@@ -97,7 +97,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise RecipeError("log.tensorboard=true needs: pip install 'dinoforge[tensorboard]'") from error
-        self._writer: Any = SummaryWriter(str(folder), purge_step=first_step + 1)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def __call__(self, metrics: Metrics) -> None:
         for name, value in metrics.items():

@@ -56,9 +56,7 @@ def make_plan(recipe: Recipe, data: DataSummary) -> Plan:
         threads=recipe.train.threads or processors,
         num_workers=min(wanted, processors),
         parameters=_count(networks),
-        memory=estimate(
-            recipe, networks, precision_bytes=precision.itemsize, on_cpu=device.type == "cpu"
-        ),
+        memory=estimate(recipe, networks, precision_bytes=precision.itemsize, on_cpu=device.type == "cpu"),
     )
 
 

@@ -1,12 +1,12 @@
 """The run directory: what is in it, whose it is, and how a run is taken up again.
 
-    recipe.yaml           the recipe as resolved
-    run.json              data, versions, device, precision, threads; a line for each time it was started
-    metrics.jsonl         one line per logged step
-    skipped.txt           images that could not be read, each once
-    checkpoints/          everything that continuing needs
-    teacher.safetensors   the backbone: EMA weights, official names
-    summary.json          how far it is and how fast it was
+recipe.yaml           the recipe as resolved
+run.json              data, versions, device, precision, threads; a line for each time it was started
+metrics.jsonl         one line per logged step
+skipped.txt           images that could not be read, each once
+checkpoints/          everything that continuing needs
+teacher.safetensors   the backbone: EMA weights, official names
+summary.json          how far it is and how fast it was
 """
 
 import json
@@ -59,9 +59,7 @@ class RunDirectory:
             raise RunError(f"{self.path} is a file, not a folder: choose another place with --out")
         if not self.exists:
             if self.path.is_dir() and any(self.path.iterdir()):
-                raise RunError(
-                    f"{self.path} holds something else than a run: choose an empty or new folder with --out"
-                )
+                raise RunError(f"{self.path} holds something else than a run: choose an empty or new folder with --out")
             return
         way_out = f"Start another run with --out, or delete {self.path} if you no longer need it."
         changed = differences(self.recipe(), recipe, ignore=FREE_KEYS)
@@ -109,8 +107,9 @@ class RunDirectory:
                 "pillow": PIL.__version__,
             },
         }
-        info = self.info() if self._info.exists() else {"data": vars(data), "seed": recipe.train.seed, "starts": []}
-        info["starts"].append(start)
+        before = self.info() if self._info.exists() else {}
+        starts = [*before.get("starts", []), start]
+        info = before | {"data": vars(data), "seed": recipe.train.seed, "starts": starts}
         write_text(self._info, json.dumps(info, indent=2) + "\n")
         write_text(self._recipe, dump(recipe))
 

@@ -62,15 +62,13 @@ def train_step(
     Raises:
         NonFiniteError: before anything was updated.
     """
-    set_hyperparameters(
-        optimizer, lr=hyper.lr, last_layer_lr=hyper.last_layer_lr, weight_decay=hyper.weight_decay
-    )
+    set_hyperparameters(optimizer, lr=hyper.lr, last_layer_lr=hyper.last_layer_lr, weight_decay=hyper.weight_decay)
     with autocast or nullcontext():
         losses = student_teacher(batch, teacher_temp=hyper.teacher_temp, kept=kept)
     if scaler is None:
         losses.total.backward()
     else:
-        scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
+        scaler.scale(losses.total).backward()
         scaler.unscale_(optimizer)
     distributed.average_gradients(list(student_teacher.student.parameters()))
     grad_norms = clip_gradients(dict(student_teacher.student.items()), clip_grad)
