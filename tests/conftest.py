@@ -14,9 +14,9 @@ REQUIRE_ALL = os.environ.get("DINOFORGE_REQUIRE_ALL") == "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    """The same number of threads everywhere, so that a test takes as long on a large machine's one corner."""
-    torch.set_num_threads(2)
+def one_thread() -> None:
+    """Networks in tests are so small that a second thread only waits."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -224,7 +224,6 @@ def test_a_key_like_no_other_names_none():
         load_recipe("dinov2", {"zzzz.qqqq": 1})
 
 
-@pytest.mark.xfail(reason="a mistyped section of a file is not compared with the sections")
 def test_a_mistyped_section_names_the_nearest(file):
     with pytest.raises(RecipeError, match=r"unknown key 'optm'.*optim"):
         load_recipe(file("optm:\n  base_lr: 1\n"))
@@ -307,7 +306,6 @@ def test_wrong_types(key, value):
     assert str(caught.value).startswith(f"{key}: expected")
 
 
-@pytest.mark.xfail(reason="float() of a whole number beyond its range raises OverflowError", raises=OverflowError)
 def test_a_number_that_no_float_holds():
     with pytest.raises(RecipeError):
         load_recipe("dinov2", {"optim.base_lr": 10**400})
@@ -388,6 +386,7 @@ def test_an_override_needs_key_and_value(text):
         ({"crops.aspect_ratio": [2, 1]}, "crops.aspect_ratio"),
         ({"augment.blur_sigma": [0, 1]}, "augment.blur_sigma"),
         ({"augment.blur_kernel": 8}, "augment.blur_kernel"),
+        ({"augment.blur_kernel": 401}, "augment.blur_kernel=401"),
         ({"augment.blur_probability": [0, 0, 2]}, "augment.blur_probability"),
         ({"optim.warmup_length": "10"}, "not a length"),
         ({"optim.freeze_last_layer_length": "ten steps"}, "not a length"),
@@ -429,14 +428,12 @@ def test_edges_that_are_allowed(overrides):
         assert flat[key] == expected
 
 
-@pytest.mark.xfail(reason="dino.global_loss_weight and dino.local_loss_weight are not looked at")
 def test_the_two_dino_terms_off_count_as_dino_off():
     off = {"dino.global_loss_weight": 0, "dino.local_loss_weight": 0, "ibot.loss_weight": 0}
     with pytest.raises(RecipeError, match="every loss is off"):
         load_recipe("dinov2", off | {"dino.koleo_loss_weight": 0})
 
 
-@pytest.mark.xfail(reason="the betas are first looked at by AdamW, which raises ValueError")
 @pytest.mark.parametrize("key", ["optim.adamw_beta1", "optim.adamw_beta2"])
 def test_betas_outside_of_their_range(key):
     with pytest.raises(RecipeError, match=key):
@@ -540,8 +537,26 @@ def test_lengths_as_a_share_of_the_run(text, steps):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "10", "steps", "%", "-1 steps", "101%", "1 2 steps", "1e999 steps", "nan steps", "inf epochs", "ten steps"]
-    + ["5 minutes", "5 stepss", "5 official steps", "1.2.3 epochs", "10% steps", "e steps", "0x10 steps"],
+    [
+        "",
+        "10",
+        "steps",
+        "%",
+        "-1 steps",
+        "101%",
+        "1 2 steps",
+        "1e999 steps",
+        "nan steps",
+        "inf epochs",
+        "ten steps",
+        "5 minutes",
+        "5 stepss",
+        "5 official steps",
+        "1.2.3 epochs",
+        "10% steps",
+        "e steps",
+        "0x10 steps",
+    ],
 )
 def test_texts_that_are_no_length(text):
     with pytest.raises(RecipeError, match="is not a length: expected"):

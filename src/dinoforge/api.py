@@ -122,6 +122,7 @@ def _train(
     if start is not None:
         state.load_state_dict(checkpoint.load(run.path, start, device))
         say(f"\nContinuing at step {start:,} of {plan.length.steps:,}.")
+    run.list_skipped(state.bad_images.skipped.values(), first=True)
     run.record_start(recipe, identity, device=device, precision=plan.precision, step=state.step)
 
     saver = _Saver(run, state, plan, image)
@@ -166,6 +167,7 @@ def _train(
             )
             saver.save()
         finally:
+            batches.close()  # ends the workers
             metrics_file.close()
             if board:
                 board.close()
@@ -402,7 +404,7 @@ class _Stop:
 def _tell_skipped(run: RunDirectory, say: Any, new: list[Skipped]) -> None:
     for _, name, reason in new:
         say(f"skipped  {name}: {reason}")
-    run.add_skipped([f"{name}\t{reason}" for _, name, reason in new])
+    run.list_skipped((name, reason) for _, name, reason in new)
 
 
 def _stop_on_non_finite(run: RunDirectory, batch: Batch, step: int, values: dict[str, float]) -> NoReturn:

@@ -1,6 +1,5 @@
 """Checkpoints of a run: everything that continuing needs, in one file per step."""
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -42,13 +41,13 @@ def load(run: Path, step: int, device: torch.device) -> dict[str, Any]:
         WeightsError: the file is damaged or is no checkpoint.
     """
     path = folder_of(run) / f"step_{step:08d}.pt"
+    way_out = "delete this file to continue from the one before it, or from the start if there is none"
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise WeightsError(
-            f"cannot read the checkpoint {path} ({type(error).__name__}): delete this file to continue from the one "
-            "before it, or from the start if there is none"
-        ) from error
+    except Exception as error:  # the unpickler raises whatever damaged bytes make it stumble over
+        raise WeightsError(f"cannot read the checkpoint {path} ({type(error).__name__}): {way_out}") from error
+    if not isinstance(state, dict) or "step" not in state:
+        raise WeightsError(f"{path} is no checkpoint of a run: {way_out}")
     return state
 
 

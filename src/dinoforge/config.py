@@ -351,9 +351,10 @@ def _layers(recipe: str | Path) -> list[dict[str, Any]]:
             f"no recipe {str(recipe)!r}{hint}: expected a YAML file or one of {', '.join(recipe_names())}"
         )
     try:
-        values = yaml.safe_load(text) or {}
+        values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected sections with keys, got {type(values).__name__}")
     base = values.pop("base", None)
@@ -408,7 +409,7 @@ def _merge(values: dict[str, Any], layer: Mapping[str, Any]) -> dict[str, str]:
         elif key in _SECTIONS:
             raise RecipeError(f"{key} is a section: give its keys, such as {key}.{next(iter(_keys_of(key)))}=value")
         else:
-            raise RecipeError(f"unknown key {key!r}{_nearest(key, list(_TYPES))}")
+            raise RecipeError(f"unknown key {key!r}{_nearest(key, [*_TYPES, *_SECTIONS])}")
     return ignored
 
 
@@ -460,7 +461,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         # YAML 1.1 reads 1e-3 (no point) as text.
         try:
             number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
-        except ValueError:
+        except (ValueError, OverflowError):
             number = None
         if number is None or number != number or abs(number) == float("inf"):
             raise RecipeError(f"{key}: expected a number, got {value!r}")
@@ -488,7 +489,6 @@ def _validate(recipe: Recipe) -> None:
         for size in ("head_n_prototypes", "head_bottleneck_dim", "head_nlayers", "head_hidden_dim"):
             _require(flat[f"{key}.{size}"] >= 1, f"{key}.{size}: expected at least 1, got {flat[f'{key}.{size}']}")
         _require(flat[f"{key}.student_temp"] > 0, f"{key}.student_temp: expected more than 0")
-        _require(0 <= flat[f"{key}.center_momentum"] < 1, f"{key}.center_momentum: expected 0 up to below 1")
     at_least_one = (
         "train.batch_size_per_gpu train.OFFICIAL_EPOCH_LENGTH train.steps train.sinkhorn_iterations train.threads "
         "student.patch_size student.in_chans student.embed_dim student.depth student.num_heads "
@@ -517,13 +517,19 @@ def _validate(recipe: Recipe) -> None:
         "teacher.final_momentum_teacher"
     ).split():
         _require(0 <= flat[key] <= 1, f"{key}: expected 0 to 1, got {flat[key]:g}")
-    _require(0 <= recipe.student.drop_path_rate < 1, "student.drop_path_rate: expected 0 up to below 1")
+    for key in (
+        "student.drop_path_rate student.interpolate_offset optim.adamw_beta1 optim.adamw_beta2 dino.center_momentum "
+        "ibot.center_momentum"
+    ).split():
+        _require(0 <= flat[key] < 1, f"{key}: expected 0 up to below 1, got {flat[key]:g}")
     _require(recipe.augment.hue <= 0.5, f"augment.hue: expected 0 to 0.5, got {recipe.augment.hue:g}")
     for key in ("crops.global_crops_scale", "crops.local_crops_scale"):
         low, high = flat[key]
         _require(0 < low <= high <= 1, f"{key}: expected 0 < low ≤ high ≤ 1 (shares of the image), got {[low, high]}")
-    low, high = recipe.ibot.mask_ratio_min_max
-    _require(0 <= low <= high <= 1, f"ibot.mask_ratio_min_max: expected 0 ≤ low ≤ high ≤ 1, got {[low, high]}")
+    low, high_ratio = recipe.ibot.mask_ratio_min_max
+    _require(
+        0 <= low <= high_ratio <= 1, f"ibot.mask_ratio_min_max: expected 0 ≤ low ≤ high ≤ 1, got {[low, high_ratio]}"
+    )
     _require(0 < recipe.ibot.mask_min_aspect <= 1, "ibot.mask_min_aspect: expected above 0 up to 1")
     for key in ("crops.aspect_ratio", "augment.blur_sigma"):
         low, high = flat[key]
@@ -531,10 +537,6 @@ def _validate(recipe: Recipe) -> None:
     _require(
         recipe.augment.blur_kernel % 2 == 1 and recipe.augment.blur_kernel > 0,
         f"augment.blur_kernel: expected an odd number of pixels, got {recipe.augment.blur_kernel}",
-    )
-    _require(
-        recipe.augment.blur_kernel // 2 < min(recipe.crops.global_crops_size, recipe.crops.local_crops_size),
-        f"augment.blur_kernel={recipe.augment.blur_kernel} is too large for the crops",
     )
     for share in recipe.augment.blur_probability or ():
         _require(0 <= share <= 1, f"augment.blur_probability: expected values from 0 to 1, got {share:g}")
@@ -549,6 +551,10 @@ def _validate(recipe: Recipe) -> None:
     if recipe.eval.size is not None:
         sizes["eval.size"] = recipe.eval.size
     for key, side in sizes.items():
+        _require(
+            key == "eval.size" or recipe.augment.blur_kernel // 2 < side,
+            f"augment.blur_kernel={recipe.augment.blur_kernel} is too large for {key}={side}",
+        )
         near = max(patch, round(side / patch) * patch)
         _require(
             side % patch == 0,
@@ -561,9 +567,17 @@ def _validate(recipe: Recipe) -> None:
             f"{key} has {count} values for student.in_chans={channels}: give one, or one for each channel",
         )
     _require(all(s > 0 for s in recipe.data.std), f"data.std: expected values above 0, got {list(recipe.data.std)}")
-    weights = (recipe.dino.loss_weight, recipe.ibot.loss_weight, recipe.dino.koleo_loss_weight)
-    _require(any(weights), "every loss is off: dino.loss_weight, ibot.loss_weight and dino.koleo_loss_weight are 0")
+    dino = recipe.dino.loss_weight * (recipe.dino.global_loss_weight + recipe.dino.local_loss_weight)
     _require(
-        recipe.dino.loss_weight > 0 or recipe.ibot.loss_weight == 0 or recipe.ibot.mask_sample_probability > 0,
-        "only the iBOT loss is on, but ibot.mask_sample_probability is 0: nothing would be learned",
+        dino + recipe.ibot.loss_weight + recipe.dino.koleo_loss_weight > 0,
+        "every loss is off: dino.loss_weight (times its two parts), ibot.loss_weight and dino.koleo_loss_weight are 0",
     )
+    _require(
+        dino + recipe.dino.koleo_loss_weight > 0 or recipe.ibot.mask_sample_probability * high_ratio > 0,
+        "only the iBOT loss is on, but ibot.mask_sample_probability or ibot.mask_ratio_min_max masks nothing",
+    )
+    _require(
+        recipe.train.steps is None or recipe.train.epochs is None,
+        "train.steps and train.epochs contradict each other: give one of them",
+    )
+    _require(recipe.train.seed < 2**63, "train.seed: expected less than 2^63")

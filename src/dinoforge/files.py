@@ -2,8 +2,12 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from dinoforge.errors import RunError
 
@@ -22,12 +26,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors tell a full disk their own way
         raise writing_error(path, error) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -35,13 +38,22 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def writing_error(path: Path, error: OSError) -> RunError:
+def writing_error(path: Path, error: Exception) -> RunError:
     """What to tell a user whose disk does not take a file."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT) or (number is None and _is_full(path.parent)):
         return RunError(f"no space left to write {path}: free some, then run the same command again to continue")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return RunError(f"cannot write {path} ({error.strerror}): choose another place with --out")
-    return RunError(f"cannot write {path}: {error}")
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
+    return RunError(f"cannot write {path} ({reason}): choose another place with --out")
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < 2**20
+    except OSError:
+        return False
 
 
 def _sync_folder(folder: Path) -> None:

@@ -93,12 +93,9 @@ class StudentTeacher(nn.Module):
         o = self.objective
         dino_targets, ibot_targets = self._targets(batch, teacher_temp)
 
-        crops: list[Tensor] = [batch.global_crops]
-        masks: list[Tensor | None] = [batch.masks]  # also without the iBOT loss, as in the reference
-        if o.dino_local_weight > 0 and len(batch.local_crops):
-            crops.append(batch.local_crops)
-            masks.append(None)
-        student = cast(VisionTransformer, self.student["backbone"]).encode(crops, masks, kept)
+        crops = self.student_crops(batch)
+        masks: list[Tensor | None] = [batch.masks, None]  # also without the iBOT loss, as in the reference
+        student = cast(VisionTransformer, self.student["backbone"]).encode(crops, masks[: len(crops)], kept)
         student_global = student[0]
         student_local_cls = student[1].cls if len(student) > 1 else student_global.cls[:0]
         heads = {name: cast(DINOHead, network) for name, network in self.student.items() if name != "backbone"}
@@ -129,6 +126,11 @@ class StudentTeacher(nn.Module):
             # Each view by itself: two views of one image should be close, not apart.
             koleo = o.koleo_weight * sum((koleo_loss(view) for view in student_global.cls.chunk(2)), zero)
         return Losses(dino_local, dino_global, ibot, koleo, total=dino_local + dino_global + ibot + koleo)
+
+    def student_crops(self, batch: Batch) -> list[Tensor]:
+        """The groups of crops that the student reads: local ones only if a loss does."""
+        has_local = self.objective.dino_local_weight > 0 and len(batch.local_crops) > 0
+        return [batch.global_crops, batch.local_crops] if has_local else [batch.global_crops]
 
     @torch.no_grad()
     def _targets(self, batch: Batch, temp: float) -> tuple[Targets | None, Targets | None]:

@@ -80,7 +80,7 @@ def load_backbone(path: Path) -> Backbone:
         with torch.device("meta"):
             network = VisionTransformer(**architecture)
         missing = network.load_state_dict(tensors, strict=False, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise WeightsError(f"{path}: weights and header do not fit each other: {error}") from error
     if missing.missing_keys or missing.unexpected_keys:
         raise WeightsError(

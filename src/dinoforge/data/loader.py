@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -203,7 +203,7 @@ def make_loader(
     pin_memory: bool = False,
     prefetch: int = 2,
     timeout: float = 0.0,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Start making the batches of steps `start_step`…`end_step` - 1, to be taken in order.
 
     Workers start at once and leave when the iterator is closed, exhausted or forgotten.
@@ -237,7 +237,7 @@ def make_loader(
     return _checked(batches, timeout)
 
 
-def _checked(batches: Iterator[Batch | Failure], timeout: float) -> Iterator[Batch]:
+def _checked(batches: Iterator[Batch | Failure], timeout: float) -> Generator[Batch]:
     while True:
         try:
             batch = next(batches)

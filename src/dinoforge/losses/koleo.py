@@ -24,6 +24,6 @@ def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
         x = F.normalize(x.float(), dim=-1, eps=eps)
         with torch.no_grad():
             similarity = x @ x.T
-            nearest = similarity.fill_diagonal_(-1).argmax(dim=1)
+            nearest = similarity.fill_diagonal_(-torch.inf).argmax(dim=1)
         distance = F.pairwise_distance(x, x[nearest], eps=eps)
         return -torch.log(distance + eps).mean()

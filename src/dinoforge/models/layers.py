@@ -70,12 +70,13 @@ class Attention(nn.Module):
         return out
 
     def _attend(self, qkv: Tensor, images: int, tokens: int) -> Tensor:
-        if qkv.device.type == "cpu":
-            qkv = qkv.float()  # attention's backward pass on the CPU is several times slower in bfloat16
+        dtype = qkv.dtype
+        if qkv.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+            qkv = qkv.float()  # attention's backward pass on the CPU is several times slower in half precision
         q, k, v = qkv.view(images, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, N, D/heads]
         with torch.autocast("cpu", enabled=False):
             out = F.scaled_dot_product_attention(q, k, v)
-        return out.transpose(1, 2).reshape(images * tokens, -1)  # [B·N, D]
+        return out.transpose(1, 2).reshape(images * tokens, -1).to(dtype)  # [B·N, D]
 
 
 class Mlp(nn.Module):

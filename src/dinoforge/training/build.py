@@ -148,7 +148,8 @@ def run_length(recipe: Recipe, *, images: int, world_size: int = 1) -> RunLength
     if batch_size > images:
         raise RecipeError(
             f"the batch of {batch_size} images is larger than the data ({images} images): "
-            f"set train.batch_size_per_gpu to {images // world_size} or less"
+            f"set train.batch_size_per_gpu to {max(images // world_size, 1)} or less"
+            + (f", on {images} ranks or fewer" if images < world_size else "")
         )
     if recipe.train.steps is not None:
         steps = recipe.train.steps

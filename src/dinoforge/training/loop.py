@@ -103,7 +103,7 @@ def train(
         hyper = schedules(state.step)
         kept = None
         if any(drop_path_rates):
-            sizes = [len(crops) for crops in (batch.global_crops, batch.local_crops) if len(crops)]
+            sizes = [len(crops) for crops in state.student_teacher.student_crops(batch)]
             kept = draw_kept_samples(drop_path_rates, sizes, _generator(seed, state.step))
         try:
             result = train_step(

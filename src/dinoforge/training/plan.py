@@ -80,7 +80,7 @@ def render(plan: Plan, *, data_path: str, out: str) -> str:
     }
     lines = {
         "data": f"{plan.data.count:,} images in {data_path}: {_sizes(plan.data)}",
-        "crops": f"2 × {side}²{local} pixels, {s.in_chans} channel{'s' if s.in_chans > 1 else ''}",
+        "crops": f"2 × {side}²{local} pixels, {_count_of(s.in_chans, 'channel')}",
         "model": (
             f"{s.arch}: width {embed_dim}, {depth} blocks, {heads} heads, patch {s.patch_size} → "
             f"{(side // s.patch_size) ** 2} patches; "
@@ -92,8 +92,8 @@ def render(plan: Plan, *, data_path: str, out: str) -> str:
             "your data"
         ),
         "compute": (
-            f"{plan.device}, {str(plan.precision).removeprefix('torch.')}, {plan.threads} threads, "
-            f"{plan.num_workers} data workers"
+            f"{plan.device}, {str(plan.precision).removeprefix('torch.')}, {_count_of(plan.threads, 'thread')}, "
+            f"{_count_of(plan.num_workers, 'data worker')}"
         ),
         "memory": f"about {total / 2**30:.1f} GiB ("
         + ", ".join(f"{name} {size / 2**30:.1f}" for name, size in top)
@@ -117,6 +117,10 @@ def render_schedules(plan: Plan) -> str:
             f"{h.teacher_temp:>6.4f}"
         )
     return "\n".join(lines)
+
+
+def _count_of(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _sizes(data: DataSummary) -> str:

@@ -12,6 +12,7 @@ summary.json          how far it is and how fast it was
 import json
 import platform
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +26,7 @@ import torchvision
 from dinoforge import __version__, checkpoint
 from dinoforge.config import FREE_KEYS, Recipe, differences, dump, load_recipe
 from dinoforge.errors import RunError
-from dinoforge.files import write_text
+from dinoforge.files import write_text, writing_error
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,15 @@ class RunDirectory:
         write_text(self._info, json.dumps(info, indent=2) + "\n")
         write_text(self._recipe, dump(recipe))
 
-    def add_skipped(self, lines: list[str]) -> None:
-        """Appends to the list of unreadable images."""
-        if lines:
-            with self.skipped.open("a", encoding="utf-8") as file:
-                file.writelines(f"{line}\n" for line in lines)
+    def list_skipped(self, images: Iterable[tuple[str, str]], *, first: bool = False) -> None:
+        """Appends names and reasons to the list of unreadable images; ``first`` starts the list anew."""
+        lines = [f"{name}\t{reason}\n" for name, reason in images]
+        try:
+            if lines or (first and self.skipped.exists()):
+                with self.skipped.open("w" if first else "a", encoding="utf-8") as file:
+                    file.writelines(lines)
+        except OSError as error:
+            raise writing_error(self.skipped, error) from error
 
     def require_space(self, needed: int) -> None:
         """Raises RunError if the disk has less than ``needed`` bytes free."""

@@ -1,0 +1,135 @@
+"""What each of two processes does; ``test_reductions.py`` starts it as a script.
+
+    python workers.py TASK RANK WORLD_SIZE STORE OUT
+
+It writes tensors to OUT: what the process got, and nothing of how that should look.
+"""
+
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dinoforge import distributed
+from dinoforge.config import load_recipe
+from dinoforge.data.batch import Batch, masked_patches
+from dinoforge.losses.targets import sinkhorn_knopp, updated_center
+from dinoforge.optim.schedules import Hyperparameters
+from dinoforge.student_teacher import StudentTeacher
+from dinoforge.training.build import build_optimizer, build_student_teacher
+from dinoforge.training.step import train_step
+
+INFINITY = float("inf")
+VALUES = torch.tensor(
+    [
+        [0.0, 1.0, -INFINITY, -INFINITY, 1e4, -1e4],
+        [2.0, -INFINITY, 3.0, -INFINITY, 1e4, 1e4],
+    ]
+)
+SPLITS = {"even": (3, 3), "uneven": (1, 5), "none_on_first": (0, 6), "none_on_last": (6, 0)}
+
+
+def logits(name: str, rank: int) -> Tensor:
+    """This rank's part of the same 6 samples."""
+    whole = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)) * 3
+    return whole.split(SPLITS[name])[rank]
+
+
+def reductions(rank: int) -> dict[str, Tensor]:
+    x = VALUES[rank].clone()
+    results = {
+        "rank": torch.tensor([distributed.rank(), distributed.world_size(), int(distributed.is_active())]),
+        "sum": distributed.sum_over_ranks(torch.tensor([1.0, 10.0]) * (rank + 1)),
+        "mean": distributed.mean_over_ranks(torch.tensor([1.0, 10.0]) * (rank + 1)),
+        "logsumexp": distributed.logsumexp_over_ranks(x),
+    }
+    return results | {"unchanged": torch.tensor(torch.equal(x, VALUES[rank]))}
+
+
+def targets(rank: int) -> dict[str, Tensor]:
+    results = {name: sinkhorn_knopp(logits(name, rank), 0.3).rows(slice(None)) for name in SPLITS}
+    center = torch.arange(5.0)
+    return results | {f"center_{name}": updated_center(center, logits(name, rank), 0.9) for name in SPLITS}
+
+
+def gradients(rank: int) -> dict[str, Tensor]:
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))]
+    parameters[0].grad = torch.arange(3.0) * (rank + 1)
+    parameters[1].grad = torch.tensor([float(rank), -float(rank)])
+    distributed.average_gradients(parameters)
+    assert parameters[2].grad is None
+    return {str(i): p.grad for i, p in enumerate(parameters) if p.grad is not None}
+
+
+RECIPE = {
+    "student.arch": "vit_custom",
+    "student.embed_dim": 16,
+    "student.depth": 1,
+    "student.num_heads": 2,
+    "student.patch_size": 4,
+    "crops.global_crops_size": 16,
+    "crops.local_crops_size": 12,
+    "augment.blur_kernel": 3,
+    "ibot.separate_head": True,
+    **{f"{k}.head_n_prototypes": 8 for k in ("dino", "ibot")},
+    **{f"{k}.head_hidden_dim": 12 for k in ("dino", "ibot")},
+    **{f"{k}.head_bottleneck_dim": 6 for k in ("dino", "ibot")},
+}
+
+
+def batch_of(rank: int, masked_ranks: tuple[int, ...]) -> Batch:
+    generator = torch.Generator().manual_seed(rank)
+    masks = torch.rand(6, 16, generator=generator) < (0.4 if rank in masked_ranks else 0.0)
+    return Batch(
+        global_crops=torch.randn(6, 3, 16, 16, generator=generator),
+        local_crops=torch.randn(6, 3, 12, 12, generator=generator),
+        masks=masks,
+        masked=masked_patches(masks),
+        indices=torch.arange(3),
+    )
+
+
+def step(rank: int) -> dict[str, Tensor]:
+    """Two steps in which a rank, or every rank, has no masked patch."""
+    results = {}
+    for targets_name in ("centering", "sinkhorn_knopp"):
+        for masked_ranks in ((1,), (0, 1), ()):
+            recipe, _ = load_recipe("dinov2", RECIPE | {"train.centering": targets_name})
+            torch.manual_seed(0)
+            networks: StudentTeacher = build_student_teacher(recipe)
+            optimizer = build_optimizer(recipe, networks)
+            hyper = Hyperparameters(1e-2, 1e-2, 0.04, 0.9, 0.05, last_layer_frozen=False)
+            for _ in range(2):
+                result = train_step(networks, optimizer, batch_of(rank, masked_ranks), hyper, clip_grad=3.0)
+            prefix = f"{targets_name}_{''.join(map(str, masked_ranks))}"
+            results |= {f"{prefix}.loss.{k}": v.detach() for k, v in vars(result.losses).items()}
+            results |= {f"{prefix}.norm.{k}": v for k, v in result.grad_norms.items()}
+            results |= {f"{prefix}.state.{k}": v for k, v in networks.state_dict().items()}
+    return results
+
+
+TASKS: dict[str, Callable[[int], dict[str, Tensor]]] = {
+    "reductions": reductions,
+    "targets": targets,
+    "gradients": gradients,
+    "step": step,
+}
+
+
+def main() -> None:
+    tasks, rank, world_size, store, out = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
+    try:
+        torch.save({task: TASKS[task](rank) for task in tasks}, out)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
