@@ -143,7 +143,8 @@ def _train(
     say("")
     with _Stop(limit) as stop, Display(console, total_steps=plan.length.steps, first_step=first_step) as display:
         metrics_hook = MetricsHook(
-            [*sinks, display],
+            sinks,
+            display,
             every_steps=recipe.log.every_steps,
             total_steps=plan.length.steps,
             batch_size=plan.length.batch_size,

@@ -480,5 +480,7 @@ def test_images_that_do_not_fit(shape):
         make_vit()(torch.zeros(shape))
 
 
-def test_a_large_offset_is_refused_or_works():
-    make_vit(interpolate_offset=1.0)(images(1, 8))
+@pytest.mark.parametrize("offset", [-0.1, 1.0])
+def test_an_offset_that_would_change_the_grid_is_refused(offset):
+    with pytest.raises(ValueError, match="interpolate_offset"):
+        make_vit(interpolate_offset=offset)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dinoforge.config import Recipe, parse_length
+from dinoforge.config import Dino, Ibot, Recipe, parse_length
 from dinoforge.data.crops import BLUR_PROBABILITY, MultiCrop
 from dinoforge.data.loader import BadImages, TrainingData
 from dinoforge.data.masks import batch_masks, max_num_patches
@@ -101,22 +101,20 @@ def build_student_teacher(recipe: Recipe) -> StudentTeacher:
     backbone = VisionTransformer(**vit_arguments(recipe))
     heads = {}
     if objective.has_dino or (objective.has_ibot and not i.separate_head):
-        heads["dino_head"] = DINOHead(
-            backbone.embed_dim,
-            prototypes=d.head_n_prototypes,
-            bottleneck_dim=d.head_bottleneck_dim,
-            nlayers=d.head_nlayers,
-            hidden_dim=d.head_hidden_dim,
-        )
+        heads["dino_head"] = _head(d, backbone.embed_dim)
     if objective.has_ibot and i.separate_head:
-        heads["ibot_head"] = DINOHead(
-            backbone.embed_dim,
-            prototypes=i.head_n_prototypes,
-            bottleneck_dim=i.head_bottleneck_dim,
-            nlayers=i.head_nlayers,
-            hidden_dim=i.head_hidden_dim,
-        )
+        heads["ibot_head"] = _head(i, backbone.embed_dim)
     return StudentTeacher(backbone, heads, objective)
+
+
+def _head(sizes: Dino | Ibot, embed_dim: int) -> DINOHead:
+    return DINOHead(
+        embed_dim,
+        prototypes=sizes.head_n_prototypes,
+        bottleneck_dim=sizes.head_bottleneck_dim,
+        nlayers=sizes.head_nlayers,
+        hidden_dim=sizes.head_hidden_dim,
+    )
 
 
 def build_optimizer(recipe: Recipe, student_teacher: StudentTeacher) -> torch.optim.AdamW:

@@ -19,29 +19,39 @@ from dinoforge.training.loop import StepReport
 Metrics = dict[str, float]
 Sink = Callable[[Metrics], None]
 
-_PLAIN_LINE_SECONDS = 10.0
+_LINE_SECONDS = 10.0
 
 
 class MetricsHook:
     """Measures every ``every_steps`` steps, and at the last one, and hands the numbers on.
 
     Losses and gradient norms are those of that very step, so that a continued run writes what an uninterrupted one
-    does; speed and waiting are means since the last time.
+    does; speed and waiting are means since the last time. The display is also told of the first step, and of one at
+    least every few seconds, so that slow steps do not leave a user in the dark.
     """
 
     def __init__(
-        self, sinks: list[Sink], *, every_steps: int, total_steps: int, batch_size: int, device: torch.device
+        self,
+        sinks: list[Sink],
+        display: Sink,
+        *,
+        every_steps: int,
+        total_steps: int,
+        batch_size: int,
+        device: torch.device,
     ) -> None:
-        self.sinks, self.every_steps, self.total_steps = sinks, every_steps, total_steps
+        self.sinks, self.display, self.every_steps, self.total_steps = sinks, display, every_steps, total_steps
         self.batch_size, self.device = batch_size, device
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
+        self._shown = float("-inf")
 
     def __call__(self, report: StepReport) -> None:
         self._steps += 1
         self._seconds += report.seconds
         self._waited += report.waited
-        step = report.state.step
-        if step % self.every_steps and step != self.total_steps:
+        step, now = report.state.step, time.monotonic()
+        due = step % self.every_steps == 0 or step == self.total_steps
+        if not due and now - self._shown < _LINE_SECONDS:
             return
         hyper = {k: float(v) for k, v in vars(report.hyper).items() if k != "last_layer_frozen"}
         metrics = {
@@ -55,7 +65,8 @@ class MetricsHook:
             "train_seconds": report.state.seconds,
         }
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
-        for sink in self.sinks:
+        self._shown = now
+        for sink in [*self.sinks, self.display] if due else [self.display]:
             sink(metrics)
 
 
@@ -143,7 +154,7 @@ class Display:
         if self._progress:
             self._progress.update(self._task, completed=step, rate=rate)
         # On a terminal the bar moves in between, so lines may be rarer.
-        if now - self._last_line < _PLAIN_LINE_SECONDS and step != self.total_steps:
+        if now - self._last_line < _LINE_SECONDS and step != self.total_steps:
             return
         self._last_line = now
         text = f"{step:>{len(str(self.total_steps))}}/{self.total_steps}  {describe(metrics)}"
