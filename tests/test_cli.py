@@ -81,10 +81,11 @@ def test_user_errors_exit_with_2_and_no_traceback(arguments, message, classes, r
 
 
 def test_usage_errors(capsys):
-    for arguments in (["train"], ["train", "x", "--no-such-option"], ["train", "x", "y=1", "z"], ["frobnicate"]):
+    for arguments in (["train"], ["train", "x", "--no-such-option"], ["train", "x", "--dry-run", "z"], ["frobnicate"]):
         with pytest.raises(SystemExit) as exit_:
             main(arguments)
         assert exit_.value.code == 2
+    assert main(["train", "x", "y=1", "z"]) == 2
 
 
 def test_keys_may_stand_before_and_after_options(classes, tmp_path, capsys):

@@ -100,7 +100,12 @@ def train(
         result = RunResult(run.path, plan.length.steps, plan.length.steps, summary=run.read_summary())
         say(f"\nThis run is finished: the backbone is {run.teacher}. For another one, choose another --out.")
         return result
-    return _train(plan, source, image, run, identity, console)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(plan.threads)
+    try:
+        return _train(plan, source, image, run, identity, console)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _train(
@@ -115,8 +120,6 @@ def _train(
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     check_writable(run.path)
     run.require_space(int((recipe.checkpoint.keep_last + 1) * _checkpoint_bytes(plan)))
-    torch.set_num_threads(plan.threads)
-
     state = build.build_state(recipe, device, images=len(source))
     start = run.latest_step()
     if start is not None:

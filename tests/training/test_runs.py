@@ -367,7 +367,7 @@ def test_tiny_and_large_images(tmp_path):
 def test_loss_that_is_not_finite_stops_with_the_batch(images, tmp_path):
     run = tmp_path / "run"
     settings = TINY | {"optim.base_lr": 1e30, "optim.warmup_length": "0 steps", "optim.clip_grad": 0}
-    with pytest.raises(TrainingError, match=r"step \d+: total .*batch is saved as") as error:
+    with pytest.raises(TrainingError, match=r"step \d+: dino_local .*total .*batch is saved as") as error:
         dinoforge.train(images, "small", run, **settings)
     saved = next(run.glob("non_finite_step_*.safetensors"))
     assert str(saved) in str(error.value)
