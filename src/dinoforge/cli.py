@@ -3,9 +3,10 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from dinoforge import __version__
 from dinoforge.errors import DinoforgeError
@@ -56,6 +57,35 @@ def _parser() -> argparse.ArgumentParser:
     _add_keys(train, "recipe keys, such as train.steps=2000")
     train.set_defaults(run=_train, parser=train)
 
+    explain = commands.add_parser(
+        "explain",
+        help="say what a recipe does to every parameter, and what a step computes",
+        description="Every parameter group with its learning rate and weight decay at a step, all schedules, the "
+        "masks, and what a step computes. Allocates no weights: a giant answers as fast as a small one.",
+        epilog="example: dinoforge explain --recipe dinov2 --step last optim.layerwise_decay=0.8",
+    )
+    explain.add_argument("--recipe", default="small", metavar="NAME|FILE", help="default: small; see docs/recipes.md")
+    explain.add_argument("--images", type=int, metavar="N", help="images in the data; default: as many as ImageNet-1k")
+    explain.add_argument("--batch", type=int, metavar="B", help="images in a step; default: the recipe's")
+    explain.add_argument("--step", type=_step, default=0, metavar="N", help="a step from 0, or last; default: 0")
+    explain.add_argument("--plot", metavar="FILE", help="draw the schedules to a .png or .svg file")
+    explain.add_argument("--json", action="store_true", help="print one line of JSON")
+    _add_keys(explain, "recipe keys, such as optim.layerwise_decay=0.8")
+    explain.set_defaults(run=_explain, parser=explain)
+
+    compare = commands.add_parser(
+        "compare",
+        help="the differences of two recipes in words",
+        description="The differences of two recipes as a table in words: the method first, then augmentation, then "
+        "sizes and lengths.",
+        epilog="example: dinoforge compare dinov2 bernoulli",
+    )
+    for name in ("first", "second"):
+        compare.add_argument(name, metavar="NAME|FILE", help="a recipe")
+    compare.add_argument("--json", action="store_true", help="print one line of JSON")
+    _add_keys(compare, "recipe keys that are laid over both")
+    compare.set_defaults(run=_compare, parser=compare)
+
     evaluate = commands.add_parser("eval", help="measure a backbone on labelled images")
     evaluate.set_defaults(run=partial(_help, evaluate), parser=evaluate)
     methods = evaluate.add_subparsers(metavar="METHOD")
@@ -89,6 +119,10 @@ def _keys(texts: Sequence[str]) -> dict[str, Any]:
     return dict(parse_override(text) for text in texts)
 
 
+def _step(text: str) -> int | Literal["last"]:
+    return "last" if text == "last" else int(text)
+
+
 def _train(options: argparse.Namespace) -> int:
     from dinoforge.config import load_recipe
 
@@ -99,6 +133,40 @@ def _train(options: argparse.Namespace) -> int:
 
     result = train(options.data, options.recipe, options.out, dry_run=options.dry_run, **keys)
     return _EXIT_SIGNALS.get(result.stopped_by or "", 0)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from dinoforge.config import load_recipe
+
+    recipe, ignored = load_recipe(options.recipe, _keys(options.keys))
+
+    from dinoforge.training import explain
+
+    images = explain.IMAGENET_1K if options.images is None else options.images
+    explanation = explain.explain(recipe, images=images, batch=options.batch, step=options.step)
+    if options.plot:
+        explain.plot_schedules(explanation, Path(options.plot))
+    _say_ignored(ignored)
+    print(json.dumps(explain.as_json(explanation)) if options.json else explain.render(explanation))
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from dinoforge.config import load_recipe
+    from dinoforge.training import compare
+
+    keys = _keys(options.keys)
+    names = (options.first, options.second)
+    (first, ignored), (second, also_ignored) = (load_recipe(name, keys) for name in names)
+    rows = compare.compare(first, second)
+    _say_ignored(ignored | also_ignored)
+    print(json.dumps(compare.as_json(rows, names)) if options.json else compare.render(rows, names))
+    return 0
+
+
+def _say_ignored(ignored: Mapping[str, str]) -> None:
+    if ignored:
+        print(f"ignored  {'; '.join(f'{key}: {reason}' for key, reason in ignored.items())}", file=sys.stderr)
 
 
 def _eval_knn(options: argparse.Namespace) -> int:

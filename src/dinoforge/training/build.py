@@ -9,7 +9,7 @@ import torch
 
 from dinoforge.config import Dino, Ibot, Recipe, parse_length
 from dinoforge.data.crops import BLUR_PROBABILITY, MultiCrop
-from dinoforge.data.loader import BadImages, TrainingData
+from dinoforge.data.loader import BadImages, DrawMasks, TrainingData
 from dinoforge.data.masks import batch_masks, max_num_patches
 from dinoforge.data.sources import Source
 from dinoforge.errors import RecipeError
@@ -218,10 +218,23 @@ def build_state(recipe: Recipe, device: torch.device, *, images: int) -> TrainSt
     )
 
 
+def build_masks(recipe: Recipe) -> DrawMasks:
+    """Draws the masks of all global crops of a batch."""
+    i = recipe.ibot
+    return partial(
+        batch_masks,
+        kind=i.mask_kind,
+        ratio=i.mask_ratio_min_max,
+        probability=i.mask_sample_probability,
+        max_patches=max_num_patches(recipe.crops.global_crops_size, recipe.student.patch_size),
+        min_patches=i.mask_min_patches,
+        min_aspect=i.mask_min_aspect,
+    )
+
+
 def build_data(recipe: Recipe, source: Source, *, rank: int = 0, world_size: int = 1) -> TrainingData:
     """The training batches of a source."""
-    c, a, i = recipe.crops, recipe.augment, recipe.ibot
-    patch_size = recipe.student.patch_size
+    c, a = recipe.crops, recipe.augment
     crops = MultiCrop(
         global_size=c.global_crops_size,
         global_scale=c.global_crops_scale,
@@ -243,20 +256,11 @@ def build_data(recipe: Recipe, source: Source, *, rank: int = 0, world_size: int
         solarize_probability=a.solarize_probability,
         solarize_threshold=a.solarize_threshold,
     )
-    masks = partial(
-        batch_masks,
-        kind=i.mask_kind,
-        ratio=i.mask_ratio_min_max,
-        probability=i.mask_sample_probability,
-        max_patches=max_num_patches(c.global_crops_size, patch_size),
-        min_patches=i.mask_min_patches,
-        min_aspect=i.mask_min_aspect,
-    )
     return TrainingData(
         source,
         crops,
-        masks,
-        patch_size=patch_size,
+        build_masks(recipe),
+        patch_size=recipe.student.patch_size,
         channels=recipe.student.in_chans,
         sixteen_bit=recipe.data.sixteen_bit,
         max_pixels=recipe.data.max_pixels,

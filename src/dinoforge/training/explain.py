@@ -1,0 +1,422 @@
+"""What a recipe does to every parameter at a step, its schedules, its masks, and what a step computes."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from dinoforge.config import Recipe
+from dinoforge.data.loader import sample_rng
+from dinoforge.errors import DinoforgeError, RecipeError
+from dinoforge.optim.param_groups import set_hyperparameters
+from dinoforge.optim.schedules import Schedules
+from dinoforge.student_teacher import StudentTeacher
+from dinoforge.training.build import (
+    RunLength,
+    build_drop_path_rates,
+    build_masks,
+    build_optimizer,
+    build_schedules,
+    build_student_teacher,
+    run_length,
+    vit_size,
+)
+from dinoforge.training.device import resolve_device, resolve_precision
+from dinoforge.training.memory import estimate
+
+IMAGENET_1K = 1_281_167  # images
+_MASKED_CROPS_SAMPLE = 512
+_POINTS = 49  # of each schedule, in JSON
+_UNREGULARISED = "; no weight decay on biases, norms, LayerScale"  # as the rules say it
+
+
+@dataclass(frozen=True)
+class Group:
+    """A parameter group of AdamW at one step."""
+
+    module: str
+    rule: str
+    params: list[str]  # official names inside the module
+    lr: float
+    weight_decay: float
+    lr_multiplier: float
+    wd_multiplier: float
+    last_layer: bool
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What the recipe's generator of masks gives, measured."""
+
+    kind: str
+    grid: tuple[int, int]  # patches
+    crops: int  # global crops that were drawn
+    masked_crops: float  # share of the crops that are masked at all
+    ratio_mean: float  # of the masked crops: share of the patches that is masked
+    ratio_min: float
+    ratio_max: float
+    masked_tokens_per_batch: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """Matrix products of one part of a step, on one process."""
+
+    part: str
+    rows: int  # tokens that go through
+    flops: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Everything ``dinoforge explain`` says."""
+
+    recipe: Recipe
+    length: RunLength
+    step: int
+    groups: list[Group]
+    sizes: list[int]  # values in each group
+    schedules: Schedules
+    masks: Masks
+    work: list[Work]
+    memory: dict[str, float]  # estimated bytes of one process, by part
+    compute: str  # device and precision that the memory is estimated for
+
+    @property
+    def processes(self) -> int:
+        return self.length.batch_size // self.recipe.train.batch_size_per_gpu
+
+
+def explain(
+    recipe: Recipe, *, images: int = IMAGENET_1K, batch: int | None = None, step: int | Literal["last"] = 0
+) -> Explanation:
+    """Explains a recipe through the functions that training uses, on the ``meta`` device: no weights are allocated.
+
+    Args:
+        recipe: the recipe.
+        images: size of the data set.
+        batch: images in a step over all processes. A multiple of ``train.batch_size_per_gpu`` means that many
+            processes; anything else is one process with that batch.
+        step: from 0; or ``last``.
+
+    Raises:
+        RecipeError: the recipe does not fit itself or the data; the run has no such step.
+    """
+    for name, number in (("--images", images), ("--batch", batch)):
+        if number is not None and number < 1:
+            raise RecipeError(f"{name}: expected at least 1, got {number}")
+    processes = 1
+    if batch is not None:
+        processes, rest = divmod(batch, recipe.train.batch_size_per_gpu)
+        if rest or not processes:
+            processes = 1
+            recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, batch_size_per_gpu=batch))
+    length = run_length(recipe, images=images, world_size=processes)
+    schedules = build_schedules(recipe, length)
+    if step == "last":
+        step = length.steps - 1
+    if not 0 <= step < length.steps:
+        raise RecipeError(f"--step: expected 0 to {length.steps - 1} or last, got {step}")
+
+    with torch.device("meta"):
+        networks = build_student_teacher(recipe)
+    optimizer = build_optimizer(recipe, networks)
+    hyper = schedules(step)
+    set_hyperparameters(optimizer, lr=hyper.lr, last_layer_lr=hyper.last_layer_lr, weight_decay=hyper.weight_decay)
+    groups = [_group(group, frozen=hyper.last_layer_frozen) for group in optimizer.param_groups]
+    masks = measure_masks(recipe, batch=length.batch_size)
+    device = resolve_device("auto")
+    precision = resolve_precision(recipe.precision, device)
+    return Explanation(
+        recipe=recipe,
+        length=length,
+        step=step,
+        groups=groups,
+        sizes=[sum(p.numel() for p in group["params"]) for group in optimizer.param_groups],
+        schedules=schedules,
+        masks=masks,
+        work=work_of_a_step(recipe, networks, masked=masks.masked_tokens_per_batch / processes),
+        memory=estimate(recipe, networks, precision_bytes=precision.itemsize, on_cpu=device.type == "cpu"),
+        compute=f"{device.type}, {str(precision).removeprefix('torch.')}",
+    )
+
+
+def _group(group: dict[str, Any], *, frozen: bool) -> Group:
+    rule = group["text"]
+    if group["fixed_weight_decay"] is not None:
+        rule += "; weight decay off the schedule (optim.weight_decay_scope)"
+    if group["last_layer"] and frozen:
+        rule += "; not moved at this step: its gradient is dropped"
+    return Group(
+        module=group["module"],
+        rule=rule,
+        params=list(group["names"]),
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        lr_multiplier=group["lr_multiplier"],
+        wd_multiplier=group["wd_multiplier"],
+        last_layer=group["last_layer"],
+    )
+
+
+def measure_masks(recipe: Recipe, *, batch: int) -> Masks:
+    """Draws the masks of the first batches of a run, at least a few hundred crops, and measures them."""
+    draw = build_masks(recipe)
+    side = recipe.crops.global_crops_size // recipe.student.patch_size
+    batches = -(-_MASKED_CROPS_SAMPLE // (2 * batch))
+    masks = np.concatenate(
+        [draw(2 * batch, (side, side), sample_rng(recipe.train.seed, i * batch, "masks")) for i in range(batches)]
+    )  # [crops, N]
+    counts = masks.sum(axis=1)
+    ratios = counts[counts > 0] / masks.shape[1] if counts.any() else np.zeros(1)
+    return Masks(
+        kind=recipe.ibot.mask_kind,
+        grid=(side, side),
+        crops=len(masks),
+        masked_crops=float((counts > 0).mean()),
+        ratio_mean=float(ratios.mean()),
+        ratio_min=float(ratios.min()),
+        ratio_max=float(ratios.max()),
+        masked_tokens_per_batch=float(counts.sum() / batches),
+    )
+
+
+def work_of_a_step(recipe: Recipe, networks: StudentTeacher, *, masked: float) -> list[Work]:
+    """Floating-point operations in the matrix products of a step on one process; an addition counts as one.
+
+    A weight of n values costs 2·n for each token in the forward pass, attention among N tokens of an image 4·N²·D in
+    each block. The backward pass costs twice the forward pass, but once for the patch embedding, whose input has no
+    gradient. The teacher only goes forward. Stochastic depth leaves out the images that a branch drops.
+
+    Args:
+        recipe: the run.
+        networks: on any device, also ``meta``.
+        masked: masked patches of a step, in all global crops of the process.
+    """
+    o, batch = networks.objective, recipe.train.batch_size_per_gpu
+    c, s = recipe.crops, recipe.student
+    teaches = o.has_dino or o.has_ibot
+    reads_local = o.dino_local_weight > 0 and c.local_crops_number > 0
+    crops = {"global": (2 * batch, (c.global_crops_size // s.patch_size) ** 2)}  # images, patches of each
+    if reads_local:
+        crops["local"] = (c.local_crops_number * batch, (c.local_crops_size // s.patch_size) ** 2)
+    rates = build_drop_path_rates(recipe)
+    work: list[Work] = []
+    for kind, (images, patches) in crops.items():
+        tokens = patches + 1 + s.num_register_tokens
+        flops = _backbone(recipe, networks.student, images, patches, rates, passes=3)
+        work.append(Work(f"student, {kind} crops", images * tokens, flops))
+    if teaches:
+        images, patches = crops["global"]
+        tokens = patches + 1 + s.num_register_tokens
+        flops = _backbone(recipe, networks.teacher, images, patches, [0.0] * len(rates), passes=1)
+        work.append(Work("teacher, global crops", images * tokens, flops))
+    samples: dict[str, tuple[float, float]] = {}  # head: rows of the student, rows of the teacher
+    if o.has_dino:
+        samples["dino_head"] = (2.0 * batch + (c.local_crops_number * batch if reads_local else 0), 2.0 * batch)
+    if o.has_ibot:
+        student, teacher = samples.get(networks.ibot_head_name, (0.0, 0.0))
+        samples[networks.ibot_head_name] = (student + masked, teacher + masked)
+    for head, (student, teacher) in samples.items():
+        network = networks.student[head]
+        flops = 2.0 * (3 * student + teacher) * _weights(network)
+        work.append(Work(f"{head}, student and teacher", round(student + teacher), flops))
+    if o.koleo_weight > 0:
+        work.append(Work("KoLeo", 2 * batch, 2 * 2.0 * batch**2 * vit_size(recipe)[0]))
+    return work
+
+
+def _backbone(
+    recipe: Recipe, networks: nn.ModuleDict, images: int, patches: int, rates: Sequence[float], *, passes: int
+) -> float:
+    """FLOPs of a group of images; ``passes`` is 1 forward, 3 with the backward pass."""
+    backbone: Any = networks["backbone"]
+    tokens = patches + 1 + recipe.student.num_register_tokens
+    flops: float = (2 if passes == 3 else 1) * 2.0 * images * patches * backbone.patch_embed.proj.weight.numel()
+    for block, rate in zip(backbone.blocks, rates, strict=True):
+        kept = max(int(images * (1 - rate)), 1)
+        products = 2.0 * tokens * (_weights(block.attn) + _weights(block.mlp))
+        flops += passes * kept * (products + 4.0 * tokens**2 * backbone.embed_dim)
+    return flops
+
+
+def _weights(network: nn.Module) -> int:
+    """Values of the weights that tokens are multiplied with."""
+    return sum(p.numel() for name, p in network.named_parameters() if name.endswith(("weight", "weight_v")))
+
+
+def as_json(e: Explanation) -> dict[str, Any]:
+    """The explanation as plain values."""
+    s, steps = e.schedules, _evenly(e.length.steps)
+    values = [vars(s(step)) for step in steps]
+    return {
+        "step": e.step,
+        "groups": [vars(group) for group in e.groups],
+        "schedules": {
+            "total_steps": s.total_steps,
+            "warmup_steps": s.warmup_steps,
+            "teacher_temp_steps": s.teacher_temp_steps,
+            "freeze_last_layer_steps": s.freeze_last_layer_steps,
+            "freeze_last_layer": e.recipe.optim.freeze_last_layer,
+            "images": e.length.images,
+            "batch_size": e.length.batch_size,
+            "epochs": e.length.epochs,
+            "at_step": vars(s(e.step)),
+            "steps": steps,
+            **{name: [v[name] for v in values] for name in values[0]},
+        },
+        "masks": vars(e.masks),
+    }
+
+
+def _evenly(total_steps: int) -> list[int]:
+    last = total_steps - 1
+    return sorted({round(i * last / (_POINTS - 1)) for i in range(_POINTS)})
+
+
+def render(e: Explanation) -> str:
+    """The explanation as text."""
+    n, b = e.length, e.recipe.train.batch_size_per_gpu
+    known = " (as many as ImageNet-1k; --images says yours)" if n.images == IMAGENET_1K else ""
+    many = "1 process" if e.processes == 1 else f"{e.processes} processes × {b}"
+    head = [
+        ["step", f"{e.step:,} of {n.steps:,} (0 to {n.steps - 1:,})"],
+        ["images", f"{n.images:,}{known}"],
+        ["batch", f"{n.batch_size:,} images, {many}: {n.epochs:.1f} epochs"],
+    ]
+    parts = {
+        "": _table(head),
+        "PARAMETER GROUPS": f"{_groups_table(e)}\n{_freeze_in_words(e)}",
+        "SCHEDULES": _schedules_table(e),
+        "MASKS, measured": _masks_in_words(e.masks, n.batch_size),
+        "WORK of a step, matrix products": _work_table(e),
+        "MEMORY, estimated": _memory_table(e),
+    }
+    return "\n\n".join(f"{title}\n{text}".lstrip() for title, text in parts.items())
+
+
+def _groups_table(e: Explanation) -> str:
+    rows = [["module", "rule", "of", "tensors", "values", "lr", "decay"]]
+    for group, size in zip(e.groups, e.sizes, strict=True):
+        rule, unregularised, rest = group.rule.partition(_UNREGULARISED)
+        kind = "biases, norms, scales" if unregularised else "weights"
+        numbers = [str(len(group.params)), f"{size:,}", f"{group.lr:.3e}", f"{group.weight_decay:.4g}"]
+        rows.append([group.module, rule + rest, kind, *numbers])
+    return _table(rows, right=4)
+
+
+def _freeze_in_words(e: Explanation) -> str:
+    steps = e.schedules.freeze_last_layer_steps
+    if not steps:
+        return "The heads' last layer is not frozen at any step."
+    if e.recipe.optim.freeze_last_layer == "gradient":
+        how = "its gradient is dropped after clipping: neither the weights nor AdamW's moments and step count move"
+    else:
+        how = "its learning rate is 0: the weights stand still, AdamW's moments and step count move"
+    now = "also at this one" if e.step < steps else "no longer at this one"
+    return f"The heads' last layer is frozen in the first {steps:,} steps, {now}:\n{how}."
+
+
+def _schedules_table(e: Explanation) -> str:
+    s = e.schedules
+    first, now, last = (s(step) for step in (0, e.step, s.total_steps - 1))
+
+    def row(name: str, form: str, field: str, words: str) -> list[str]:
+        return [name, *(format(getattr(h, field), form) for h in (first, now, last)), words]
+
+    warmup = f"linear from 0 over {s.warmup_steps:,} steps to {s.lr:.3e}, then " if s.warmup_steps else ""
+    frozen = f"; 0 in the first {s.freeze_last_layer_steps:,} steps" if s.freeze_last_layer_steps else ""
+    temp = f"linear over {s.teacher_temp_steps:,} steps, then constant" if s.teacher_temp_steps else "constant"
+    rows = [
+        ["", "first step", f"step {e.step:,}", "last step", ""],
+        row("learning rate", ".3e", "lr", f"{warmup}cosine to {s.min_lr:.3e}"),
+        row("of the last layer", ".3e", "last_layer_lr", "the same" + ("" if s.freeze_by_gradient else frozen)),
+        row("weight decay", ".4g", "weight_decay", f"cosine from {s.weight_decay:g} to {s.weight_decay_end:g}"),
+        row("teacher momentum", ".6g", "momentum", f"cosine from {s.momentum:g} to {s.final_momentum:g}"),
+        row("teacher temperature", ".4g", "teacher_temp", temp),
+    ]
+    return _table(rows)
+
+
+def _masks_in_words(m: Masks, batch: int) -> str:
+    rows, columns = m.grid
+    return (
+        f"{m.kind} masks on {rows} × {columns} patches, {m.crops:,} crops drawn: {m.masked_crops:.1%} of the global "
+        f"crops are masked, on\nthose {m.ratio_mean:.1%} of the patches (from {m.ratio_min:.1%} to "
+        f"{m.ratio_max:.1%}); {m.masked_tokens_per_batch:,.0f} masked patches in a batch of {batch:,} images"
+    )
+
+
+def _work_table(e: Explanation) -> str:
+    total = sum(w.flops for w in e.work)
+    rows = [["part", "tokens", "TFLOP", "share"]]
+    rows += [[w.part, f"{w.rows:,}", f"{w.flops / 1e12:.4g}", f"{w.flops / total:.1%}"] for w in e.work]
+    rows.append(["one process", "", f"{total / 1e12:.4g}", ""])
+    if e.processes > 1:
+        rows.append(["all processes", "", f"{total * e.processes / 1e12:.4g}", ""])
+    note = (
+        "2·n for each token and weight of n values, 4·N²·D for attention among N tokens, in each block; a backward\n"
+        "pass counts twice its forward pass; the teacher only goes forward"
+    )
+    return f"{_table(rows, right=3)}\n{note}"
+
+
+def _memory_table(e: Explanation) -> str:
+    total = sum(e.memory.values())
+    rows = [[name, f"{size / 2**30:.2f} GiB"] for name, size in sorted(e.memory.items(), key=lambda part: -part[1])]
+    return _table([*rows, [f"one process ({e.compute})", f"{total / 2**30:.2f} GiB"]], right=1)
+
+
+def _table(rows: Sequence[Sequence[str]], right: int = 0) -> str:
+    """Aligned columns, the last ``right`` of them to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    first_right = len(widths) - right
+    lines = []
+    for row in rows:
+        cells = [
+            c.rjust(w) if i >= first_right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def plot_schedules(e: Explanation, path: Path) -> None:
+    """Draws the schedules, one small figure for each, to a .png or .svg file.
+
+    Raises:
+        DinoforgeError: another kind of file, matplotlib is missing, or the file cannot be written.
+    """
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise DinoforgeError(f"--plot {path}: expected a file name that ends in .png or .svg")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DinoforgeError("--plot needs matplotlib: pip install 'dinoforge[plot]'") from error
+    titles = {
+        "lr": "learning rate",
+        "last_layer_lr": "learning rate of the last layer",
+        "weight_decay": "weight decay",
+        "momentum": "teacher momentum",
+        "teacher_temp": "teacher temperature",
+    }
+    last = e.length.steps - 1
+    s = e.schedules
+    ends = (s.warmup_steps, s.freeze_last_layer_steps, s.teacher_temp_steps)
+    corners = {step for end in ends for step in (end - 1, end) if 0 <= step <= last}  # where a curve bends or jumps
+    steps = sorted({round(i * last / 500) for i in range(501)} | corners)
+    values = [s(step) for step in steps]
+    figure = Figure(figsize=(8, 2 * len(titles)), layout="constrained")
+    for axes, (field, title) in zip(figure.subplots(len(titles), sharex=True), titles.items(), strict=True):
+        axes.plot(steps, [getattr(v, field) for v in values], linewidth=1.2)
+        axes.axvline(e.step, color="0.6", linewidth=0.8, linestyle=":")
+        axes.set_title(title, loc="left", fontsize=9)
+    axes.set_xlabel("step")
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise DinoforgeError(f"cannot write {path}: {error}") from error
