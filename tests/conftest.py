@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Set in CI, where everything a test needs can be installed: a skipped test is then a failed one.
 REQUIRE_ALL = os.environ.get("DINOFORGE_REQUIRE_ALL") == "1"
+
+# The same examples on every machine and in every run, however slow it is.
+settings.register_profile("dinoforge", derandomize=True, deadline=None)
+settings.load_profile("dinoforge")
 
 
 @pytest.fixture(scope="session", autouse=True)

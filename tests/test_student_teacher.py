@@ -124,19 +124,6 @@ def test_a_forward_pass_moves_no_parameter():
     assert all(torch.equal(p, before[name]) for name, p in networks.named_parameters())
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9, 1.0])
-def test_the_moving_average_is_its_formula(momentum):
-    networks = make()
-    teacher = {name: p.clone() for name, p in networks.teacher.named_parameters()}
-    student = {name: p.clone() for name, p in networks.student.named_parameters()}
-    networks.update_teacher(momentum)
-    for name, parameter in networks.teacher.named_parameters():
-        torch.testing.assert_close(parameter, momentum * teacher[name] + (1 - momentum) * student[name])
-        if momentum in (0.0, 1.0):
-            assert torch.equal(parameter, (student if momentum == 0 else teacher)[name])
-        assert torch.equal(networks.student.get_parameter(name), student[name])
-
-
 # Terms
 
 
@@ -270,22 +257,6 @@ def test_no_local_crops():
     assert float(losses.dino_global.detach()) == pytest.approx(4 * all_on()["dino_global"], rel=1e-4)
     losses.total.backward()
     assert all(p.grad.isfinite().all() for p in networks.student.parameters())
-
-
-@pytest.mark.parametrize("separate", [False, True])
-@pytest.mark.parametrize("kind", ["centering", "sinkhorn_knopp"])
-def test_no_masked_patch(kind, separate):
-    networks = make({"train.centering": kind, "ibot.separate_head": separate})
-    losses = networks(make_batch(share=0.0), teacher_temp=TEMP)
-    losses.total.backward()
-    assert float(losses.ibot.detach()) == 0
-    assert all(value.isfinite() for value in vars(losses).values())
-    # Every parameter has a gradient, so that ranks with and without masks exchange the same ones.
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in networks.student.parameters())
-    if separate:
-        assert all(p.grad.eq(0).all() for p in networks.student["ibot_head"].parameters())
-    if kind == "centering":
-        assert networks.ibot_center.eq(0).all()
 
 
 def test_a_single_image():

@@ -29,6 +29,7 @@ from dinoforge.models.vit import KeptSamples
 from dinoforge.optim.schedules import Hyperparameters
 from dinoforge.student_teacher import StudentTeacher
 from dinoforge.training.build import build_optimizer, build_student_teacher
+from dinoforge.training.device import autocast
 from dinoforge.training.step import train_step
 
 LOSS = 1e-5  # relative
@@ -38,6 +39,8 @@ GRADIENT_FLOOR = 1e-6
 UPDATE = 1e-3  # relative to how far the reference moved the parameter …
 UPDATE_FLOOR = 3e-7  # … plus this share of the parameter itself
 CENTER = 1e-5  # relative
+
+Prepare = Callable[[StudentTeacher], None]
 
 
 @dataclass
@@ -127,14 +130,22 @@ def without_noise(name: str, tensor: Tensor) -> Tensor:
     return torch.cat([tensor[:third], tensor[2 * third :]])
 
 
-def run_case(folder: Path) -> Errors:
-    """Runs one rank of a case; on several ranks, call it on each. The errors are those of rank 0."""
+def run_case(folder: Path, dtype: torch.dtype = torch.float32, prepare: Prepare | None = None) -> Errors:
+    """Runs one rank of a case; on several ranks, call it on each. The errors are those of rank 0.
+
+    Args:
+        folder: the case.
+        dtype: of matrix products, under autocast unless it is float32.
+        prepare: done to the networks when they have the case's weights, such as compiling them.
+    """
     case = json.loads((folder / "case.json").read_text())
     recipe = recipe_of(case)
     initial, expected = load_file(folder / "initial.safetensors"), load_file(folder / "expected.safetensors")
     torch.manual_seed(0)
     student_teacher = build_student_teacher(recipe)
     load_networks(student_teacher, initial)
+    if prepare is not None:
+        prepare(student_teacher)
     optimizer = build_optimizer(recipe, student_teacher)
     for group in optimizer.param_groups:
         group["eps"] = case["optimizer"]["eps"]
@@ -156,6 +167,7 @@ def run_case(folder: Path) -> Errors:
             hyper,
             clip_grad=recipe.optim.clip_grad,
             kept=read_subsets(folder, prefix, i, case["vit"]["depth"], groups),
+            autocast=autocast(torch.device("cpu"), dtype),
         )
         for handle in handles:
             handle.remove()
@@ -219,25 +231,25 @@ def _compare_parameters(
             errors.add("parameter", float((p - p_ref).norm()), bound, name)
 
 
-def _run_rank(rank: int, folder: str, world_size: int, store: str, out: str) -> None:
+def _run_rank(rank: int, folder: str, dtype: torch.dtype, world_size: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     try:
-        errors = run_case(Path(folder))
+        errors = run_case(Path(folder), dtype)
         if rank == 0:
             Path(out).write_text(json.dumps(errors.worst))
     finally:
         dist.destroy_process_group()
 
 
-def check(folder: Path) -> Errors:
-    """Runs a case on as many processes as it has ranks."""
+def check(folder: Path, dtype: torch.dtype = torch.float32) -> Errors:
+    """Runs a case on as many processes as it has ranks, with matrix products in ``dtype``."""
     world_size = json.loads((folder / "case.json").read_text()).get("world_size", 1)
     if world_size == 1:
-        return run_case(folder)
+        return run_case(folder, dtype)
     with tempfile.TemporaryDirectory() as tmp:
         out = Path(tmp, "errors.json")
-        arguments = (str(folder), world_size, str(Path(tmp, "store")), str(out))
+        arguments = (str(folder), dtype, world_size, str(Path(tmp, "store")), str(out))
         torch.multiprocessing.spawn(_run_rank, args=arguments, nprocs=world_size)
         return Errors({kind: (ratio, where) for kind, (ratio, where) in json.loads(out.read_text()).items()})
 

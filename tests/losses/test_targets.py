@@ -1,6 +1,5 @@
 """Teacher logits to targets, against the pseudocode in plain Python."""
 
-import itertools
 import math
 
 import pytest
@@ -110,25 +109,6 @@ def test_the_order_of_samples_and_prototypes_is_free(shape, seed):
     ours = all_rows(sinkhorn_knopp(logits[samples][:, prototypes], 0.4))
     expected = all_rows(sinkhorn_knopp(logits, 0.4))[samples][:, prototypes]
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
-
-
-def test_more_iterations_bring_equal_mass_to_all_prototypes():
-    logits = normal(40, 8)
-    imbalance = [
-        float((all_rows(sinkhorn_knopp(logits, 0.3, i)).sum(0) - 40 / 8).abs().max()) for i in (1, 2, 4, 8, 16, 64)
-    ]
-    assert all(later < earlier for earlier, later in itertools.pairwise(imbalance))
-    assert imbalance[-1] < 1e-2
-
-
-@pytest.mark.parametrize("temp", [1.0, 0.05])
-def test_huge_logits_neither_overflow_nor_lose_the_answer(temp):
-    logits = normal(8, 5).sign() * 1e4 + normal(8, 5, seed=1)
-    ours = all_rows(sinkhorn_knopp(logits, temp))
-    assert ours.isfinite().all()
-    # float32 holds logits / temp to about this much, and so their exponentials to this share.
-    rounding = 4 * 2**-24 * 1e4 / temp
-    torch.testing.assert_close(ours, two_loops(logits, temp, 3), rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4])

@@ -300,20 +300,6 @@ def test_a_branch_with_a_subset_is_that_branch_of_the_kept_images_scaled(swiglu)
     torch.testing.assert_close(ours, torch.cat(expected), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["attn", "ffn"])
-@pytest.mark.parametrize("kept", [1, 3, 4])
-def test_the_expectation_over_subsets_is_the_whole_branch(kind, kept):
-    block = make_block()
-    nn.init.zeros_((block.ls2 if kind == "attn" else block.ls1).gamma)  # the other branch adds nothing
-    x, groups = torch.randn(5, 3, 8), ((5, 3),)
-    packed = x.flatten(0, 1)
-    outputs = []
-    for chosen in itertools.combinations(range(5), kept):
-        subset = subset_of([torch.tensor(chosen)], groups, torch.device("cpu"))
-        outputs.append(block(packed, groups, **{f"keep_{kind}": subset}))
-    torch.testing.assert_close(torch.stack(outputs).mean(0), block(packed, groups), rtol=1e-4, atol=1e-5)
-
-
 def test_rate_zero_is_no_stochastic_depth():
     network = make_vit()
     crops = [images(4), images(6, 8)]

@@ -86,24 +86,6 @@ def test_scope_backbone_leaves_the_heads_at_the_default_of_adamw():
         assert group["weight_decay"] == (0.0 if is_unregularised(networks, module, name) else expected), name
 
 
-def test_learning_rates_by_layer():
-    rates = {key: group["lr"] for key, group in by_name(make_optimizer(make_networks()).param_groups).items()}
-    embeddings = 0.1 * DECAY ** (DEPTH + 1)
-    for (module, name), rate in rates.items():
-        if module != "backbone" or name.startswith("norm."):
-            expected = 0.1
-        elif name.startswith("blocks."):
-            expected = 0.1 * DECAY ** (DEPTH - int(name.split(".")[1]))
-        else:
-            expected = embeddings * (PATCH if name.startswith("patch_embed.") else 1)
-        assert rate == pytest.approx(expected), name
-
-
-def test_without_decay_and_multiplier_all_rates_are_equal():
-    optimizer = make_optimizer(make_networks(), layerwise_decay=1.0, patch_embed_lr_mult=1.0)
-    assert {group["lr"] for group in optimizer.param_groups} == {0.1}
-
-
 def test_hyperparameters_are_written_anew_each_time():
     optimizer = make_optimizer(make_networks())
     before = [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups]

@@ -1,7 +1,5 @@
 """Schedules at their edges, and the lengths that a recipe gives them."""
 
-import dataclasses
-import itertools
 import math
 
 import pytest
@@ -10,23 +8,8 @@ from hypothesis import strategies as st
 
 from dinoforge.config import load_recipe
 from dinoforge.errors import RecipeError
-from dinoforge.optim.schedules import Schedules, cosine, sqrt_scaled_lr
+from dinoforge.optim.schedules import cosine, sqrt_scaled_lr
 from dinoforge.training.build import RunLength, build_schedules, run_length
-
-SCHEDULES = Schedules(
-    total_steps=100,
-    lr=0.5,
-    min_lr=0.01,
-    warmup_steps=10,
-    weight_decay=0.04,
-    weight_decay_end=0.4,
-    momentum=0.99,
-    final_momentum=1.0,
-    warmup_teacher_temp=0.04,
-    teacher_temp=0.07,
-    teacher_temp_steps=30,
-    freeze_last_layer_steps=5,
-)
 
 
 def as_list(base, final, total, warmup=0, start=0.0):
@@ -57,60 +40,6 @@ def test_cosine_by_hand():
     assert [cosine(i, 4.0, 0.0, 7, 3) for i in range(4)] == [0, 2, 4, 4]
     assert cosine(0, 0.5, 0.1, 1) == 0.5  # a run of one step
     assert [cosine(i, 0.5, 0.1, 4, 1) for i in range(2)] == [0.0, 0.5]  # the reference starts at the warm-up's start
-
-
-def test_without_warmup_the_first_step_has_the_peak():
-    assert dataclasses.replace(SCHEDULES, warmup_steps=0)(0).lr == 0.5
-
-
-@pytest.mark.parametrize("field", ["lr", "weight_decay", "momentum", "teacher_temp"])
-def test_schedules_do_not_jump(field):
-    values = [vars(SCHEDULES(i))[field] for i in range(101)]
-    steps = [abs(b - a) for a, b in itertools.pairwise(values)]
-    assert max(steps) <= 1.01 * max(
-        0.5 / 9,  # the warm-up of the learning rate
-        math.pi / 2 * (max(values) - min(values)) / 90,
-    )
-
-
-def test_directions_and_ends():
-    hyper = [SCHEDULES(i) for i in range(100)]
-    lr = [h.lr for h in hyper]
-    assert lr[0] == 0
-    assert lr[9] == lr[10] == 0.5 == max(lr)
-    assert lr[10:] == sorted(lr[10:], reverse=True)
-    assert SCHEDULES(100).lr == 0.01
-    for field, first, last in (("weight_decay", 0.04, 0.4), ("momentum", 0.99, 1.0), ("teacher_temp", 0.04, 0.07)):
-        values = [vars(h)[field] for h in hyper]
-        assert values == sorted(values)
-        assert values[0] == pytest.approx(first)
-        assert vars(SCHEDULES(100))[field] == last
-
-
-def test_the_teacher_temperature_is_linear_and_then_constant():
-    values = [SCHEDULES(i).teacher_temp for i in range(100)]
-    assert values[:30] == pytest.approx([0.04 + 0.03 * i / 29 for i in range(30)])
-    assert set(values[30:]) == {0.07}
-    none = dataclasses.replace(SCHEDULES, teacher_temp_steps=0)
-    assert {none(i).teacher_temp for i in range(100)} == {0.07}
-
-
-@pytest.mark.parametrize("steps", [0, 1, 5, 1000])
-def test_freezing_the_last_layer_by_lr(steps):
-    schedules = dataclasses.replace(SCHEDULES, freeze_last_layer_steps=steps)
-    for i in range(100):
-        hyper = schedules(i)
-        assert hyper.last_layer_lr == (0.0 if i < steps else hyper.lr)
-        assert not hyper.last_layer_frozen
-
-
-@pytest.mark.parametrize("steps", [0, 1, 5, 1000])
-def test_freezing_the_last_layer_by_gradient(steps):
-    schedules = dataclasses.replace(SCHEDULES, freeze_last_layer_steps=steps, freeze_by_gradient=True)
-    for i in range(100):
-        hyper = schedules(i)
-        assert hyper.last_layer_lr == hyper.lr
-        assert hyper.last_layer_frozen == (i < steps)
 
 
 @pytest.mark.parametrize(("batch", "factor"), [(1024, 1.0), (256, 0.5), (4096, 2.0), (64, 0.25), (1, 1 / 32)])

@@ -14,7 +14,8 @@ def cosine(
     if step >= total_steps:
         return final
     if step < warmup_steps:
-        return warmup_start + (base - warmup_start) * (step / (warmup_steps - 1) if warmup_steps > 1 else 0.0)
+        done = step / (warmup_steps - 1) if warmup_steps > 1 else 0.0
+        return (1 - done) * warmup_start + done * base  # in this form both ends are exact
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
 
