@@ -39,6 +39,7 @@ GRADIENT_FLOOR = 1e-6
 UPDATE = 1e-3  # relative to how far the reference moved the parameter …
 UPDATE_FLOOR = 3e-7  # … plus this share of the parameter itself
 CENTER = 1e-5  # relative
+BOUNDS = {"loss": LOSS, "gradient norm": GRAD_NORM, "gradient": GRADIENT, "parameter": UPDATE, "centre": CENTER}
 
 Prepare = Callable[[StudentTeacher], None]
 
