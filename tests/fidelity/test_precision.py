@@ -1,8 +1,8 @@
 """The reference's steps in bfloat16 and under ``torch.compile``: how far they are from its float32.
 
-The bounds are two to three times what was measured over all cases (PyTorch 2.14, a CPU with AVX-512 BF16). An error after the
-first step holds what the steps before it did: AdamW's first updates have nearly the same length for every gradient, so
-a gradient that is almost 0 and changes its sign moves its parameter by a whole step in the other direction.
+The bounds are two to three times what was measured over all cases (PyTorch 2.14, a CPU with AVX-512 BF16). An error
+after the first step holds what the steps before it did: AdamW's first updates have nearly the same length for every
+gradient, so one that is almost 0 and changes its sign moves its parameter by a whole step in the other direction.
 """
 
 import os
