@@ -120,7 +120,10 @@ def _keys(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _step(text: str) -> int | Literal["last"]:
-    return "last" if text == "last" else int(text)
+    try:
+        return "last" if text == "last" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number from 0, or last, got {text!r}") from None
 
 
 def _train(options: argparse.Namespace) -> int:

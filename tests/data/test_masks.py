@@ -1,7 +1,5 @@
 """What holds for every mask; the distributions are compared in tests/fidelity/test_masks.py."""
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -69,9 +67,3 @@ def test_masks_are_a_function_of_the_generator() -> None:
         for _ in range(2)
     )
     assert np.array_equal(first, second)
-
-
-def test_thousands_of_crops_do_not_hurt() -> None:
-    started = time.perf_counter()
-    batch_masks(4096, (16, 16), np.random.default_rng(0), kind="block", ratio=(0.1, 0.5), probability=0.5)
-    assert time.perf_counter() - started < 2

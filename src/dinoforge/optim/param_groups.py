@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 ADAMW_DEFAULT_WEIGHT_DECAY = 0.01
+UNREGULARISED = "no weight decay on biases, norms, LayerScale"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def rule_of(
         text = "last layer"
     unregularised = name.endswith(".bias") or "norm" in name or "gamma" in name
     return Rule(
-        text=f"{text}; no weight decay on biases, norms, LayerScale" if unregularised else text,
+        text=f"{text}; {UNREGULARISED}" if unregularised else text,
         lr_multiplier=lr,
         wd_multiplier=0.0 if unregularised else 1.0,
         last_layer=last_layer,

@@ -186,8 +186,8 @@ def _layer_decay(r: Recipe) -> str:
 def _weight_decay(r: Recipe) -> str:
     o = r.optim
     scheduled = f"{_number(o.weight_decay)} → {_number(o.weight_decay_end)}"
-    heads = scheduled if o.weight_decay_scope == "all" else "0.01, AdamW's default"
-    return f"backbone {scheduled}, heads {heads}; biases, norms and LayerScale 0"
+    scope = "in backbone and heads" if o.weight_decay_scope == "all" else "in the backbone, heads 0.01, AdamW's default"
+    return f"{scheduled} {scope}; 0 for biases, norms and LayerScale"
 
 
 def _momentum(r: Recipe) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from dinoforge.config import Recipe
 from dinoforge.data.loader import sample_rng
 from dinoforge.errors import DinoforgeError, RecipeError
-from dinoforge.optim.param_groups import set_hyperparameters
+from dinoforge.optim.param_groups import UNREGULARISED, set_hyperparameters
 from dinoforge.optim.schedules import Schedules
 from dinoforge.student_teacher import StudentTeacher
 from dinoforge.training.build import (
@@ -32,7 +32,6 @@ from dinoforge.training.memory import estimate
 IMAGENET_1K = 1_281_167  # images
 _MASKED_CROPS_SAMPLE = 512
 _POINTS = 49  # of each schedule, in JSON
-_UNREGULARISED = "; no weight decay on biases, norms, LayerScale"  # as the rules say it
 
 
 @dataclass(frozen=True)
@@ -281,32 +280,31 @@ def _evenly(total_steps: int) -> list[int]:
 
 def render(e: Explanation) -> str:
     """The explanation as text."""
-    n, b = e.length, e.recipe.train.batch_size_per_gpu
+    n = e.length
     known = " (as many as ImageNet-1k; --images says yours)" if n.images == IMAGENET_1K else ""
-    many = "1 process" if e.processes == 1 else f"{e.processes} processes × {b}"
+    per_process = e.recipe.train.batch_size_per_gpu
+    processes = "1 process" if e.processes == 1 else f"{e.processes} processes × {per_process}"
     head = [
         ["step", f"{e.step:,} of {n.steps:,} (0 to {n.steps - 1:,})"],
         ["images", f"{n.images:,}{known}"],
-        ["batch", f"{n.batch_size:,} images, {many}: {n.epochs:.1f} epochs"],
+        ["batch", f"{n.batch_size:,} images, {processes}: {n.epochs:.1f} epochs"],
     ]
     parts = {
-        "": _table(head),
         "PARAMETER GROUPS": f"{_groups_table(e)}\n{_freeze_in_words(e)}",
         "SCHEDULES": _schedules_table(e),
-        "MASKS, measured": _masks_in_words(e.masks, n.batch_size),
+        "MASKS, measured": _masks_table(e),
         "WORK of a step, matrix products": _work_table(e),
         "MEMORY, estimated": _memory_table(e),
     }
-    return "\n\n".join(f"{title}\n{text}".lstrip() for title, text in parts.items())
+    return "\n\n".join([_table(head), *(f"{title}\n{text}" for title, text in parts.items())])
 
 
 def _groups_table(e: Explanation) -> str:
     rows = [["module", "rule", "of", "tensors", "values", "lr", "decay"]]
     for group, size in zip(e.groups, e.sizes, strict=True):
-        rule, unregularised, rest = group.rule.partition(_UNREGULARISED)
-        kind = "biases, norms, scales" if unregularised else "weights"
+        kind = "weights" if group.wd_multiplier else "biases, norms, scales"
         numbers = [str(len(group.params)), f"{size:,}", f"{group.lr:.3e}", f"{group.weight_decay:.4g}"]
-        rows.append([group.module, rule + rest, kind, *numbers])
+        rows.append([group.module, group.rule.replace(f"; {UNREGULARISED}", ""), kind, *numbers])
     return _table(rows, right=4)
 
 
@@ -314,51 +312,55 @@ def _freeze_in_words(e: Explanation) -> str:
     steps = e.schedules.freeze_last_layer_steps
     if not steps:
         return "The heads' last layer is not frozen at any step."
-    if e.recipe.optim.freeze_last_layer == "gradient":
-        how = "its gradient is dropped after clipping: neither the weights nor AdamW's moments and step count move"
+    if e.schedules.freeze_by_gradient:
+        how = "dropping its gradient after clipping: AdamW's moments and step count stand still, too"
     else:
-        how = "its learning rate is 0: the weights stand still, AdamW's moments and step count move"
-    now = "also at this one" if e.step < steps else "no longer at this one"
-    return f"The heads' last layer is frozen in the first {steps:,} steps, {now}:\n{how}."
+        how = "a learning rate of 0: AdamW's moments and step count move on"
+    now = "this is one of them" if e.step < steps else "this one comes after"
+    return f"The heads' last layer is frozen in the first {steps:,} steps ({now}), by\n{how}."
 
 
 def _schedules_table(e: Explanation) -> str:
     s = e.schedules
     first, now, last = (s(step) for step in (0, e.step, s.total_steps - 1))
 
-    def row(name: str, form: str, field: str, words: str) -> list[str]:
-        return [name, *(format(getattr(h, field), form) for h in (first, now, last)), words]
+    def row(name: str, field: str, words: str) -> list[str]:
+        return [name, *(f"{getattr(h, field):.6g}" for h in (first, now, last)), words]
 
-    warmup = f"linear from 0 over {s.warmup_steps:,} steps to {s.lr:.3e}, then " if s.warmup_steps else ""
-    frozen = f"; 0 in the first {s.freeze_last_layer_steps:,} steps" if s.freeze_last_layer_steps else ""
+    warmup = f"linear from 0 over {s.warmup_steps:,} steps to {s.lr:.6g}, then " if s.warmup_steps else ""
+    zero = s.freeze_last_layer_steps and not s.freeze_by_gradient
+    frozen = f"; 0 in the first {s.freeze_last_layer_steps:,} steps" if zero else ""
     temp = f"linear over {s.teacher_temp_steps:,} steps, then constant" if s.teacher_temp_steps else "constant"
     rows = [
         ["", "first step", f"step {e.step:,}", "last step", ""],
-        row("learning rate", ".3e", "lr", f"{warmup}cosine to {s.min_lr:.3e}"),
-        row("of the last layer", ".3e", "last_layer_lr", "the same" + ("" if s.freeze_by_gradient else frozen)),
-        row("weight decay", ".4g", "weight_decay", f"cosine from {s.weight_decay:g} to {s.weight_decay_end:g}"),
-        row("teacher momentum", ".6g", "momentum", f"cosine from {s.momentum:g} to {s.final_momentum:g}"),
-        row("teacher temperature", ".4g", "teacher_temp", temp),
+        row("learning rate", "lr", f"{warmup}cosine to {s.min_lr:g}"),
+        row("of the last layer", "last_layer_lr", f"the same{frozen}"),
+        row("weight decay", "weight_decay", f"cosine from {s.weight_decay:g} to {s.weight_decay_end:g}"),
+        row("teacher momentum", "momentum", f"cosine from {s.momentum:g} to {s.final_momentum:g}"),
+        row("teacher temperature", "teacher_temp", temp),
     ]
     return _table(rows)
 
 
-def _masks_in_words(m: Masks, batch: int) -> str:
-    rows, columns = m.grid
-    return (
-        f"{m.kind} masks on {rows} × {columns} patches, {m.crops:,} crops drawn: {m.masked_crops:.1%} of the global "
-        f"crops are masked, on\nthose {m.ratio_mean:.1%} of the patches (from {m.ratio_min:.1%} to "
-        f"{m.ratio_max:.1%}); {m.masked_tokens_per_batch:,.0f} masked patches in a batch of {batch:,} images"
-    )
+def _masks_table(e: Explanation) -> str:
+    m = e.masks
+    rows = [
+        ["kind", f"{m.kind}, on {m.grid[0]} × {m.grid[1]} patches"],
+        ["crops with masked patches", f"{m.masked_crops:.1%} of {m.crops:,} global crops that were drawn"],
+        ["masked patches of those", f"{m.ratio_mean:.1%} on average, from {m.ratio_min:.1%} to {m.ratio_max:.1%}"],
+        ["masked patches in a step", f"{m.masked_tokens_per_batch:,.0f}, of {e.length.batch_size:,} images"],
+    ]
+    return _table(rows)
 
 
 def _work_table(e: Explanation) -> str:
     total = sum(w.flops for w in e.work)
-    rows = [["part", "tokens", "TFLOP", "share"]]
-    rows += [[w.part, f"{w.rows:,}", f"{w.flops / 1e12:.4g}", f"{w.flops / total:.1%}"] for w in e.work]
-    rows.append(["one process", "", f"{total / 1e12:.4g}", ""])
+    unit, size = ("TFLOP", 1e12) if total >= 1e12 else ("GFLOP", 1e9)
+    rows = [["part", "tokens", unit, "share"]]
+    rows += [[w.part, f"{w.rows:,}", f"{w.flops / size:,.3f}", f"{w.flops / total:.1%}"] for w in e.work]
+    rows.append(["one process", "", f"{total / size:,.3f}", ""])
     if e.processes > 1:
-        rows.append(["all processes", "", f"{total * e.processes / 1e12:.4g}", ""])
+        rows.append(["all processes", "", f"{total * e.processes / size:,.3f}", ""])
     note = (
         "2·n for each token and weight of n values, 4·N²·D for attention among N tokens, in each block; a backward\n"
         "pass counts twice its forward pass; the teacher only goes forward"
