@@ -186,6 +186,12 @@ def test_errors(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_step_is_a_number_or_last(capsys):
+    with pytest.raises(SystemExit):
+        main(["explain", "--step", "first"])
+    assert "expected a number from 0, or last, got 'first'" in capsys.readouterr().err
+
+
 def test_a_mistyped_key_is_answered_before_torch_is_there():
     code = "import sys; from dinoforge.cli import main; main(['explain', 'a.b=1']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
