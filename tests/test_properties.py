@@ -1,6 +1,6 @@
 """What holds for every input: properties of the method's parts that fixed cases cannot show.
 
-Properties that concern one module alone stand in its own test file.
+Further ones stand beside the fixed cases of their module.
 """
 
 import functools
