@@ -17,13 +17,13 @@ from torch import nn
 from dinoforge.config import load_recipe
 from dinoforge.data.batch import Batch, masked_patches
 from dinoforge.data.masks import batch_masks
-from dinoforge.losses.targets import centering, sinkhorn_knopp
 from dinoforge.models.head import DINOHead
 from dinoforge.models.vit import KeptSamples, VisionTransformer
 from dinoforge.optim.param_groups import parameter_groups, set_hyperparameters
 from dinoforge.optim.schedules import Schedules
 from dinoforge.student_teacher import StudentTeacher
 from dinoforge.training.build import build_student_teacher
+from plain_losses import centering, sinkhorn_knopp
 
 seeds = st.integers(0, 2**32 - 1)
 shares = st.floats(0, 1)

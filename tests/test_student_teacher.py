@@ -11,10 +11,7 @@ from torch import nn
 
 from dinoforge.config import load_recipe
 from dinoforge.data.batch import Batch, masked_patches
-from dinoforge.losses.dino import dino_loss
-from dinoforge.losses.ibot import ibot_loss
 from dinoforge.losses.koleo import koleo_loss
-from dinoforge.losses.targets import centering
 from dinoforge.models.vit import draw_kept_samples
 from dinoforge.optim.schedules import Hyperparameters
 from dinoforge.training.build import (
@@ -27,6 +24,7 @@ from dinoforge.training.build import (
 )
 from dinoforge.training.loop import train
 from dinoforge.training.step import train_step
+from plain_losses import centering, dino_loss, ibot_loss
 
 SMALL = {
     "student.arch": "vit_custom",

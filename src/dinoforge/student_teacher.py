@@ -7,19 +7,21 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from dinoforge.data.batch import Batch
-from dinoforge.losses.dino import dino_loss
-from dinoforge.losses.ibot import ibot_loss
+from dinoforge.losses.cross_entropy import Term, cross_entropy
+from dinoforge.losses.dino import dino_terms
+from dinoforge.losses.ibot import ibot_term
 from dinoforge.losses.koleo import koleo_loss
-from dinoforge.losses.targets import Targets, centering, sinkhorn_knopp, updated_center
+from dinoforge.losses.targets import Targets, centering, sinkhorn_knopp, teacher_logits, updated_center
 from dinoforge.models.head import DINOHead
 from dinoforge.models.vit import KeptSamples, VisionTransformer
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The terms as they enter the optimised sum, already weighted, and the sum; scalars."""
+    """The terms as they enter the optimised sum, already weighted, and the sum, which alone has a gradient; scalars."""
 
     dino_local: Tensor
     dino_global: Tensor
@@ -90,42 +92,67 @@ class StudentTeacher(nn.Module):
             teacher_temp: temperature of the teacher's targets.
             kept: stochastic depth of the student: per block, the images that each branch keeps.
         """
+        with record_function("teacher"):
+            dino_targets, ibot_targets = self._targets(batch, teacher_temp)
+
+        with record_function("student"):
+            crops = self.student_crops(batch)
+            masks: list[Tensor | None] = [batch.masks, None]  # also without the iBOT loss, as in the reference
+            backbone = cast(VisionTransformer, self.student["backbone"])
+            masked = batch.masked if ibot_targets is not None else batch.masked[:0]
+            (global_cls, patches), *local = backbone.encode_some(
+                crops, masks[: len(crops)], [masked, None][: len(crops)], kept
+            )
+            local_cls = local[0][0] if local else global_cls[:0]
+        with record_function("losses"):
+            return self._losses(batch, global_cls, local_cls, patches, dino_targets, ibot_targets)
+
+    def _losses(
+        self,
+        batch: Batch,
+        global_cls: Tensor,
+        local_cls: Tensor,
+        patches: Tensor,
+        dino_targets: Targets | None,
+        ibot_targets: Targets | None,
+    ) -> Losses:
+        """Losses of the student's cls tokens [2B, D] and [L·B, D], and of its masked patches [M, D]."""
         o = self.objective
-        dino_targets, ibot_targets = self._targets(batch, teacher_temp)
-
-        crops = self.student_crops(batch)
-        masks: list[Tensor | None] = [batch.masks, None]  # also without the iBOT loss, as in the reference
-        student = cast(VisionTransformer, self.student["backbone"]).encode(crops, masks[: len(crops)], kept)
-        student_global = student[0]
-        student_local_cls = student[1].cls if len(student) > 1 else student_global.cls[:0]
-        heads = {name: cast(DINOHead, network) for name, network in self.student.items() if name != "backbone"}
-        prototypes = {name: head.last_layer.weight() for name, head in heads.items()}
-
-        zero = torch.zeros((), device=batch.global_crops.device)
-        dino_global = dino_local = ibot = koleo = zero
+        terms: list[tuple[str, str, Term]] = []  # loss, head
         if dino_targets is not None:
-            dino_global, dino_local = dino_loss(
-                heads["dino_head"].embed(student_global.cls),
-                heads["dino_head"].embed(student_local_cls),
-                prototypes["dino_head"],
+            head = cast(DINOHead, self.student["dino_head"])
+            of_globals, of_locals = dino_terms(
+                head.embed(global_cls),
+                head.embed(local_cls),
                 dino_targets,
                 local_crops_number=len(batch.local_crops) * 2 // len(batch.global_crops),
                 student_temp=o.dino_student_temp,
+                global_weight=o.dino_global_weight,
+                local_weight=o.dino_local_weight,
             )
-            dino_global, dino_local = o.dino_global_weight * dino_global, o.dino_local_weight * dino_local
+            terms += [("dino_global", "dino_head", term) for term in of_globals]
+            terms += [("dino_local", "dino_head", term) for term in of_locals]
         if ibot_targets is not None:
-            patches = student_global.patches.flatten(0, 1)[batch.masked]  # [M, D]
-            ibot = o.ibot_weight * ibot_loss(
-                heads[self.ibot_head_name].embed(patches),
-                prototypes[self.ibot_head_name],
-                ibot_targets,
-                batch.masks,
-                o.ibot_student_temp,
-            )
+            head = cast(DINOHead, self.student[self.ibot_head_name])
+            term = ibot_term(head.embed(patches), ibot_targets, batch.masks, o.ibot_student_temp, o.ibot_weight)
+            terms.append(("ibot", self.ibot_head_name, term))
+
+        zero = torch.zeros((), device=batch.global_crops.device)
+        each = dict.fromkeys(("dino_local", "dino_global", "ibot", "koleo"), zero)
+        total = zero
+        for name, network in self.student.items():
+            own = [(loss, term) for loss, head_name, term in terms if head_name == name]
+            if own:
+                summed, values = cross_entropy([term for _, term in own], cast(DINOHead, network).last_layer.weight())
+                total = total + summed
+                for (loss, _), value in zip(own, values, strict=True):
+                    each[loss] = each[loss] + value
         if o.koleo_weight > 0:
             # Each view by itself: two views of one image should be close, not apart.
-            koleo = o.koleo_weight * sum((koleo_loss(view) for view in student_global.cls.chunk(2)), zero)
-        return Losses(dino_local, dino_global, ibot, koleo, total=dino_local + dino_global + ibot + koleo)
+            koleo = o.koleo_weight * sum((koleo_loss(view) for view in global_cls.chunk(2)), zero)
+            each["koleo"] = koleo.detach()
+            total = total + koleo
+        return Losses(**each, total=total)
 
     def student_crops(self, batch: Batch) -> list[Tensor]:
         """The groups of crops that the student reads: local ones only if a loss does."""
@@ -138,32 +165,39 @@ class StudentTeacher(nn.Module):
         o = self.objective
         if not (o.has_dino or o.has_ibot):
             return None, None
-        tokens = cast(VisionTransformer, self.teacher["backbone"])(batch.global_crops)
+        masked = batch.masked if o.has_ibot else batch.masked[:0]
+        backbone = cast(VisionTransformer, self.teacher["backbone"])
+        ((cls, patches),) = backbone.encode_some([batch.global_crops], [None], [masked])
         dino: Targets | None = None
         ibot: Targets | None = None
         if o.has_dino:
-            logits = self.teacher["dino_head"](tokens.cls)
+            logits = self._teacher_logits("dino_head", cls, temp)
             if o.dino_targets == "centering":
-                dino = centering(logits, temp, self.dino_center)
-                self.dino_center.copy_(updated_center(self.dino_center, logits, o.dino_center_momentum))
+                center = updated_center(self.dino_center, logits, temp, o.dino_center_momentum)
+                dino = centering(logits, self.dino_center, temp)
+                self.dino_center.copy_(center)
             else:
-                dino = sinkhorn_knopp(logits, temp, o.sinkhorn_iterations)
+                dino = sinkhorn_knopp(logits, o.sinkhorn_iterations)
         if o.has_ibot:
-            logits = self.teacher[self.ibot_head_name](tokens.patches.flatten(0, 1)[batch.masked])
+            logits = self._teacher_logits(self.ibot_head_name, patches, temp)
             if o.ibot_targets == "centering":
-                ibot = centering(logits, temp, self.ibot_center)
-                self.ibot_center.copy_(updated_center(self.ibot_center, logits, o.ibot_center_momentum))
+                center = updated_center(self.ibot_center, logits, temp, o.ibot_center_momentum)
+                ibot = centering(logits, self.ibot_center, temp)
+                self.ibot_center.copy_(center)
             else:
-                ibot = sinkhorn_knopp(logits, temp, o.sinkhorn_iterations)
+                ibot = sinkhorn_knopp(logits, o.sinkhorn_iterations)
         return dino, ibot
+
+    def _teacher_logits(self, head_name: str, tokens: Tensor, temp: float) -> Tensor:
+        head = cast(DINOHead, self.teacher[head_name])
+        return teacher_logits(head.embed(tokens), head.last_layer.weight(), temp)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """``teacher = momentum · teacher + (1 - momentum) · student``, for every parameter."""
         teacher: list[Tensor] = list(self.teacher.parameters())
         student: list[Tensor] = list(self.student.parameters())
-        torch._foreach_mul_(teacher, momentum)
-        torch._foreach_add_(teacher, student, alpha=1 - momentum)
+        torch._foreach_lerp_(teacher, student, 1 - momentum)
 
     @torch.no_grad()
     def cancel_last_layer_gradients(self) -> None:

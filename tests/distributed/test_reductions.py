@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dinoforge import distributed
-from dinoforge.losses.targets import sinkhorn_knopp
+from plain_losses import sinkhorn_knopp
 
 sys.path.insert(0, str(Path(__file__).parent))
 import workers

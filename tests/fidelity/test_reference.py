@@ -13,14 +13,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import check
 
 from dinoforge.config import load_recipe
-from dinoforge.losses.dino import dino_loss
-from dinoforge.losses.ibot import ibot_loss
 from dinoforge.losses.koleo import koleo_loss
-from dinoforge.losses.targets import centering, sinkhorn_knopp, updated_center
 from dinoforge.models.head import DINOHead
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.optim.param_groups import parameter_groups
 from dinoforge.training.build import RunLength, build_schedules
+from plain_losses import centering, dino_loss, ibot_loss, sinkhorn_knopp, updated_center
 
 DATA = Path(__file__).parent / "data"
 CASES = sorted(path.parent.name for path in DATA.glob("*/case.json"))

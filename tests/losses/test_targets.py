@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinoforge.losses import targets
-from dinoforge.losses.targets import centering, sinkhorn_knopp, updated_center
+from dinoforge.losses import targets, tiles
+from dinoforge.losses.targets import teacher_logits
+from plain_losses import centering, sinkhorn_knopp, updated_center
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -52,9 +53,9 @@ seeds = st.integers(0, 2**32)
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
-@pytest.fixture(params=[1, 7, 1 << 21], ids=["rows one by one", "a few rows", "all rows"])
+@pytest.fixture(params=[1, 12, 1 << 20], ids=["prototypes one by one", "a few prototypes", "all prototypes"])
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(targets, "_ELEMENTS_AT_ONCE", request.param)
+    monkeypatch.setattr(tiles, "_ON_CPU", (request.param, 1 << 24))
 
 
 # Sinkhorn-Knopp
@@ -120,30 +121,31 @@ def test_logits_far_from_zero(offset):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_targets_are_computed_in_float32(dtype):
-    logits = normal(6, 4).to(dtype)
-    for result in (sinkhorn_knopp(logits, 0.2), centering(logits, 0.2, torch.zeros(4))):
-        rows = all_rows(result)
-        assert rows.dtype is torch.float32
-        assert not rows.requires_grad
-    torch.testing.assert_close(all_rows(sinkhorn_knopp(logits, 0.2)), two_loops(logits, 0.2, 3), rtol=1e-4, atol=1e-5)
+@pytest.mark.usefixtures("chunks")
+def test_teacher_logits_are_products_over_temperature():
+    z, w = normal(6, 3), normal(5, 3, seed=1)
+    logits = teacher_logits(z, w, 0.2)
+    torch.testing.assert_close(logits, (z @ w.T / 0.2).T, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = teacher_logits(z, w, 0.2)
+    assert half.dtype is torch.float32
+    torch.testing.assert_close(half, logits, rtol=0.03, atol=0.1)
+    assert not torch.equal(half, logits)
 
 
-def test_rows_are_read_by_index_or_slice():
+def test_targets_take_the_memory_of_the_logits():
+    z, w = normal(6, 3), normal(5, 3, seed=1)
+    for make in (lambda x: targets.sinkhorn_knopp(x), lambda x: targets.centering(x, torch.zeros(5), 0.2)):
+        logits = teacher_logits(z, w.requires_grad_(), 0.2)
+        result = make(logits)
+        assert result.scaled.data_ptr() == logits.data_ptr()
+        assert not result.rows(slice(None)).requires_grad
+
+
+def test_some_rows_are_those_of_all():
     result = sinkhorn_knopp(normal(6, 4), 0.2)
-    index = torch.tensor([5, 0, 0, 3])
-    torch.testing.assert_close(result.rows(index), all_rows(result)[index], rtol=0, atol=0)
     torch.testing.assert_close(result.rows(slice(1, 4)), all_rows(result)[1:4], rtol=0, atol=0)
-
-
-def test_reading_rows_does_not_change_the_logits():
-    logits = normal(6, 4)
-    before = logits.clone()
-    result = sinkhorn_knopp(logits, 0.2)
-    first = all_rows(result)
-    assert torch.equal(all_rows(result), first)
-    assert torch.equal(logits, before)
+    torch.testing.assert_close(result.tile(slice(2, 3), slice(1, 4)).T, all_rows(result)[1:4, 2:3], rtol=0, atol=0)
 
 
 def test_no_samples():
@@ -176,9 +178,3 @@ def test_the_center_is_a_running_mean():
 def test_the_center_stays_without_samples():
     center = normal(4)
     torch.testing.assert_close(updated_center(center, torch.zeros(0, 4), 0.9), center)
-
-
-def test_the_center_is_kept_in_float32():
-    center = updated_center(torch.zeros(4), normal(6, 4).bfloat16(), 0.9)
-    assert center.dtype is torch.float32
-    torch.testing.assert_close(center, normal(6, 4).bfloat16().float().mean(0) * 0.1)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dinoforge.models.layers import Block, SwiGLU, subset_of
+from dinoforge.models.layers import Block, SwiGLU, _AttentionOnCpu, norm_linear, scaled_linear, subset_of
 from dinoforge.models.vit import SIZES, KeptSamples, VisionTransformer, draw_kept_samples, drop_path_rates
 
 
@@ -83,14 +83,15 @@ def test_attention_is_softmax_of_scaled_products():
     network = make_vit(depth=1, layerscale=0.0)
     block = network.blocks[0]
     x = torch.randn(3, 5, 16)
-    q, k, v = block.attn.qkv(x).chunk(3, dim=-1)
+    q, k, v = block.attn.qkv(block.norm1(x)).chunk(3, dim=-1)
     heads = []
     for h in range(2):
         part = slice(8 * h, 8 * h + 8)
         weights = torch.softmax(q[..., part] @ k[..., part].transpose(1, 2) / 8**0.5, dim=-1)
         heads.append(weights @ v[..., part])
     expected = block.attn.proj(torch.cat(heads, dim=-1))
-    torch.testing.assert_close(block.attn(x.flatten(0, 1), ((3, 5),)).view(3, 5, 16), expected, rtol=1e-4, atol=1e-5)
+    ours = block.attn.project(block.attn(x.flatten(0, 1), block.norm1, ((3, 5),)), None)
+    torch.testing.assert_close(ours.view(3, 5, 16), expected, rtol=1e-4, atol=1e-5)
 
 
 # Masks
@@ -271,9 +272,9 @@ def make_block(swiglu=False):
 def branch_of(block, x, kind):
     """One residual branch on images [B, N, D]."""
     if kind == "attn":
-        normed = block.norm1(x)
-        return block.ls1(block.attn(normed.flatten(0, 1), ((x.shape[0], x.shape[1]),)).view_as(x))
-    return block.ls2(block.mlp(block.norm2(x)))
+        attended = block.attn(x.flatten(0, 1), block.norm1, ((x.shape[0], x.shape[1]),))
+        return block.attn.project(attended, block.ls1.gamma).view_as(x)
+    return block.mlp(x, block.norm2, block.ls2.gamma)
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
@@ -438,10 +439,11 @@ def test_swiglu_width_is_two_thirds_rounded_up_to_eight(dim, ratio):
 def test_swiglu_gates_with_the_first_half():
     torch.manual_seed(0)
     layer = SwiGLU(6, 12, bias=True)
+    norm, scale = nn.LayerNorm(6), torch.rand(6)
     x = torch.randn(5, 6)
     w, b = layer.w12.weight, layer.w12.bias
-    gate, value = x @ w[:8].T + b[:8], x @ w[8:].T + b[8:]
-    torch.testing.assert_close(layer(x), layer.w3(gate * torch.sigmoid(gate) * value))
+    gate, value = norm(x) @ w[:8].T + b[:8], norm(x) @ w[8:].T + b[8:]
+    torch.testing.assert_close(layer(x, norm, scale), scale * layer.w3(gate * torch.sigmoid(gate) * value))
 
 
 def test_layerscale_starts_at_its_value():
@@ -470,3 +472,73 @@ def test_images_that_do_not_fit(shape):
 def test_an_offset_that_would_change_the_grid_is_refused(offset):
     with pytest.raises(ValueError, match="interpolate_offset"):
         make_vit(interpolate_offset=offset)
+
+
+@pytest.mark.parametrize("rates", [None, [0.4, 0.4, 0.4], [0.0, 0.2, 0.5]])
+@pytest.mark.parametrize("settings", [{}, {"layerscale": 0.0}, {"num_register_tokens": 2, "ffn_layer": "swiglu"}])
+@pytest.mark.parametrize("masked_share", [0.0, 0.3])
+def test_some_tokens_are_those_of_all_with_the_same_gradients(rates, settings, masked_share):
+    torch.manual_seed(0)
+    network = VisionTransformer(embed_dim=16, depth=3, num_heads=2, patch_size=4, image_size=16, **settings)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    crops = [torch.randn(6, 3, 16, 16), torch.randn(10, 3, 8, 8)]
+    masks = torch.rand(6, 16) < masked_share
+    masked = masks.flatten().nonzero()[:, 0]
+    kept = rates and draw_kept_samples(rates, [6, 10], torch.Generator().manual_seed(1))
+
+    whole = network.encode(crops, [masks, None], kept)
+    expected = [whole[0].cls, whole[0].patches.flatten(0, 1)[masked], whole[1].cls]
+    (cls, patches), (local_cls, none) = network.encode_some(crops, [masks, None], [masked, None], kept)
+    assert none.shape == (0, 16)
+    gradients = []
+    for outputs in ([cls, patches, local_cls], expected):
+        loss = sum((x * torch.arange(x.numel()).view_as(x).cos()).sum() for x in outputs)
+        gradients.append(torch.autograd.grad(loss, list(network.parameters())))
+    for ours, theirs in zip([cls, patches, local_cls], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_fused_layers_and_their_gradients_are_those_of_plain_ones(gelu, bias):
+    torch.manual_seed(0)
+    norm, first, second = nn.LayerNorm(6).double(), nn.Linear(6, 8, bias).double(), nn.Linear(8, 6, bias).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    scale = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    ours = scaled_linear(norm_linear(x, norm, first), second, scale, gelu=gelu)
+    hidden = first(norm(x))
+    expected = second(F.gelu(hidden) if gelu else hidden) * scale
+    torch.testing.assert_close(ours, expected)
+    leaves = [x, scale, *norm.parameters(), *first.parameters(), *second.parameters()]
+    weights = torch.randn(5, 6, dtype=torch.float64)
+    for mine, theirs in zip(
+        torch.autograd.grad((ours * weights).sum(), leaves),
+        torch.autograd.grad((expected * weights).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_on_the_cpu_is_scaled_dot_product_attention_per_group(dtype):
+    torch.manual_seed(0)
+    groups, heads = ((2, 5), (3, 4)), 2
+    qkv = torch.randn(22, 24, dtype=dtype, requires_grad=True)
+    weights = torch.randn(22, 8)
+    parts = []
+    for part, (images, tokens) in zip(qkv.float().split([10, 12]), groups, strict=True):
+        q, k, v = part.view(images, tokens, 3, heads, 4).permute(2, 0, 3, 1, 4)
+        parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(images * tokens, 8))
+    expected = torch.cat(parts)
+    ours = _AttentionOnCpu.apply(qkv, groups, heads)
+    assert ours.dtype is dtype
+    bound = {"rtol": 1e-4, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(ours.float(), expected, **bound)
+    (mine,) = torch.autograd.grad((ours.float() * weights).sum(), qkv)
+    (theirs,) = torch.autograd.grad((expected * weights).sum(), qkv)
+    torch.testing.assert_close(mine.float(), theirs.float(), **bound)

@@ -16,8 +16,8 @@ class Batch:
         global_crops: uint8 [2·B, C, H, W].
         local_crops: uint8 [L·B, C, h, w]; L may be 0.
         masks: bool [2·B, N], True where the student sees the mask token.
-        masked: int64 [M], where `masks.flatten()` is true. Counted on the CPU, so that no step waits for the device to
-            learn how many there are.
+        masked: int64 [M], where `masks.flatten()` is true. Stays on the CPU, so that no step waits for the device to
+            learn how many there are and where.
         indices: int64 [B], positions in the source of the images that were used.
         skipped: Index, printable name and reason of each image that could not be read while this batch was made.
     """
@@ -36,7 +36,6 @@ class Batch:
             global_crops=self.global_crops.to(device, non_blocking=True),
             local_crops=self.local_crops.to(device, non_blocking=True),
             masks=self.masks.to(device, non_blocking=True),
-            masked=self.masked.to(device, non_blocking=True),
             indices=self.indices.to(device, non_blocking=True),
         )
 

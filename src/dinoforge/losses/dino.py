@@ -1,21 +1,21 @@
 """The DINO loss on cls tokens."""
 
-import torch
 from torch import Tensor
 
-from dinoforge.losses.cross_entropy import cross_entropy
+from dinoforge.losses.cross_entropy import Term
 from dinoforge.losses.targets import Targets
 
 
-def dino_loss(
+def dino_terms(
     global_embeddings: Tensor,
     local_embeddings: Tensor,
-    prototypes: Tensor,
     targets: Targets,
     *,
     local_crops_number: int,
     student_temp: float,
-) -> tuple[Tensor, Tensor]:
+    global_weight: float = 1.0,
+    local_weight: float = 1.0,
+) -> tuple[list[Term], list[Term]]:
     """Cross-entropy of each student crop with the teacher's view of the same image.
 
     A global crop is held against the teacher's *other* view, a local crop against both. With L local crops there
@@ -31,25 +31,27 @@ def dino_loss(
     Args:
         global_embeddings: student bottlenecks of the global crops [2B, d], crop-major.
         local_embeddings: of the local crops [L·B, d], crop-major; empty if that term is not wanted.
-        prototypes: effective weight of the student's last layer [K, d].
         targets: of the teacher's cls tokens of the global crops [2B], crop-major.
         local_crops_number: L, 0 or more.
         student_temp: the student's temperature.
+        global_weight, local_weight: of the two terms in the whole loss.
 
     Returns:
-        The global and the local term.
+        What the global and the local loss are sums of, see ``cross_entropy``; nothing where the weight is 0.
     """
     batch = len(global_embeddings) // 2
     pairs = 2 + 2 * local_crops_number
-    image = torch.arange(batch, device=global_embeddings.device)
-    weight = global_embeddings.new_full((), 1 / (batch * pairs), dtype=torch.float32)
+    views = slice(0, batch), slice(batch, 2 * batch)
 
-    other_view = torch.cat([image + batch, image])[:, None]  # [2B, 1]
-    global_loss = cross_entropy(
-        global_embeddings, prototypes, targets, other_view, weight.expand(2 * batch), student_temp
-    )
-    both_views = torch.stack([image, image + batch], dim=1).repeat(len(local_embeddings) // batch, 1)  # [L·B, 2]
-    local_loss = cross_entropy(
-        local_embeddings, prototypes, targets, both_views, weight.expand(len(local_embeddings)), student_temp
-    )
-    return global_loss, local_loss
+    def term(embeddings: Tensor, sources: tuple[slice, ...], weight: float) -> Term:
+        weights = embeddings.new_full((batch,), weight / (batch * pairs))
+        return Term(embeddings.unflatten(0, (-1, batch)), targets, sources, weights, student_temp)
+
+    of_globals, of_locals = [], []
+    if global_weight > 0:
+        first, second = views
+        of_globals.append(term(global_embeddings[first], (second,), global_weight))
+        of_globals.append(term(global_embeddings[second], (first,), global_weight))
+    if local_weight > 0 and len(local_embeddings):
+        of_locals.append(term(local_embeddings, views, local_weight))
+    return of_globals, of_locals

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from dinoforge.losses.cross_entropy import cross_entropy
+from dinoforge.losses.cross_entropy import Term
 from dinoforge.losses.targets import Targets
 
 
-def ibot_loss(embeddings: Tensor, prototypes: Tensor, targets: Targets, masks: Tensor, student_temp: float) -> Tensor:
+def ibot_term(embeddings: Tensor, targets: Targets, masks: Tensor, student_temp: float, weight: float = 1.0) -> Term:
     """Cross-entropy at each masked patch between what the student guesses and what the teacher sees.
 
         for c in range(2 * B):
@@ -19,15 +19,17 @@ def ibot_loss(embeddings: Tensor, prototypes: Tensor, targets: Targets, masks: T
 
     Args:
         embeddings: student bottlenecks of the masked patches [M, d], in the order of ``masks.flatten()``.
-        prototypes: effective weight of the student's last layer [K, d].
         targets: of the teacher's tokens of the same patches [M].
         masks: of the global crops [2B, N] bool.
         student_temp: the student's temperature.
+        weight: of the term in the whole loss.
+
+    Returns:
+        What ``cross_entropy`` makes the loss of.
     """
     per_crop = masks.sum(dim=1)  # [2B]
     # M is known from the shapes, so the expansion does not wait for the device.
     weights = torch.repeat_interleave(
-        1 / per_crop.clamp(min=1).float() / len(masks), per_crop, output_size=len(embeddings)
+        weight / per_crop.clamp(min=1).float() / len(masks), per_crop, output_size=len(embeddings)
     )
-    rows = torch.arange(len(embeddings), device=embeddings.device)[:, None]
-    return cross_entropy(embeddings, prototypes, targets, rows, weights, student_temp)
+    return Term(embeddings[None], targets, (slice(0, len(embeddings)),), weights, student_temp)

@@ -1,94 +1,120 @@
 """Teacher logits to targets: centering and Sinkhorn-Knopp.
 
-Both give probabilities of the form ``exp(logits / temp + a[prototype] + b[sample])``. Only the two vectors are
-computed here; the probabilities themselves are made where they are read, a few rows at a time.
+Both give probabilities of the form ``exp(logits / temp) · u[prototype] · v[sample]``. The exponentials take the place
+of the logits, which is the only matrix that is kept; the probabilities are made where they are read, a tile at a time.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dinoforge import distributed
+from dinoforge.losses.tiles import multiply, product_dtype, tiles
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Probabilities over prototypes of N samples."""
+    """Probabilities over K prototypes of N samples: ``scaled[k, n] · per_prototype[k] · per_sample[n]``."""
 
-    logits: Tensor  # [N, K]
-    temp: float
-    per_prototype: Tensor  # a [K]
-    per_sample: Tensor  # b [N]
+    scaled: Tensor  # [K, N], float32, from 0 to 1
+    per_prototype: Tensor  # u [K]
+    per_sample: Tensor  # v [N]
 
-    def rows(self, index: Tensor | slice) -> Tensor:
-        """Probabilities of some samples [n, K], float32."""
-        scaled = self.logits[index].float() / self.temp
-        return scaled.add_(self.per_prototype).add_(self.per_sample[index][:, None]).exp_()
+    def tile(self, prototypes: slice, samples: slice) -> Tensor:
+        """Probabilities of some samples [k, n], a new tensor."""
+        scaled = self.scaled[prototypes, samples] * self.per_sample[samples]
+        return scaled.mul_(self.per_prototype[prototypes, None])
+
+    def rows(self, samples: slice) -> Tensor:
+        """Probabilities of some samples over all prototypes [n, K]."""
+        return self.tile(slice(None), samples).T
 
 
 @torch.no_grad()
-def centering(logits: Tensor, temp: float, center: Tensor) -> Targets:
-    """``softmax((logits - center) / temp)``.
+def teacher_logits(embeddings: Tensor, prototypes: Tensor, temp: float) -> Tensor:
+    """Logits over temperature, prototypes first [K, N], float32.
 
     Args:
-        logits: of the teacher [N, K].
+        embeddings: normalised teacher bottlenecks [N, d].
+        prototypes: effective weight of the teacher's last layer [K, d].
         temp: the teacher's temperature.
+    """
+    dtype = product_dtype(embeddings)
+    z = (embeddings / temp).to(dtype).T.contiguous()  # [d, N]
+    logits = embeddings.new_empty(len(prototypes), len(embeddings), dtype=torch.float32)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        for tile in tiles(len(prototypes), len(embeddings), logits.device):
+            multiply(prototypes[tile].to(dtype), z, out=logits[tile])
+    return logits
+
+
+@torch.no_grad()
+def centering(logits: Tensor, center: Tensor, temp: float) -> Targets:
+    """``softmax((logits - center) / temp)``; the targets take the memory of the logits.
+
+    Args:
+        logits: of the teacher, over temperature [K, N], see ``teacher_logits``; overwritten.
         center: running mean of earlier logits [K].
+        temp: the teacher's temperature, for the centre.
 
     Source: DINO (arXiv 2104.14294), section 3.1.
     """
-    a = -center / temp
-    b = [-torch.logsumexp(part.float() / temp + a, dim=1) for part in logits.split(_rows_at_once(logits))]
-    return Targets(logits, temp, a, torch.cat(b) if b else logits.new_empty(0))
+    k, n = logits.shape
+    shift = center / temp
+    top = logits.new_full((n,), -torch.inf)
+    for tile in tiles(k, n, logits.device):
+        torch.maximum(top, logits[tile].sub_(shift[tile, None]).amax(dim=0), out=top)
+    mass = logits.new_zeros(n)
+    for tile in tiles(k, n, logits.device):
+        mass += logits[tile].sub_(top).exp_().sum(dim=0)
+    return Targets(logits, logits.new_ones(k), mass.reciprocal_())
 
 
 @torch.no_grad()
-def sinkhorn_knopp(logits: Tensor, temp: float, iterations: int = 3) -> Targets:
-    """Balanced assignment of the samples of all ranks to prototypes.
+def sinkhorn_knopp(logits: Tensor, iterations: int = 3) -> Targets:
+    """Balanced assignment of the samples of all ranks to prototypes; the targets take the memory of the logits.
 
-    Each iteration scales the matrix ``exp(logits / temp)`` so that all prototypes have equal mass, then so that all
-    samples have; the last word is the samples', so each sample's probabilities sum to one. It is done on logarithms:
-    no size of the logits overflows. As pseudocode, with N samples on all ranks:
+    Each iteration scales the matrix ``exp(logits)`` so that all prototypes have equal mass, then so that all samples
+    have; the last word is the samples', so each sample's probabilities sum to one. As pseudocode, with N samples on
+    all ranks:
 
         for i in range(iterations):
-            for k in range(K): a[k] = -log(sum(exp(logits[n, k] / temp + b[n]) for n in range(N)))
-            for n in range(N): b[n] = -log(sum(exp(logits[n, k] / temp + a[k]) for k in range(K)))
+            for k in range(K): u[k] = 1 / sum(exp(logits[k, n]) * v[n] for n in range(N))
+            for n in range(N): v[n] = 1 / sum(exp(logits[k, n]) * u[k] for k in range(K))
 
-    The constant masses 1/K and 1/N cancel.
+    The constant masses 1/K and 1/N cancel. The first iteration works on logarithms, so that no size of the logits
+    overflows. After it each sample's largest entry can be 1, and then each prototype has one of at least 1/N: from
+    there on, the matrix of exponentials is safe to scale by two vectors.
 
     Args:
-        logits: of the teacher [n, K], the samples of this rank; n may be 0 on some.
-        temp: the teacher's temperature.
+        logits: of the teacher, over temperature [K, n], the samples of this rank, see ``teacher_logits``; n may be 0
+            on some; overwritten.
         iterations: 3 in SwAV (arXiv 2006.09882, section 3.1) and DINOv2 (arXiv 2304.07193, section 4).
     """
-    n, k = logits.shape
-    a = logits.new_zeros(k, dtype=torch.float32)
-    b = logits.new_zeros(n, dtype=torch.float32)
-    columns = max(1, _ELEMENTS_AT_ONCE // max(n, 1))
-    for _ in range(iterations):
-        mass = [torch.logsumexp(p.float() / temp + b[:, None], dim=0) for p in logits.split(columns, dim=1)]
-        a = -distributed.logsumexp_over_ranks(torch.cat(mass))
-        a = a - a.amax()  # keeps both vectors in range; b takes it back
-        if n:
-            mass = [torch.logsumexp(p.float() / temp + a, dim=1) for p in logits.split(_rows_at_once(logits))]
-            b = -torch.cat(mass)
-    return Targets(logits, temp, a, b)
+    k, n = logits.shape
+    mass = [torch.logsumexp(logits[tile], dim=1) for tile in tiles(k, n, logits.device)]
+    log_u = -distributed.logsumexp_over_ranks(torch.cat(mass))
+    top = logits.new_full((n,), -torch.inf)
+    for tile in tiles(k, n, logits.device):
+        torch.maximum(top, logits[tile].add_(log_u[tile, None]).amax(dim=0), out=top)
+    v = logits.new_zeros(n)
+    for tile in tiles(k, n, logits.device):
+        v += logits[tile].sub_(top).exp_().sum(dim=0)
+    v.reciprocal_()
+    u = logits.new_ones(k)
+    for _ in range(iterations - 1):
+        u = distributed.sum_over_ranks(torch.mv(logits, v)).reciprocal_()
+        u /= u.amax()  # keeps both vectors in range; v takes it back
+        v = torch.mv(logits.T, u).reciprocal_()
+    return Targets(logits, u, v)
 
 
 @torch.no_grad()
-def updated_center(center: Tensor, logits: Tensor, momentum: float) -> Tensor:
-    """The running mean [K] with this step's logits [N, K] in it; the mean over ranks of each rank's mean.
+def updated_center(center: Tensor, logits: Tensor, temp: float, momentum: float) -> Tensor:
+    """The running mean [K] with this step's ``logits`` (over ``temp``) [K, N] in it: the mean of each rank's mean.
 
     A rank without samples counts as its share of the old centre, so that it neither makes NaN nor pulls to 0.
     """
-    mean = logits.float().mean(dim=0) if len(logits) else center
+    mean = logits.mean(dim=1) * temp if logits.shape[1] else center
     return center * momentum + distributed.mean_over_ranks(mean) * (1 - momentum)
-
-
-_ELEMENTS_AT_ONCE = 1 << 21  # bounds temporary copies to 8 MiB
-
-
-def _rows_at_once(logits: Tensor) -> int:
-    return max(1, math.ceil(_ELEMENTS_AT_ONCE / max(logits.shape[1], 1)))

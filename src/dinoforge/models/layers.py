@@ -6,10 +6,12 @@ each, in the order in which they are packed.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 Groups = tuple[tuple[int, int], ...]  # (images, tokens per image) of each resolution
 
@@ -54,7 +56,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention among the tokens of each image."""
+    """Multi-head self-attention among the tokens of each image; ``project`` is its last layer."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, proj_bias: bool) -> None:
         super().__init__()
@@ -62,34 +64,80 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
-    def forward(self, x: Tensor, groups: Groups) -> Tensor:
-        qkv = self.qkv(x)  # [T, 3D]
-        sizes = [images * tokens for images, tokens in groups]
-        attended = [self._attend(part, *group) for part, group in zip(qkv.split(sizes), groups, strict=True)]
-        out: Tensor = self.proj(attended[0] if len(attended) == 1 else torch.cat(attended))
+    def forward(self, x: Tensor, norm: nn.LayerNorm, groups: Groups) -> Tensor:
+        """What each token of ``norm(x)`` [T, D] gathers from its image, before the last layer [T, D]."""
+        qkv = norm_linear(x, norm, self.qkv)  # [T, 3D]
+        if qkv.device.type == "cpu":
+            attended: Tensor = _AttentionOnCpu.apply(qkv, groups, self.num_heads)
+            return attended
+        parts = []
+        for part, (images, tokens) in zip(_split(qkv, groups), groups, strict=True):
+            out = F.scaled_dot_product_attention(*_heads(part, images, tokens, self.num_heads))
+            parts.append(out.transpose(1, 2).reshape(len(part), -1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def project(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        return scaled_linear(x, self.proj, scale)
+
+
+def _split(x: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = x.split([images * tokens for images, tokens in groups])
+    return parts
+
+
+def _heads(qkv: Tensor, images: int, tokens: int, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[B·N, 3D] to queries, keys and values, each [B, heads, N, D/heads]."""
+    by_kind: Tensor = qkv.view(images, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    return by_kind[0], by_kind[1], by_kind[2]
+
+
+class _AttentionOnCpu(torch.autograd.Function):
+    """PyTorch's attention for CPUs on all groups, in float32 whatever the precision of the tokens.
+
+    Its backward pass is several times slower in half precision. What has to be kept is kept as it came, and the result
+    is one tensor, which the next layer keeps anyway.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, groups: Groups, num_heads: int) -> Tensor:
+        out = qkv.new_empty(len(qkv), qkv.shape[1] // 3)  # [T, D]
+        sums: list[Tensor] = []  # logarithms of the softmaxes' sums
+        for part, into, (images, tokens) in zip(_split(qkv, groups), _split(out, groups), groups, strict=True):
+            q, k, v = _heads(part.float(), images, tokens, num_heads)
+            attended, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+            into.view(images, tokens, num_heads, -1).copy_(attended.transpose(1, 2))
+            sums.append(log_sums)
+        ctx.save_for_backward(qkv, out, *sums)
+        ctx.groups, ctx.num_heads = groups, num_heads
         return out
 
-    def _attend(self, qkv: Tensor, images: int, tokens: int) -> Tensor:
-        dtype = qkv.dtype
-        if qkv.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-            qkv = qkv.float()  # attention's backward pass on the CPU is several times slower in half precision
-        q, k, v = qkv.view(images, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, N, D/heads]
-        with torch.autocast("cpu", enabled=False):
-            out = F.scaled_dot_product_attention(q, k, v)
-        return out.transpose(1, 2).reshape(images * tokens, -1).to(dtype)  # [B·N, D]
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        qkv, out, *sums = ctx.saved_tensors
+        grad = torch.empty_like(qkv)
+        parts = zip(*(_split(x, ctx.groups) for x in (qkv, out, grad_outputs[0], grad)), sums, ctx.groups, strict=True)
+        for qkv_part, out_part, grad_out, into, log_sums, (images, tokens) in parts:
+            shape = (images, tokens, ctx.num_heads, -1)
+            given, attended = (x.float().view(shape).transpose(1, 2) for x in (grad_out, out_part))
+            gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                given, *_heads(qkv_part.float(), images, tokens, ctx.num_heads), attended, log_sums, 0.0, False
+            )
+            for to, gradient in zip(_heads(into, images, tokens, ctx.num_heads), gradients, strict=True):
+                to.copy_(gradient)
+        return grad, None, None
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, linear."""
+    """Linear, GELU, linear, between the LayerNorm before them and the LayerScale after."""
 
     def __init__(self, dim: int, hidden_dim: int, bias: bool) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
         self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return out
+    def forward(self, x: Tensor, norm: nn.LayerNorm, scale: Tensor | None) -> Tensor:
+        return scaled_linear(norm_linear(x, norm, self.fc1), self.fc2, scale, gelu=True)
 
 
 class SwiGLU(nn.Module):
@@ -101,21 +149,121 @@ class SwiGLU(nn.Module):
         self.w12 = nn.Linear(dim, 2 * hidden_dim, bias=bias)
         self.w3 = nn.Linear(hidden_dim, dim, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        out: Tensor = self.w3(F.silu(gate) * value)
-        return out
+    def forward(self, x: Tensor, norm: nn.LayerNorm, scale: Tensor | None) -> Tensor:
+        gate, value = norm_linear(x, norm, self.w12).chunk(2, dim=-1)
+        return scaled_linear(F.silu(gate) * value, self.w3, scale)
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel (arXiv 2103.17239)."""
+    """A learned factor per channel (arXiv 2103.17239), applied by ``scaled_linear``."""
 
     def __init__(self, dim: int, initial: float) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), initial))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
+
+def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
+    """``linear(norm(x))``: the start of a residual branch.
+
+    Args:
+        x: [T, D].
+        norm: over D.
+        linear: from D to D'.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        out: Tensor = _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias, dtype)
+    return out
+
+
+class _NormLinear(torch.autograd.Function):
+    """Keeps only ``x``, in the precision of the product, and normalises it again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+        ctx.save_for_backward(x.to(dtype), mean, rstd, norm_weight, norm_bias, weight, bias)
+        return F.linear(normed.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        x, mean, rstd, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
+        x = x.to(norm_weight.dtype)
+        normed = ((x - mean) * rstd).mul_(norm_weight).add_(norm_bias).to(grad.dtype)
+        grad_weight = (grad.T @ normed).to(weight.dtype)
+        grad_bias = None if bias is None else grad.sum(dim=0, dtype=bias.dtype)
+        grad_normed = (grad @ weight.to(grad.dtype)).to(norm_weight.dtype)
+        grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
+            grad_normed, x, x.shape[-1:], mean, rstd, norm_weight, norm_bias, [True, True, True]
+        )
+        return grad_x, grad_norm_weight, grad_norm_bias, None, grad_weight, grad_bias, None
+
+
+def scaled_linear(x: Tensor, linear: nn.Linear, scale: Tensor | None, *, gelu: bool = False) -> Tensor:
+    """``linear(x) * scale``, or ``linear(gelu(x)) * scale``: the end of a residual branch.
+
+    Args:
+        x: [T, D'].
+        linear: from D' to D.
+        scale: LayerScale's factors [D], or None.
+        gelu: whether to apply it first.
+    """
+    if scale is None:
+        return F.linear(F.gelu(x) if gelu else x, linear.weight, linear.bias)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        out: Tensor = _ScaledLinear.apply(x.to(dtype), linear.weight, linear.bias, scale, gelu)
+    return out
+
+
+class _ScaledLinear(torch.autograd.Function):
+    """Keeps only ``x`` for the backward pass, which makes the gradient of the factors from that of the weights.
+
+    With y = (x W^T + b) · scale, it is sum(dy · (x W^T + b)) over tokens = sum((dy^T x) · W) over inputs + sum(dy) · b:
+    neither the unscaled output nor a second pass over the tokens is needed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, gelu: bool) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, scale)
+        ctx.gelu = gelu
+        x = F.gelu(x) if gelu else x
+        if x.dtype is torch.float32:
+            return F.linear(x, weight, bias).mul_(scale)
+        # In half precision one rounding less, and no pass over the output.
+        scaled_bias = None if bias is None else (bias * scale).to(x.dtype)
+        return F.linear(x, (weight * scale[:, None]).to(x.dtype), scaled_bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        x, weight, bias, scale = ctx.saved_tensors
+        y = F.gelu(x) if ctx.gelu else x
+        grad_weight = (grad.T @ y).to(weight.dtype)  # of the scaled weight [D, D']
+        grad_scale = (grad_weight * weight).sum(dim=1)
+        grad_bias = None
+        if bias is not None:
+            grad_bias = grad.sum(dim=0, dtype=weight.dtype)
+            grad_scale += grad_bias * bias
+            grad_bias = grad_bias * scale
+        grad_x = grad @ (weight * scale[:, None]).to(grad.dtype)
+        if ctx.gelu:
+            grad_x = torch.ops.aten.gelu_backward(grad_x, x)
+        return grad_x, grad_weight.mul_(scale[:, None]), grad_bias, grad_scale, None
 
 
 class Block(nn.Module):
@@ -136,29 +284,117 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads, qkv_bias, proj_bias)
-        self.ls1 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
+        self.ls1 = LayerScale(dim, layerscale) if layerscale else None
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = (SwiGLU if swiglu else Mlp)(dim, hidden_dim, ffn_bias)
-        self.ls2 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
+        self.ls2 = LayerScale(dim, layerscale) if layerscale else None
 
     def forward(
         self, x: Tensor, groups: Groups, keep_attn: Subset | None = None, keep_ffn: Subset | None = None
     ) -> Tensor:
         if keep_attn is None:
-            x = x + self._attn_branch(x, groups)
+            x = x + self._project(self._attend(x, groups))
         else:
-            x = _add_to(x, self._attn_branch(x[keep_attn.rows], keep_attn.groups), keep_attn)
+            x, taken = _Take.apply(x, keep_attn.rows)
+            x = _add_to(x, self._project(self._attend(taken, keep_attn.groups)), keep_attn)
         if keep_ffn is None:
-            return x + self._ffn_branch(x)
-        return _add_to(x, self._ffn_branch(x[keep_ffn.rows]), keep_ffn)
+            return x + self._feed_forward(x)
+        x, taken = _Take.apply(x, keep_ffn.rows)
+        return _add_to(x, self._feed_forward(taken), keep_ffn)
 
-    def _attn_branch(self, x: Tensor, groups: Groups) -> Tensor:
-        out: Tensor = self.ls1(self.attn(self.norm1(x), groups))
+    def last(self, x: Tensor, groups: Groups, narrowing: "Narrowing", keep_attn: Subset | None = None) -> Tensor:
+        """As ``forward``, but only the wanted tokens [W, D], so only they are computed after attention."""
+        n = narrowing
+        taken = x if keep_attn is None else x[keep_attn.rows]
+        attended = self._attend(taken, groups if keep_attn is None else keep_attn.groups)
+        x = x[n.wanted]
+        branch = self._project(attended[n.attn_rows])
+        x = x.index_add(0, n.attn_places, branch.to(x.dtype) * n.attn_scales)
+        branch = self._feed_forward(x[n.ffn_places])
+        return x.index_add(0, n.ffn_places, branch.to(x.dtype) * n.ffn_scales)
+
+    def _attend(self, x: Tensor, groups: Groups) -> Tensor:
+        out: Tensor = self.attn(x, self.norm1, groups)
         return out
 
-    def _ffn_branch(self, x: Tensor) -> Tensor:
-        out: Tensor = self.ls2(self.mlp(self.norm2(x)))
+    def _project(self, x: Tensor) -> Tensor:
+        return self.attn.project(x, self.ls1.gamma if self.ls1 else None)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.mlp(x, self.norm2, self.ls2.gamma if self.ls2 else None)
         return out
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """The tokens that are wanted of the last block, and which of them its branches keep.
+
+    wanted: packed rows [W].
+    attn_rows, attn_places, attn_scales: rows among those that the branch sees, places in ``wanted``, and the factors
+        [n, 1] that keep the expectation.
+    ffn_places, ffn_scales: the same for the second branch, which sees only wanted rows.
+    """
+
+    wanted: Tensor
+    attn_rows: Tensor
+    attn_places: Tensor
+    attn_scales: Tensor
+    ffn_places: Tensor
+    ffn_scales: Tensor
+
+
+def narrowing_to(
+    wanted: Tensor, groups: Groups, attn: list[Tensor] | None, ffn: list[Tensor] | None, device: torch.device
+) -> Narrowing:
+    """What the last block does for the rows ``wanted`` [W].
+
+    Args:
+        wanted: packed rows, on the CPU.
+        groups: all tokens.
+        attn, ffn: images that the branches keep, as for ``subset_of``; None for all.
+    """
+    attn_rows, attn_places, attn_scales = _kept_among(wanted, groups, attn)
+    _, ffn_places, ffn_scales = _kept_among(wanted, groups, ffn)
+    parts = (wanted, attn_rows, attn_places, attn_scales, ffn_places, ffn_scales)
+    return Narrowing(*(part.to(device, non_blocking=True) for part in parts))
+
+
+def _kept_among(wanted: Tensor, groups: Groups, kept: list[Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the branch, places in ``wanted`` and factors of the wanted rows whose images are kept."""
+    if kept is None:
+        return wanted, torch.arange(len(wanted)), torch.ones(len(wanted), 1)
+    total = sum(images * tokens for images, tokens in groups)
+    row_of = torch.full((total,), -1)  # packed row -> row of the branch
+    scale_of = torch.empty(total)
+    start = first = 0
+    for indices, (images, tokens) in zip(kept, groups, strict=True):
+        rows = (start + indices[:, None] * tokens + torch.arange(tokens)).flatten()
+        row_of[rows] = torch.arange(first, first + len(rows))
+        scale_of[rows] = images / len(indices)
+        start, first = start + images * tokens, first + len(rows)
+    places = (row_of[wanted] >= 0).nonzero()[:, 0]
+    hit = wanted[places]
+    return row_of[hit], places, scale_of[hit, None]
+
+
+class _Take(torch.autograd.Function):
+    """``x, x[rows]`` for distinct rows, with a backward pass that needs no second gradient of the size of ``x``.
+
+    The gradient of the first result is added to in place. That is sound because a residual stream has one reader: the
+    addition of the branch, which hands the gradient on as it came.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows)
+        return x.view_as(x), x.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        grad, grad_rows = grad_outputs
+        return grad.contiguous().index_add_(0, rows, grad_rows), None
 
 
 def _add_to(x: Tensor, residual: Tensor, subset: Subset) -> Tensor:

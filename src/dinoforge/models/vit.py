@@ -3,12 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoforge.models.layers import Block, Groups, PatchEmbed, Subset, subset_of
+from dinoforge.models.layers import Block, Groups, PatchEmbed, Subset, narrowing_to, subset_of
 
 # embed_dim, depth, num_heads; arXiv 2010.11929, 2012.12877 and, for giant, 2304.07193.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -139,22 +140,59 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: a side that is not a multiple of the patch, or another number of channels.
         """
-        embedded = [self._embed(c, m) for c, m in zip(crops, masks, strict=True)]  # each [B, 1+R+N, D]
-        groups: Groups = tuple((e.shape[0], e.shape[1]) for e in embedded)
-        x = torch.cat([e.flatten(0, 1) for e in embedded])  # [T, D]
+        x, groups = self._packed(crops, masks)
         for i, block in enumerate(self.blocks):
-            keep_attn: Subset | None = None
-            keep_ffn: Subset | None = None
-            if kept is not None:
-                keep_attn = _subset_unless_all(kept[i].attn, groups, x.device)
-                keep_ffn = _subset_unless_all(kept[i].ffn, groups, x.device)
-            x = block(x, groups, keep_attn, keep_ffn)
+            x = block(x, groups, *_subsets(kept, i, groups, x.device))
         x = self.norm(x)
 
         first_patch = 1 + self.num_register_tokens
         parts = x.split([images * tokens for images, tokens in groups])
         shaped = [part.view(*group, -1) for part, group in zip(parts, groups, strict=True)]
         return [Tokens(s[:, 0], s[:, 1:first_patch], s[:, first_patch:]) for s in shaped]
+
+    def encode_some(
+        self,
+        crops: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        patches: Sequence[Tensor | None],
+        kept: Sequence[KeptSamples] | None = None,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The cls tokens and some of the patch tokens, as ``encode`` gives them, without the work for the others.
+
+        Args:
+            crops, masks, kept: as for ``encode``.
+            patches: per group, the wanted patch tokens: indices [M] into [B·N], on the CPU; None for none.
+
+        Returns:
+            Per group, cls tokens [B, D] and patch tokens [M, D].
+        """
+        x, groups = self._packed(crops, masks)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks[:last]):
+            x = block(x, groups, *_subsets(kept, i, groups, x.device))
+
+        wanted: list[Tensor] = []  # packed rows
+        start = 0
+        for (images, tokens), chosen in zip(groups, patches, strict=True):
+            wanted.append(start + torch.arange(images) * tokens)
+            if chosen is not None:
+                count = tokens - 1 - self.num_register_tokens
+                wanted.append(start + chosen // count * tokens + 1 + self.num_register_tokens + chosen % count)
+            else:
+                wanted.append(torch.arange(0))
+            start += images * tokens
+        keep_attn, _ = _subsets(kept, last, groups, x.device)
+        attn = kept[last].attn if kept is not None and keep_attn is not None else None
+        ffn = kept[last].ffn if kept is not None else None
+        narrowing = narrowing_to(torch.cat(wanted), groups, attn, ffn, x.device)
+        x = self.norm(cast(Block, self.blocks[last]).last(x, groups, narrowing, keep_attn))
+        parts = x.split([len(rows) for rows in wanted])
+        return list(zip(parts[::2], parts[1::2], strict=True))
+
+    def _packed(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Groups]:
+        """Embedded tokens of all groups [T, D], and the groups."""
+        embedded = [self._embed(c, m) for c, m in zip(crops, masks, strict=True)]  # each [B, 1+R+N, D]
+        return torch.cat([e.flatten(0, 1) for e in embedded]), tuple((e.shape[0], e.shape[1]) for e in embedded)
 
     def _embed(self, images: Tensor, masks: Tensor | None) -> Tensor:
         """Patch, cls and register tokens with position embeddings [B, 1+R+N, D]."""
@@ -192,10 +230,16 @@ class VisionTransformer(nn.Module):
         return cls, grid.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def _subset_unless_all(kept: list[Tensor], groups: Groups, device: torch.device) -> Subset | None:
-    if all(len(indices) == images for indices, (images, _) in zip(kept, groups, strict=True)):
-        return None
-    return subset_of(kept, groups, device)
+def _subsets(
+    kept: Sequence[KeptSamples] | None, block: int, groups: Groups, device: torch.device
+) -> tuple[Subset | None, Subset | None]:
+    """What the branches of a block keep; None for all."""
+
+    def subset(indices: list[Tensor]) -> Subset | None:
+        keeps_all = all(len(i) == images for i, (images, _) in zip(indices, groups, strict=True))
+        return None if keeps_all else subset_of(indices, groups, device)
+
+    return (None, None) if kept is None else (subset(kept[block].attn), subset(kept[block].ffn))
 
 
 def drop_path_rates(rate: float, depth: int, uniform: bool) -> list[float]:

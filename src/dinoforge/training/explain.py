@@ -190,7 +190,8 @@ def work_of_a_step(recipe: Recipe, networks: StudentTeacher, *, masked: float) -
 
     A weight of n values costs 2·n for each token in the forward pass, attention among N tokens of an image 4·N²·D in
     each block. The backward pass costs twice the forward pass, but once for the patch embedding, whose input has no
-    gradient. The teacher only goes forward. Stochastic depth leaves out the images that a branch drops.
+    gradient. The teacher only goes forward. Stochastic depth leaves out the images that a branch drops. After its
+    attention, the last block computes only cls tokens and masked patches.
 
     Args:
         recipe: the run.
@@ -206,14 +207,16 @@ def work_of_a_step(recipe: Recipe, networks: StudentTeacher, *, masked: float) -
         crops["local"] = (c.local_crops_number * batch, (c.local_crops_size // s.patch_size) ** 2)
     rates = build_drop_path_rates(recipe)
     work: list[Work] = []
+    read = masked if o.has_ibot else 0.0  # patch tokens of the last block that a loss reads, of all global crops
     for kind, (images, patches) in crops.items():
         tokens = patches + 1 + s.num_register_tokens
-        flops = _backbone(recipe, networks.student, images, patches, rates, passes=3)
+        last = images + (read if kind == "global" else 0)
+        flops = _backbone(recipe, networks.student, images, patches, last, rates, passes=3)
         work.append(Work(f"student, {kind} crops", images * tokens, flops))
     if teaches:
         images, patches = crops["global"]
         tokens = patches + 1 + s.num_register_tokens
-        flops = _backbone(recipe, networks.teacher, images, patches, [0.0] * len(rates), passes=1)
+        flops = _backbone(recipe, networks.teacher, images, patches, images + read, [0.0] * len(rates), passes=1)
         work.append(Work("teacher, global crops", images * tokens, flops))
     samples: dict[str, tuple[float, float]] = {}  # head: rows of the student, rows of the teacher
     if o.has_dino:
@@ -231,16 +234,29 @@ def work_of_a_step(recipe: Recipe, networks: StudentTeacher, *, masked: float) -
 
 
 def _backbone(
-    recipe: Recipe, networks: nn.ModuleDict, images: int, patches: int, rates: Sequence[float], *, passes: int
+    recipe: Recipe,
+    networks: nn.ModuleDict,
+    images: int,
+    patches: int,
+    read: float,
+    rates: Sequence[float],
+    *,
+    passes: int,
 ) -> float:
-    """FLOPs of a group of images; ``passes`` is 1 forward, 3 with the backward pass."""
+    """FLOPs of a group of images; ``passes`` is 1 forward, 3 with the backward pass.
+
+    After its attention, the last block computes only the ``read`` tokens that a loss reads.
+    """
     backbone: Any = networks["backbone"]
     tokens = patches + 1 + recipe.student.num_register_tokens
     flops: float = (2 if passes == 3 else 1) * 2.0 * images * patches * backbone.patch_embed.proj.weight.numel()
-    for block, rate in zip(backbone.blocks, rates, strict=True):
+    last = len(backbone.blocks) - 1
+    for i, (block, rate) in enumerate(zip(backbone.blocks, rates, strict=True)):
         kept = max(int(images * (1 - rate)), 1)
-        products = 2.0 * tokens * (_weights(block.attn) + _weights(block.mlp))
-        flops += passes * kept * (products + 4.0 * tokens**2 * backbone.embed_dim)
+        after = kept * tokens if i < last else read * kept / images
+        products = 2.0 * kept * tokens * _weights(block.attn.qkv)
+        products += 2.0 * after * (_weights(block.attn.proj) + _weights(block.mlp))
+        flops += passes * (products + kept * 4.0 * tokens**2 * backbone.embed_dim)
     return flops
 
 
@@ -363,7 +379,7 @@ def _work_table(e: Explanation) -> str:
         rows.append(["all processes", "", f"{total * e.processes / size:,.3f}", ""])
     note = (
         "2·n for each token and weight of n values, 4·N²·D for attention among N tokens, in each block; a backward\n"
-        "pass counts twice its forward pass; the teacher only goes forward"
+        "pass counts twice its forward pass; the teacher only goes forward; the last block computes only what is read"
     )
     return f"{_table(rows, right=3)}\n{note}"
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from dinoforge import distributed
 from dinoforge.data.batch import Batch
@@ -14,6 +15,9 @@ from dinoforge.optim.clipping import clip_gradients
 from dinoforge.optim.param_groups import set_hyperparameters
 from dinoforge.optim.schedules import Hyperparameters
 from dinoforge.student_teacher import Losses, StudentTeacher
+
+PHASES = ("teacher", "student", "losses", "backward", "clipping", "optimizer", "moving average")
+"""The parts of a step, as they are called in a profile."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,15 @@ def train_step(
     set_hyperparameters(optimizer, lr=hyper.lr, last_layer_lr=hyper.last_layer_lr, weight_decay=hyper.weight_decay)
     with autocast or nullcontext():
         losses = student_teacher(batch, teacher_temp=hyper.teacher_temp, kept=kept)
-    if scaler is None:
-        losses.total.backward()
-    else:
-        scaler.scale(losses.total).backward()
-        scaler.unscale_(optimizer)
-    distributed.average_gradients(list(student_teacher.student.parameters()))
-    grad_norms = clip_gradients(dict(student_teacher.student.items()), clip_grad)
+    with record_function("backward"):
+        if scaler is None:
+            losses.total.backward()
+        else:
+            scaler.scale(losses.total).backward()
+            scaler.unscale_(optimizer)
+        distributed.average_gradients(list(student_teacher.student.parameters()))
+    with record_function("clipping"):
+        grad_norms = clip_gradients(dict(student_teacher.student.items()), clip_grad)
     result = StepResult(losses, grad_norms)
 
     checked = [losses.total] if scaler is not None else [losses.total, *grad_norms.values()]
@@ -80,11 +86,13 @@ def train_step(
         raise NonFiniteError(result.values())
     if hyper.last_layer_frozen:
         student_teacher.cancel_last_layer_gradients()
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    student_teacher.update_teacher(hyper.momentum)
+    with record_function("optimizer"):
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    with record_function("moving average"):
+        student_teacher.update_teacher(hyper.momentum)
     return result

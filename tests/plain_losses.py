@@ -1,0 +1,35 @@
+"""The losses as functions of plain logits [N, K] and temperatures, for tests."""
+
+import torch
+
+from dinoforge.losses import cross_entropy as terms
+from dinoforge.losses import targets
+from dinoforge.losses.dino import dino_terms
+from dinoforge.losses.ibot import ibot_term
+
+
+def over(logits, temp):
+    """What ``teacher_logits`` makes: over temperature, prototypes first, in memory of its own."""
+    return (logits.float() / temp).T.clone(memory_format=torch.contiguous_format)
+
+
+def sinkhorn_knopp(logits, temp, iterations=3):
+    return targets.sinkhorn_knopp(over(logits, temp), iterations)
+
+
+def centering(logits, temp, center):
+    return targets.centering(over(logits, temp), center, temp)
+
+
+def updated_center(center, logits, momentum, temp=0.5):
+    return targets.updated_center(center, over(logits, temp), temp, momentum)
+
+
+def dino_loss(global_embeddings, local_embeddings, prototypes, of_teacher, **settings):
+    """The global and the local term, each with its gradient."""
+    both = dino_terms(global_embeddings, local_embeddings, of_teacher, **settings)
+    return tuple(terms.cross_entropy(part, prototypes)[0] if part else torch.zeros(()) for part in both)
+
+
+def ibot_loss(embeddings, prototypes, of_teacher, masks, student_temp):
+    return terms.cross_entropy([ibot_term(embeddings, of_teacher, masks, student_temp)], prototypes)[0]
