@@ -120,6 +120,7 @@ def _train(
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     check_writable(run.path)
     run.require_space(int((recipe.checkpoint.keep_last + 1) * _checkpoint_bytes(plan)))
+    devices.keep_freed_memory(device)
     state = build.build_state(recipe, device, images=len(source))
     start = run.latest_step()
     if start is not None:

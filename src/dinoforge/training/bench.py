@@ -12,7 +12,7 @@ from dinoforge.data.batch import Batch, masked_patches, prepare
 from dinoforge.data.loader import sample_rng
 from dinoforge.models.vit import draw_kept_samples
 from dinoforge.training.build import build_drop_path_rates, build_masks, build_schedules, build_state, run_length
-from dinoforge.training.device import autocast
+from dinoforge.training.device import autocast, keep_freed_memory
 from dinoforge.training.step import PHASES, train_step
 
 Shape = tuple[int, int, int]  # of a product [m, k] @ [k, n]
@@ -73,6 +73,7 @@ class StepBench:
 
     def __init__(self, recipe: Recipe, device: torch.device, precision: torch.dtype) -> None:
         self._recipe, self._device, self._precision = recipe, device, precision
+        keep_freed_memory(device)
         # Longer than any warm-up and freeze, and past them, so that the step is an ordinary one.
         length = run_length(recipe, images=recipe.train.batch_size_per_gpu)
         self._schedules = build_schedules(recipe, length)
