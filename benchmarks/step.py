@@ -22,7 +22,7 @@ from dinoforge.training.bench import StepBench, gemm_peak
 from dinoforge.training.build import build_drop_path_rates, vit_size
 from dinoforge.training.device import peak_memory_gib, resolve_device
 
-_COMMON = {
+COMMON = {
     "train.centering": "sinkhorn_knopp",
     "crops.local_crops_number": 8,
     "ibot.separate_head": False,
@@ -87,7 +87,7 @@ def main() -> None:
 
     from dinoforge.config import parse_override
 
-    keys = _COMMON | WORKS[options.work] | {"dino.head_n_prototypes": options.prototypes, "precision": options.dtype}
+    keys = COMMON | WORKS[options.work] | {"dino.head_n_prototypes": options.prototypes, "precision": options.dtype}
     recipe, _ = load_recipe("dinov2", keys | dict(parse_override(k) for k in options.keys))
     device = resolve_device(recipe.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
