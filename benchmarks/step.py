@@ -17,10 +17,10 @@ import statistics
 
 import torch
 
-from dinoforge.config import Recipe, load_recipe
+from dinoforge.config import Recipe, load_recipe, parse_override
 from dinoforge.training.bench import StepBench, gemm_peak
 from dinoforge.training.build import build_drop_path_rates, vit_size
-from dinoforge.training.device import peak_memory_gib, resolve_device
+from dinoforge.training.device import peak_memory_gib, resolve_device, resolve_precision
 
 COMMON = {
     "train.centering": "sinkhorn_knopp",
@@ -85,12 +85,10 @@ def main() -> None:
     parser.add_argument("keys", nargs="*", metavar="key=value", help="recipe keys laid over the work's")
     options = parser.parse_args()
 
-    from dinoforge.config import parse_override
-
     keys = COMMON | WORKS[options.work] | {"dino.head_n_prototypes": options.prototypes, "precision": options.dtype}
     recipe, _ = load_recipe("dinov2", keys | dict(parse_override(k) for k in options.keys))
     device = resolve_device(recipe.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    dtype = resolve_precision(recipe.precision, device)
     flops = reference_flops(recipe)
 
     bench = StepBench(recipe, device, dtype)

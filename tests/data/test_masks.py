@@ -42,6 +42,8 @@ def test_bernoulli_masks_each_token_alone() -> None:
     assert np.abs(draws.mean(axis=0) - 0.3).max() < 5 * np.sqrt(0.3 * 0.7 / 4000)
     correlation = np.corrcoef(draws.T)[~np.eye(36, dtype=bool)]
     assert np.abs(correlation).max() < 5.5 / np.sqrt(4000)
+    masks = batch_masks(2000, (6, 6), rng, kind="bernoulli", ratio=(0.1, 0.5), probability=1.0)
+    assert abs(masks.mean() - 0.3) < 0.01
 
 
 def test_masked_crops_are_anywhere_in_the_batch() -> None:

@@ -125,7 +125,7 @@ def _forward(
     tops: list[tuple[slice, Tensor]] = []
     for tile in tiles(len(w), len(z), w.device):
         logits = multiply(w[tile], columns, out=exponentials[tile])  # [k, n]
-        agreement += (_per_crop(logits, targets, samples) * _mixed(targets, tile, samples)).sum(dim=0).flatten()
+        agreement += (_per_crop(logits, samples) * _mixed(targets, tile, samples)).sum(dim=0).flatten()
         new_top = torch.maximum(top, logits.amax(dim=0))
         mass = mass * (top - new_top).exp_() + logits.sub_(new_top).exp_().sum(dim=0)
         tops.append((tile, new_top))
@@ -150,7 +150,7 @@ def _backward(
     grad_columns = None if grad_z is None else grad_z.T.contiguous()  # [d, n]
     for tile, scale in scales:
         gradient = exponentials[tile].mul_(scale)  # d loss / d logits = softmax - targets
-        _per_crop(gradient, targets, samples).sub_(_mixed(targets, tile, samples))
+        _per_crop(gradient, samples).sub_(_mixed(targets, tile, samples))
         gradient = gradient.to(w.dtype)
         if grad_columns is not None:
             multiply_add(w[tile].T, gradient, out=grad_columns)
@@ -160,7 +160,7 @@ def _backward(
         grad_z.copy_(grad_columns.T)
 
 
-def _per_crop(matrix: Tensor, targets: Targets, samples: list[slice]) -> Tensor:
+def _per_crop(matrix: Tensor, samples: list[slice]) -> Tensor:
     """[k, n] as [k, crops, g]."""
     shaped: Tensor = matrix.unflatten(1, (-1, samples[0].stop - samples[0].start))
     return shaped

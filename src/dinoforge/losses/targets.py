@@ -60,15 +60,8 @@ def centering(logits: Tensor, center: Tensor, temp: float) -> Targets:
 
     Source: DINO (arXiv 2104.14294), section 3.1.
     """
-    k, n = logits.shape
-    shift = center / temp
-    top = logits.new_full((n,), -torch.inf)
-    for tile in tiles(k, n, logits.device):
-        torch.maximum(top, logits[tile].sub_(shift[tile, None]).amax(dim=0), out=top)
-    mass = logits.new_zeros(n)
-    for tile in tiles(k, n, logits.device):
-        mass += logits[tile].sub_(top).exp_().sum(dim=0)
-    return Targets(logits, logits.new_ones(k), mass.reciprocal_())
+    per_sample = _exponentiate(logits, -center / temp)
+    return Targets(logits, logits.new_ones(len(logits)), per_sample)
 
 
 @torch.no_grad()
@@ -95,19 +88,29 @@ def sinkhorn_knopp(logits: Tensor, iterations: int = 3) -> Targets:
     k, n = logits.shape
     mass = [torch.logsumexp(logits[tile], dim=1) for tile in tiles(k, n, logits.device)]
     log_u = -distributed.logsumexp_over_ranks(torch.cat(mass))
-    top = logits.new_full((n,), -torch.inf)
-    for tile in tiles(k, n, logits.device):
-        torch.maximum(top, logits[tile].add_(log_u[tile, None]).amax(dim=0), out=top)
-    v = logits.new_zeros(n)
-    for tile in tiles(k, n, logits.device):
-        v += logits[tile].sub_(top).exp_().sum(dim=0)
-    v.reciprocal_()
+    v = _exponentiate(logits, log_u)
     u = logits.new_ones(k)
     for _ in range(iterations - 1):
         u = distributed.sum_over_ranks(torch.mv(logits, v)).reciprocal_()
         u /= u.amax()  # keeps both vectors in range; v takes it back
         v = torch.mv(logits.T, u).reciprocal_()
     return Targets(logits, u, v)
+
+
+def _exponentiate(logits: Tensor, shift: Tensor) -> Tensor:
+    """Replaces logits [K, N] by ``exp(logits + shift[prototype])`` over each sample's largest.
+
+    Returns:
+        The factors [N] that make each sample sum to one.
+    """
+    k, n = logits.shape
+    top = logits.new_full((n,), -torch.inf)
+    for tile in tiles(k, n, logits.device):
+        torch.maximum(top, logits[tile].add_(shift[tile, None]).amax(dim=0), out=top)
+    mass = logits.new_zeros(n)
+    for tile in tiles(k, n, logits.device):
+        mass += logits[tile].sub_(top).exp_().sum(dim=0)
+    return mass.reciprocal_()
 
 
 @torch.no_grad()

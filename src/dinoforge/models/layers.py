@@ -162,6 +162,12 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), initial))
 
 
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """In which precision a linear layer multiplies ``x``."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
     """``linear(norm(x))``: the start of a residual branch.
 
@@ -170,9 +176,8 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
         norm: over D.
         linear: from D to D'.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = _product_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
         out: Tensor = _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias, dtype)
     return out
 
@@ -222,9 +227,8 @@ def scaled_linear(x: Tensor, linear: nn.Linear, scale: Tensor | None, *, gelu: b
     """
     if scale is None:
         return F.linear(F.gelu(x) if gelu else x, linear.weight, linear.bias)
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = _product_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
         out: Tensor = _ScaledLinear.apply(x.to(dtype), linear.weight, linear.bias, scale, gelu)
     return out
 

@@ -57,7 +57,7 @@ def keep_freed_memory(device: torch.device) -> None:
     """Has the C library keep the memory of freed tensors for the next ones, on a CPU under Linux with glibc.
 
     It hands large blocks back to the system at once and gets them back page by page, cleared, in every step: on the
-    machine of docs/performance.md a sixth of the step's time. The setting is the process's and stays.
+    machine of docs/performance.md an eighth of the step's time, or more. The setting is the process's and stays.
     """
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return
