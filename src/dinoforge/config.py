@@ -153,6 +153,7 @@ class Augment:
     blur_kernel: int = 9
     solarize_probability: float = 0.2  # second global crop only
     solarize_threshold: int = 128
+    device: Literal["workers", "train"] = "workers"  # where colours are changed, blurred and solarized
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ class Data:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     sixteen_bit: Literal["full", "minmax"] = "full"  # full: value / 257; minmax: each image's own range
     max_pixels: int = 178_956_970  # larger images are refused
+    reduced_decode: bool = False  # decode a large JPEG only at the scale that its crops need
     max_bad_share: float = 0.1  # of the images; above it the run stops
 
 

@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
+
+from dinoforge.data.photometry import Photometry, PhotometryBatch, recolour_batch
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class Batch:
             learn how many there are and where.
         indices: int64 [B], positions in the source of the images that were used.
         skipped: Index, printable name and reason of each image that could not be read while this batch was made.
+        photometry: What remains to be done to the colours of the global and of the local crops; None if it is done.
+            Stays on the CPU.
     """
 
     global_crops: torch.Tensor
@@ -28,6 +33,7 @@ class Batch:
     masked: torch.Tensor
     indices: torch.Tensor
     skipped: tuple[tuple[int, str, str], ...] = ()
+    photometry: tuple[PhotometryBatch, PhotometryBatch] | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the tensors to a device; from pinned memory without waiting for it."""
@@ -46,7 +52,6 @@ class Batch:
             global_crops=self.global_crops.pin_memory(),
             local_crops=self.local_crops.pin_memory(),
             masks=self.masks.pin_memory(),
-            masked=self.masked.pin_memory(),
             indices=self.indices.pin_memory(),
         )
 
@@ -70,6 +75,20 @@ def collate(crops: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.T
     return global_crops.flatten(0, 1), local_crops.flatten(0, 1)
 
 
+def collate_photometry(
+    drawn: Sequence[Sequence[Photometry]], *, global_number: int
+) -> tuple[PhotometryBatch, PhotometryBatch]:
+    """Lay out what was drawn for the crops of B images, as `collate` lays out the crops.
+
+    Args:
+        drawn: Per image, what was drawn for its global crops, then for its local ones.
+        global_number: Number of global crops, G.
+    """
+    by_crop = list(zip(*drawn, strict=True))
+    global_part, local_part = by_crop[:global_number], by_crop[global_number:]
+    return PhotometryBatch.of(list(chain(*global_part))), PhotometryBatch.of(list(chain(*local_part)))
+
+
 def normalize(crops: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """Bring crops to the network's range: (crops / 255 - mean) / std, on the device where they are.
 
@@ -90,10 +109,16 @@ def normalize(crops: torch.Tensor, mean: Sequence[float], std: Sequence[float]) 
 
 
 def prepare(batch: Batch, *, device: torch.device, mean: Sequence[float], std: Sequence[float]) -> Batch:
-    """Bring a batch to a device, its crops normalised; see `normalize`."""
+    """Bring a batch to a device, its colours changed as drawn where that remains to be done, and normalised."""
     batch = batch.to(device)
+    drawn = batch.photometry or (None, None)
+
+    def finish(crops: torch.Tensor, photometry: PhotometryBatch | None) -> torch.Tensor:
+        return normalize(recolour_batch(crops, photometry) if photometry else crops, mean, std)
+
     return replace(
         batch,
-        global_crops=normalize(batch.global_crops, mean, std),
-        local_crops=normalize(batch.local_crops, mean, std),
+        global_crops=finish(batch.global_crops, drawn[0]),
+        local_crops=finish(batch.local_crops, drawn[1]),
+        photometry=None,
     )

@@ -2,20 +2,19 @@
 
 Two halves: *drawing* decides everything that is random about a crop and puts it into `CropParameters`; *applying* is
 a function of the image and those. Distributions are torchvision's, as the reference composes them: geometry (crop,
-resize, flip), then colour (jitter in random order, grayscale), then blur, then solarize.
-
-Hue, saturation and grayscale mean something for three channels only; with any other number they are left out.
-Brightness and contrast treat all channels of an image alike.
+resize, flip), then photometry (see `photometry`).
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import cv2
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torchvision.transforms.v2 import functional as TF
+
+from dinoforge.data.photometry import JITTER, Photometry, UInt8, recolour
 
 BLUR_PROBABILITY: dict[str, tuple[float, float, float]] = {"released": (0.0, 0.9, 0.5), "stated": (1.0, 0.1, 0.5)}
 """Probability of Gaussian blur for the first global, the second global and the local crops.
@@ -23,6 +22,9 @@ BLUR_PROBABILITY: dict[str, tuple[float, float, float]] = {"released": (0.0, 0.9
 The reference states 1.0, 0.1 and 0.5, but its code hands them on as the probability that blur is *not* applied, so its
 published models were trained with the complement: ``released``. ``stated`` is what its source appears to say.
 """
+
+
+_UNCHANGED = Photometry()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +36,14 @@ class CropParameters:
         box: Top, left, height, width in the image, pixels.
         horizontal_flip: Mirror left and right.
         vertical_flip: Mirror up and down.
-        jitter: Colour operations in order, each (``brightness`` | ``contrast`` | ``saturation`` | ``hue``, factor).
-        grayscale: Replace the colour by its luma.
-        blur: Kernel edge and standard deviation in pixels, or None.
-        solarize: Invert values from this threshold on, or None.
+        photometry: What happens to its colours.
     """
 
     size: int
     box: tuple[int, int, int, int]
     horizontal_flip: bool = False
     vertical_flip: bool = False
-    jitter: tuple[tuple[str, float], ...] = ()
-    grayscale: bool = False
-    blur: tuple[int, float] | None = None
-    solarize: int | None = None
+    photometry: Photometry = _UNCHANGED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +93,8 @@ class MultiCrop:
         assert self.blur_kernel // 2 < smallest, "the blur would reach beyond the reflected crop"
         assert 0 <= self.hue <= 0.5, self.hue
 
-    def __call__(self, image: npt.NDArray[np.uint8], rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw and cut the crops of one image.
+    def __call__(self, image: UInt8, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw and make the crops of one image.
 
         Args:
             image: uint8 [H, W, C].
@@ -107,12 +103,20 @@ class MultiCrop:
         Returns:
             Global crops uint8 [2, C, G, G] and local crops uint8 [L, C, l, l].
         """
-        height, width, channels = image.shape
-        parameters = self.draw(height, width, rng)
-        pixels = torch.from_numpy(image).permute(2, 0, 1)  # [C, H, W], in memory still [H, W, C]
-        crops = [apply(pixels, crop) for crop in parameters]
-        empty = pixels.new_empty((0, channels, self.local_size, self.local_size))
-        return torch.stack(crops[:2]), torch.stack(crops[2:]) if self.local_number else empty
+        height, width, _ = image.shape
+        return self.make(image, self.draw(height, width, rng))
+
+    def make(
+        self, image: UInt8, parameters: Sequence[CropParameters], *, photometry: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make the crops that `draw` decided on; without their photometry if that is done elsewhere."""
+        channels = image.shape[2]
+        global_crops = torch.empty(2, channels, self.global_size, self.global_size, dtype=torch.uint8)
+        local_crops = torch.empty(self.local_number, channels, self.local_size, self.local_size, dtype=torch.uint8)
+        for place, drawn in zip([*global_crops.numpy(), *local_crops.numpy()], parameters, strict=True):
+            crop = cut(image, drawn)
+            cv2.split(recolour(crop, drawn.photometry) if photometry else crop, list(place))  # [h, w, C] to [C, h, w]
+        return global_crops, local_crops
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> list[CropParameters]:
         """Draw the parameters of the crops of an image of this size: two global ones, then the local ones."""
@@ -142,21 +146,19 @@ class MultiCrop:
             box=draw_box(height, width, rng, scale=scale, aspect=self.aspect),
             horizontal_flip=rng.random() < self.horizontal_flip,
             vertical_flip=rng.random() < self.vertical_flip,
-            jitter=self._draw_jitter(rng) if rng.random() < self.jitter_probability else (),
-            grayscale=rng.random() < self.grayscale_probability,
-            blur=(self.blur_kernel, rng.uniform(*self.blur_sigma)) if rng.random() < blur_probability else None,
-            solarize=self.solarize_threshold if rng.random() < solarize_probability else None,
+            photometry=Photometry(
+                jitter=self._draw_jitter(rng) if rng.random() < self.jitter_probability else (),
+                grayscale=rng.random() < self.grayscale_probability,
+                blur=(self.blur_kernel, rng.uniform(*self.blur_sigma)) if rng.random() < blur_probability else None,
+                solarize=self.solarize_threshold if rng.random() < solarize_probability else None,
+            ),
         )
 
     def _draw_jitter(self, rng: np.random.Generator) -> tuple[tuple[str, float], ...]:
         """Draw order and factors; an operation of strength 0 is left out."""
-        ranges = [
-            ("brightness", self.brightness, max(0.0, 1 - self.brightness), 1 + self.brightness),
-            ("contrast", self.contrast, max(0.0, 1 - self.contrast), 1 + self.contrast),
-            ("saturation", self.saturation, max(0.0, 1 - self.saturation), 1 + self.saturation),
-            ("hue", self.hue, -self.hue, self.hue),
-        ]
-        factors = [(name, rng.uniform(low, high)) for name, strength, low, high in ranges if strength > 0]
+        ranges = [(name, getattr(self, name)) for name in JITTER]
+        limits = [(name, (-x, x) if name == "hue" else (max(0.0, 1 - x), 1 + x)) for name, x in ranges if x > 0]
+        factors = [(name, rng.uniform(low, high)) for name, (low, high) in limits]
         return tuple(factors[i] for i in rng.permutation(len(factors)))
 
 
@@ -191,62 +193,40 @@ def draw_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def apply(image: torch.Tensor, parameters: CropParameters) -> torch.Tensor:
-    """Cut one crop.
-
-    Args:
-        image: uint8 [C, H, W].
-        parameters: What was drawn.
-
-    Returns:
-        uint8 [C, size, size].
-    """
-    crop = cut(image, parameters)
-    crop = recolour(crop, parameters)
-    if parameters.blur is not None:
-        kernel, sigma = parameters.blur
-        crop = TF.gaussian_blur(crop, [kernel, kernel], [sigma, sigma])
-    if parameters.solarize is not None:
-        crop = TF.solarize(crop, parameters.solarize)
-    return crop
-
-
-def cut(image: torch.Tensor, parameters: CropParameters) -> torch.Tensor:
-    """Cut out the box of [C, H, W], resize it to [C, size, size], flip it."""
+def cut(image: UInt8, parameters: CropParameters) -> UInt8:
+    """Cut out the box of [H, W, C], resize it to [size, size, C], flip it."""
     top, left, height, width = parameters.box
-    crop = resize(image[:, top : top + height, left : left + width], parameters.size, parameters.size)
-    flipped = [axis for axis, flip in ((-1, parameters.horizontal_flip), (-2, parameters.vertical_flip)) if flip]
-    return crop.flip(flipped) if flipped else crop
+    crop = resize(image[top : top + height, left : left + width], parameters.size, parameters.size)
+    flipped = crop[:: -1 if parameters.vertical_flip else 1, :: -1 if parameters.horizontal_flip else 1]
+    return np.ascontiguousarray(flipped)
 
 
-def recolour(crop: torch.Tensor, parameters: CropParameters) -> torch.Tensor:
-    """Jitter and grayscale [C, h, w]."""
-    channels, height, width = crop.shape
-    for operation, factor in parameters.jitter:
-        # torchvision adjusts one or three channels: any other number is laid out as one tall grey image.
-        grey = crop if channels in (1, 3) else crop.reshape(1, channels * height, width)
-        if operation == "brightness":
-            crop = TF.adjust_brightness(grey, factor).reshape(crop.shape)
-        elif operation == "contrast":
-            crop = TF.adjust_contrast(grey, factor).reshape(crop.shape)
-        elif operation == "saturation" and channels == 3:
-            crop = TF.adjust_saturation(crop, factor)
-        elif operation == "hue" and channels == 3:
-            crop = TF.adjust_hue(crop, factor)
-    if parameters.grayscale and channels == 3:
-        crop = TF.rgb_to_grayscale(crop, num_output_channels=3)
-    return crop
+def reduction(parameters: Sequence[CropParameters]) -> int:
+    """By how much an image may be reduced before any crop would have to be enlarged, or enlarged further."""
+    return max(min(min(p.box[2:]) // p.size for p in parameters), 1)
 
 
-def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resize uint8 [C, H, W] to [C, height, width], bicubic with antialias, as Pillow does."""
-    if image.shape[1:] == (height, width):
-        return image.contiguous()
-    resized = F.interpolate(image[None], size=(height, width), mode="bicubic", antialias=True)
-    return resized[0].contiguous()
+def on_reduced(parameters: CropParameters, image: tuple[int, int], reduced: tuple[int, int]) -> CropParameters:
+    """The same crop of an image that was reduced from (H, W) to (h, w), to the nearest pixel."""
+    edges = []
+    for start, length, full, now in zip(parameters.box[:2], parameters.box[2:], image, reduced, strict=True):
+        first = min(round(start * now / full), now - 1)
+        last = max(round((start + length) * now / full), first + 1)
+        edges.append((first, last - first))
+    (top, height), (left, width) = edges
+    return replace(parameters, box=(top, left, height, width))
 
 
-def whole(image: npt.NDArray[np.uint8], size: int, *, center_crop: bool = False) -> torch.Tensor:
+def resize(image: UInt8, height: int, width: int) -> UInt8:
+    """Resize uint8 [H, W, C] to [height, width, C], bicubic with antialias, as Pillow does."""
+    if image.shape[:2] == (height, width):
+        return image
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]  # [1, C, H, W], in memory still [H, W, C]
+    resized = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
+    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+
+
+def whole(image: UInt8, size: int, *, center_crop: bool = False) -> torch.Tensor:
     """Prepare an image for evaluation.
 
     Args:
@@ -258,12 +238,15 @@ def whole(image: npt.NDArray[np.uint8], size: int, *, center_crop: bool = False)
     Returns:
         uint8 [C, size, size].
     """
-    pixels = torch.from_numpy(image).permute(2, 0, 1)  # [C, H, W]
     if not center_crop:
-        return resize(pixels, size, size)
+        return _channels_first(resize(image, size, size))
     shorter = round(size * 256 / 224)
     height, width, _ = image.shape
     scale = shorter / min(height, width)
-    resized = resize(pixels, max(shorter, int(height * scale)), max(shorter, int(width * scale)))
-    top, left = (round((edge - size) / 2) for edge in resized.shape[1:])
-    return resized[:, top : top + size, left : left + size].contiguous()
+    resized = resize(image, max(shorter, int(height * scale)), max(shorter, int(width * scale)))
+    top, left = (round((edge - size) / 2) for edge in resized.shape[:2])
+    return _channels_first(resized[top : top + size, left : left + size])
+
+
+def _channels_first(image: UInt8) -> torch.Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1).contiguous()

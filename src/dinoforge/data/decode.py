@@ -63,6 +63,7 @@ def decode(
     channels: int,
     sixteen_bit: str = "full",
     max_pixels: int = MAX_PIXELS,
+    reduction: int = 1,
 ) -> UInt8:
     """Decode one image by the rules of this module.
 
@@ -71,9 +72,11 @@ def decode(
         channels: Channels wanted, C.
         sixteen_bit: ``full`` or ``minmax``: how values deeper than 8 bits are scaled.
         max_pixels: Largest H·W that is decoded at all.
+        reduction: JPEG files may be decoded at 1/2, 1/4 or 1/8 of their edges, the smallest that is no less than
+            1 / `reduction`. That leaves out most of the work.
 
     Returns:
-        uint8 [H, W, C], C-contiguous, writable.
+        uint8 [H, W, C], C-contiguous, writable. H and W are the image's, but for `reduction`.
 
     Raises:
         ImageError: Not a readable image, truncated, empty, larger than `max_pixels`, or with a number of channels or
@@ -82,7 +85,7 @@ def decode(
     assert sixteen_bit in ("full", "minmax"), sixteen_bit
     if isinstance(image, bytes | Image.Image):
         with _reading(max_pixels):
-            pixels = _decode_picture(image, channels, sixteen_bit, max_pixels)
+            pixels = _decode_picture(image, channels, sixteen_bit, max_pixels, reduction)
     else:
         values = _as_array(image)
         _check_size(values.shape[1], values.shape[0], max_pixels)
@@ -121,7 +124,9 @@ def describe(image: bytes | Image.Image | npt.NDArray[np.generic] | torch.Tensor
         return width, height, mode
 
 
-def _decode_picture(image: bytes | Image.Image, channels: int, sixteen_bit: str, max_pixels: int) -> UInt8:
+def _decode_picture(
+    image: bytes | Image.Image, channels: int, sixteen_bit: str, max_pixels: int, reduction: int
+) -> UInt8:
     picture = _open(image) if isinstance(image, bytes) else image
     _check_size(*picture.size, max_pixels)
     if _is_deep_colour(picture):
@@ -129,6 +134,8 @@ def _decode_picture(image: bytes | Image.Image, channels: int, sixteen_bit: str,
             raise ImageError("16-bit colour files are read with 8 bits, too few for data.sixteen_bit=minmax: use full")
         if isinstance(picture, TiffImagePlugin.TiffImageFile) and picture.tag_v2.get(_PLANAR_CONFIGURATION) == 2:
             raise ImageError("16-bit colour TIFF with separate planes: Pillow would mix up its bytes; save it as PNG")
+    if reduction > 1:  # Pillow picks the scale; formats other than JPEG have none
+        picture.draft(None, (picture.width // reduction, picture.height // reduction))
     picture.load()
     orientation = _orientation(picture)  # a loaded TIFF is upright already, and says so
     if picture.mode.startswith("I") or picture.mode == "F":

@@ -13,16 +13,19 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dinoforge.data.batch import Batch, collate, masked_patches
-from dinoforge.data.crops import MultiCrop
+from dinoforge.data.batch import Batch, collate, collate_photometry, masked_patches
+from dinoforge.data.crops import CropParameters, MultiCrop, on_reduced, reduction
 from dinoforge.data.decode import MAX_PIXELS, decode, describe
+from dinoforge.data.photometry import Photometry
 from dinoforge.data.sources import Source, printable
 from dinoforge.errors import DataError, ImageError
 
@@ -103,6 +106,8 @@ class TrainingData(Dataset[Batch | Failure]):
         channels: Channels of the images, C.
         sixteen_bit: How values deeper than 8 bits are scaled, see `decode`.
         max_pixels: Larger images are refused, see `decode`.
+        reduced_decode: Decode large JPEG files at the smallest scale that no crop has to be enlarged from.
+        photometry: Change colours here. If False, batches tell what remains to be done, see `Batch.photometry`.
         seed: The run's seed.
         batch_size: Images in a global batch, over all ranks.
         rank: Which contiguous slice of the global batch to make.
@@ -119,6 +124,8 @@ class TrainingData(Dataset[Batch | Failure]):
         channels: int = 3,
         sixteen_bit: str = "full",
         max_pixels: int = MAX_PIXELS,
+        reduced_decode: bool = False,
+        photometry: bool = True,
         seed: int,
         batch_size: int,
         rank: int = 0,
@@ -134,6 +141,8 @@ class TrainingData(Dataset[Batch | Failure]):
         self.channels = channels
         self.sixteen_bit = sixteen_bit
         self.max_pixels = max_pixels
+        self.reduced_decode = reduced_decode
+        self.photometry = photometry
         self.seed = seed
         self.batch_size = batch_size
         self.rank = rank
@@ -144,6 +153,7 @@ class TrainingData(Dataset[Batch | Failure]):
         first = step * self.batch_size
         share = self.batch_size // self.world_size
         crops: list[tuple[torch.Tensor, torch.Tensor]] = []
+        drawn: list[list[Photometry]] = []
         indices: list[int] = []
         skipped: list[Skipped] = []
         with _one_thread():
@@ -153,8 +163,10 @@ class TrainingData(Dataset[Batch | Failure]):
                     reasons = "; ".join(f"{name}: {reason}" for _, name, reason in skipped[-3:])
                     message = f"{MAX_ATTEMPTS} images in a row could not be read, the last ones: {reasons}"
                     return Failure(message=message, skipped=tuple(skipped))
-                indices.append(sample[0])
-                crops.append(sample[1])
+                index, parameters, made = sample
+                indices.append(index)
+                drawn.append([p.photometry for p in parameters])
+                crops.append(made)
             global_crops, local_crops = collate(crops)
         masks = self._masks(first)
         return Batch(
@@ -164,27 +176,41 @@ class TrainingData(Dataset[Batch | Failure]):
             masked=masked_patches(masks),
             indices=torch.tensor(indices, dtype=torch.int64),
             skipped=tuple(skipped),
+            photometry=None if self.photometry else collate_photometry(drawn, global_number=2),
         )
 
-    def _sample(self, position: int, skipped: list[Skipped]) -> tuple[int, tuple[torch.Tensor, torch.Tensor]] | None:
+    def _sample(
+        self, position: int, skipped: list[Skipped]
+    ) -> tuple[int, list[CropParameters], tuple[torch.Tensor, torch.Tensor]] | None:
         """Make the crops of one position; unreadable images are noted and replaced, up to a limit."""
         for attempt in range(MAX_ATTEMPTS):
             if attempt == 0:
                 index = sample_index(position, len(self.source), self.seed)
             else:
                 index = int(sample_rng(self.seed, position, f"replacement {attempt}").integers(len(self.source)))
+            rng = sample_rng(self.seed, position, f"crops {attempt}")
             try:
-                image = decode(
-                    self.source.item(index).image,
-                    channels=self.channels,
-                    sixteen_bit=self.sixteen_bit,
-                    max_pixels=self.max_pixels,
-                )
+                image, parameters = self._read(index, rng)
             except ImageError as error:
                 skipped.append((index, printable(self.source.name(index)), str(error)))
                 continue
-            return index, self.crops(image, sample_rng(self.seed, position, f"crops {attempt}"))
+            return index, parameters, self.crops.make(image, parameters, photometry=self.photometry)
         return None
+
+    def _read(self, index: int, rng: np.random.Generator) -> tuple[npt.NDArray[np.uint8], list[CropParameters]]:
+        """Decode an image and draw its crops."""
+        read = partial(decode, channels=self.channels, sixteen_bit=self.sixteen_bit, max_pixels=self.max_pixels)
+        data = self.source.item(index).image
+        if not (self.reduced_decode and isinstance(data, bytes)):
+            image = read(data)
+            return image, self.crops.draw(image.shape[0], image.shape[1], rng)
+        # The crops say how much of the image is needed, so they are drawn for its size in the header.
+        width, height, _ = describe(data)
+        parameters = self.crops.draw(height, width, rng)
+        image = read(data, reduction=reduction(parameters))
+        if image.shape[:2] != (height, width):
+            parameters = [on_reduced(p, (height, width), image.shape[:2]) for p in parameters]
+        return image, parameters
 
     def _masks(self, first: int) -> torch.Tensor:
         """Draw the masks of the global batch and take the rows of this rank's images: bool [2·B, N]."""
@@ -273,6 +299,7 @@ def _one_thread() -> Iterator[None]:
     """Compute as a worker does: sums over many threads may round differently, and the stream would depend on it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)  # nothing else in this package uses OpenCV; its threads do not survive a fork
     try:
         yield
     finally:

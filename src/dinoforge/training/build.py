@@ -264,6 +264,8 @@ def build_data(recipe: Recipe, source: Source, *, rank: int = 0, world_size: int
         channels=recipe.student.in_chans,
         sixteen_bit=recipe.data.sixteen_bit,
         max_pixels=recipe.data.max_pixels,
+        reduced_decode=recipe.data.reduced_decode,
+        photometry=a.device == "workers",
         seed=recipe.train.seed,
         batch_size=recipe.train.batch_size_per_gpu * world_size,
         rank=rank,

@@ -18,10 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy
 import PIL
 import torch
-import torchvision
 
 from dinoforge import __version__, checkpoint
 from dinoforge.config import FREE_KEYS, Recipe, differences, dump, load_recipe
@@ -103,7 +103,7 @@ class RunDirectory:
                 "dinoforge": __version__,
                 "python": platform.python_version(),
                 "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
+                "opencv": cv2.__version__,
                 "numpy": numpy.__version__,
                 "pillow": PIL.__version__,
             },
