@@ -33,9 +33,15 @@ OPERATIONS = {
     "saturation": TF.adjust_saturation,
     "hue": TF.adjust_hue,
 }
-# Largest and mean difference. Hues have 256 steps a turn, so a fully saturated colour can move by 6 / 256 of its range
-# in each of two roundings; torchvision's own two implementations differ as much.
-TOLERANCES = {"brightness": (0, 0), "contrast": (1, 0.5), "saturation": (1, 0.5), "hue": (8, 1.5)}
+# Largest and mean difference to torchvision on PIL images and on tensors, in levels of 255. Its two ways themselves
+# differ by up to 14 and 1.6 on average in hue: Pillow has 255 hues a turn, and of the shift it takes the whole number
+# below. One hue is up to 6 levels of a fully saturated colour.
+TOLERANCES = {
+    "brightness": ((0, 0), (0, 0)),
+    "contrast": ((1, 0.5), (1, 0.5)),
+    "saturation": ((1, 0.5), (1, 0.7)),
+    "hue": ((20, 2.2), (10, 1.0)),
+}
 
 
 @pytest.mark.parametrize("image", [NOISE, smooth(3)], ids=["noise", "smooth"])
@@ -53,8 +59,7 @@ def test_jitter_as_torchvision(image, make, operation, factor):
     ours = make(image, Photometry(jitter=((operation, factor),)))
     picture = OPERATIONS[operation](Image.fromarray(image), factor)
     tensor = OPERATIONS[operation](torch.from_numpy(image).permute(2, 0, 1), factor).permute(1, 2, 0).numpy()
-    largest, mean = TOLERANCES[operation]
-    for theirs in (np.asarray(picture), tensor):
+    for theirs, (largest, mean) in zip((np.asarray(picture), tensor), TOLERANCES[operation], strict=True):
         found = differences(ours, theirs)
         assert found.max() <= largest
         assert found.mean() <= mean
@@ -89,7 +94,7 @@ def test_grayscale_as_pillow(make):
 @pytest.mark.parametrize("make", [recolour, on_device])
 def test_jitter_runs_in_its_order(make):
     image = smooth(3)
-    jitter = (("contrast", 1.4), ("brightness", 1.4), ("saturation", 1.2))
+    jitter = (("contrast", 0.6), ("brightness", 1.4), ("saturation", 1.2))
     for order in (jitter, jitter[::-1]):
         theirs = Image.fromarray(image)
         for name, factor in order:
