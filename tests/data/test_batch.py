@@ -1,28 +1,7 @@
 import pytest
 import torch
 
-from dinoforge.data.batch import Batch, collate, normalize, prepare
-
-
-def test_collate_is_crop_major() -> None:
-    # Value = 10 · image + crop, so the order can be read off.
-    crops = [
-        (
-            torch.tensor([10 * image, 10 * image + 1]).view(2, 1, 1, 1).expand(2, 3, 8, 8),
-            torch.arange(4).add(10 * image).view(4, 1, 1, 1).expand(4, 3, 4, 4),
-        )
-        for image in range(3)
-    ]
-    global_crops, local_crops = collate(crops)
-    assert global_crops.shape == (6, 3, 8, 8)
-    assert local_crops.shape == (12, 3, 4, 4)
-    assert global_crops[:, 0, 0, 0].tolist() == [0, 10, 20, 1, 11, 21]
-    assert local_crops[:, 0, 0, 0].tolist() == [0, 10, 20, 1, 11, 21, 2, 12, 22, 3, 13, 23]
-
-
-def test_collate_without_local_crops() -> None:
-    _, local_crops = collate([(torch.zeros(2, 1, 8, 8), torch.zeros(0, 1, 4, 4))] * 3)
-    assert local_crops.shape == (0, 1, 4, 4)
+from dinoforge.data.batch import Batch, normalize, prepare
 
 
 def test_to_moves_tensors_only() -> None:

@@ -61,24 +61,10 @@ def masked_patches(masks: torch.Tensor) -> torch.Tensor:
     return masks.flatten().nonzero()[:, 0]
 
 
-def collate(crops: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join the crops of B images, crop-major.
-
-    Args:
-        crops: Per image, global crops [G, C, H, W] and local crops [L, C, h, w].
-
-    Returns:
-        Global crops [G·B, C, H, W] and local crops [L·B, C, h, w].
-    """
-    global_crops = torch.stack([image_globals for image_globals, _ in crops], dim=1)  # [G, B, C, H, W]
-    local_crops = torch.stack([image_locals for _, image_locals in crops], dim=1)  # [L, B, C, h, w]
-    return global_crops.flatten(0, 1), local_crops.flatten(0, 1)
-
-
 def collate_photometry(
     drawn: Sequence[Sequence[Photometry]], *, global_number: int
 ) -> tuple[PhotometryBatch, PhotometryBatch]:
-    """Lay out what was drawn for the crops of B images, as `collate` lays out the crops.
+    """Lay out what was drawn for the crops of B images, crop-major.
 
     Args:
         drawn: Per image, what was drawn for its global crops, then for its local ones.

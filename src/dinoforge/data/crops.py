@@ -6,7 +6,7 @@ resize, flip), then photometry (see `photometry`).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import cv2
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dinoforge.data.photometry import JITTER, Photometry, UInt8, recolour
+from dinoforge.data.photometry import JITTER, Photometry, UInt8, as_uint8, recolour
 
 BLUR_PROBABILITY: dict[str, tuple[float, float, float]] = {"released": (0.0, 0.9, 0.5), "stated": (1.0, 0.1, 0.5)}
 """Probability of Gaussian blur for the first global, the second global and the local crops.
@@ -23,6 +23,9 @@ The reference states 1.0, 0.1 and 0.5, but its code hands them on as the probabi
 published models were trained with the complement: ``released``. ``stated`` is what its source appears to say.
 """
 
+
+Uniform = Callable[[], float]
+"""Draws a number in 0…1, 1 excluded."""
 
 _UNCHANGED = Photometry()
 
@@ -103,27 +106,45 @@ class MultiCrop:
         Returns:
             Global crops uint8 [2, C, G, G] and local crops uint8 [L, C, l, l].
         """
-        height, width, _ = image.shape
-        return self.make(image, self.draw(height, width, rng))
+        height, width, channels = image.shape
+        global_crops, local_crops = self.empty(1, channels)
+        self.make(image, self.draw(height, width, rng), global_crops[:, 0], local_crops[:, 0])
+        return global_crops[:, 0], local_crops[:, 0]
+
+    def empty(self, images: int, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for the crops of so many images: uint8 [2, B, C, G, G] and [L, B, C, l, l]."""
+        kinds = (2, self.global_size), (self.local_number, self.local_size)
+        first, second = (torch.empty(n, images, channels, edge, edge, dtype=torch.uint8) for n, edge in kinds)
+        return first, second
 
     def make(
-        self, image: UInt8, parameters: Sequence[CropParameters], *, photometry: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make the crops that `draw` decided on; without their photometry if that is done elsewhere."""
-        channels = image.shape[2]
-        global_crops = torch.empty(2, channels, self.global_size, self.global_size, dtype=torch.uint8)
-        local_crops = torch.empty(self.local_number, channels, self.local_size, self.local_size, dtype=torch.uint8)
+        self,
+        image: UInt8,
+        parameters: Sequence[CropParameters],
+        global_crops: torch.Tensor,
+        local_crops: torch.Tensor,
+        *,
+        photometry: bool = True,
+    ) -> None:
+        """Make the crops that `draw` decided on.
+
+        Args:
+            image: uint8 [H, W, C].
+            parameters: Of the global crops, then of the local ones.
+            global_crops, local_crops: Where to put them, uint8 [2, C, G, G] and [L, C, l, l].
+            photometry: False leaves the colours as they are.
+        """
         for place, drawn in zip([*global_crops.numpy(), *local_crops.numpy()], parameters, strict=True):
             crop = cut(image, drawn)
             cv2.split(recolour(crop, drawn.photometry) if photometry else crop, list(place))  # [h, w, C] to [C, h, w]
-        return global_crops, local_crops
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> list[CropParameters]:
         """Draw the parameters of the crops of an image of this size: two global ones, then the local ones."""
+        uniform = _uniform(rng)
         blur_first, blur_second, blur_local = self.blur_probability
         local = (self.local_size, self.local_scale, blur_local, 0.0)
         return [
-            self._draw_crop(height, width, rng, *kind)
+            self._draw_crop(height, width, uniform, *kind)
             for kind in (
                 (self.global_size, self.global_scale, blur_first, 0.0),
                 (self.global_size, self.global_scale, blur_second, self.solarize_probability),
@@ -135,7 +156,7 @@ class MultiCrop:
         self,
         height: int,
         width: int,
-        rng: np.random.Generator,
+        uniform: Uniform,
         size: int,
         scale: tuple[float, float],
         blur_probability: float,
@@ -143,29 +164,45 @@ class MultiCrop:
     ) -> CropParameters:
         return CropParameters(
             size=size,
-            box=draw_box(height, width, rng, scale=scale, aspect=self.aspect),
-            horizontal_flip=rng.random() < self.horizontal_flip,
-            vertical_flip=rng.random() < self.vertical_flip,
+            box=draw_box(height, width, uniform, scale=scale, aspect=self.aspect),
+            horizontal_flip=uniform() < self.horizontal_flip,
+            vertical_flip=uniform() < self.vertical_flip,
             photometry=Photometry(
-                jitter=self._draw_jitter(rng) if rng.random() < self.jitter_probability else (),
-                grayscale=rng.random() < self.grayscale_probability,
-                blur=(self.blur_kernel, rng.uniform(*self.blur_sigma)) if rng.random() < blur_probability else None,
-                solarize=self.solarize_threshold if rng.random() < solarize_probability else None,
+                jitter=self._draw_jitter(uniform) if uniform() < self.jitter_probability else (),
+                grayscale=uniform() < self.grayscale_probability,
+                blur=(self.blur_kernel, _between(uniform, *self.blur_sigma)) if uniform() < blur_probability else None,
+                solarize=self.solarize_threshold if uniform() < solarize_probability else None,
             ),
         )
 
-    def _draw_jitter(self, rng: np.random.Generator) -> tuple[tuple[str, float], ...]:
+    def _draw_jitter(self, uniform: Uniform) -> tuple[tuple[str, float], ...]:
         """Draw order and factors; an operation of strength 0 is left out."""
-        ranges = [(name, getattr(self, name)) for name in JITTER]
-        limits = [(name, (-x, x) if name == "hue" else (max(0.0, 1 - x), 1 + x)) for name, x in ranges if x > 0]
-        factors = [(name, rng.uniform(low, high)) for name, (low, high) in limits]
-        return tuple(factors[i] for i in rng.permutation(len(factors)))
+        factors = []
+        for name, strength in zip(JITTER, (self.brightness, self.contrast, self.saturation, self.hue), strict=True):
+            if strength > 0:
+                low, high = (-strength, strength) if name == "hue" else (max(0.0, 1 - strength), 1 + strength)
+                factors.append((uniform(), (name, _between(uniform, low, high))))
+        return tuple(factor for _, factor in sorted(factors))
+
+
+def _uniform(rng: np.random.Generator) -> Uniform:
+    """Numbers of a generator in 0…1, drawn many at a time: one at a time costs as much as a blur."""
+
+    def numbers() -> Iterator[float]:
+        while True:
+            yield from rng.random(256).tolist()
+
+    return numbers().__next__
+
+
+def _between(uniform: Uniform, low: float, high: float) -> float:
+    return low + (high - low) * uniform()
 
 
 def draw_box(
     height: int,
     width: int,
-    rng: np.random.Generator,
+    uniform: Uniform,
     *,
     scale: tuple[float, float],
     aspect: tuple[float, float],
@@ -180,11 +217,11 @@ def draw_box(
     """
     log_aspect = math.log(aspect[0]), math.log(aspect[1])
     for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(*log_aspect))
+        area = height * width * _between(uniform, *scale)
+        ratio = math.exp(_between(uniform, *log_aspect))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+            return int(uniform() * (height - h + 1)), int(uniform() * (width - w + 1)), h, w
     h, w = height, width
     if width < height * aspect[0]:
         h = round(width / aspect[0])
@@ -197,8 +234,11 @@ def cut(image: UInt8, parameters: CropParameters) -> UInt8:
     """Cut out the box of [H, W, C], resize it to [size, size, C], flip it."""
     top, left, height, width = parameters.box
     crop = resize(image[top : top + height, left : left + width], parameters.size, parameters.size)
-    flipped = crop[:: -1 if parameters.vertical_flip else 1, :: -1 if parameters.horizontal_flip else 1]
-    return np.ascontiguousarray(flipped)
+    if parameters.horizontal_flip:
+        crop = as_uint8(cv2.flip(crop, 1), crop.shape)
+    if parameters.vertical_flip:
+        crop = as_uint8(cv2.flip(crop, 0), crop.shape)
+    return crop
 
 
 def reduction(parameters: Sequence[CropParameters]) -> int:
@@ -223,7 +263,7 @@ def resize(image: UInt8, height: int, width: int) -> UInt8:
         return image
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]  # [1, C, H, W], in memory still [H, W, C]
     resized = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
-    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+    return as_uint8(cv2.merge(list(resized[0].numpy())), (height, width, image.shape[2]))
 
 
 def whole(image: UInt8, size: int, *, center_crop: bool = False) -> torch.Tensor:

@@ -238,6 +238,8 @@ def _orientation(picture: Image.Image) -> int:
 
 def _match(picture: Image.Image, channels: int) -> Image.Image:
     """Convert a PIL image of any 8-bit mode to the mode with `channels` bands."""
+    if picture.mode == {1: "L", 3: "RGB"}.get(channels) and not picture.has_transparency_data:
+        return picture  # the common case, without a copy
     picture = _plain(picture)
     if channels in (1, 3):
         return _over_white(picture).convert("L" if channels == 1 else "RGB")

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dinoforge.data.batch import Batch, collate, collate_photometry, masked_patches
+from dinoforge.data.batch import Batch, collate_photometry, masked_patches
 from dinoforge.data.crops import CropParameters, MultiCrop, on_reduced, reduction
 from dinoforge.data.decode import MAX_PIXELS, decode, describe
 from dinoforge.data.photometry import Photometry
@@ -152,26 +152,26 @@ class TrainingData(Dataset[Batch | Failure]):
         """Make this rank's part of the global batch of a step."""
         first = step * self.batch_size
         share = self.batch_size // self.world_size
-        crops: list[tuple[torch.Tensor, torch.Tensor]] = []
+        global_crops, local_crops = self.crops.empty(share, self.channels)
         drawn: list[list[Photometry]] = []
         indices: list[int] = []
         skipped: list[Skipped] = []
         with _one_thread():
-            for position in range(first + self.rank * share, first + (self.rank + 1) * share):
-                sample = self._sample(position, skipped)
+            for place in range(share):
+                sample = self._sample(first + self.rank * share + place, skipped)
                 if sample is None:
                     reasons = "; ".join(f"{name}: {reason}" for _, name, reason in skipped[-3:])
                     message = f"{MAX_ATTEMPTS} images in a row could not be read, the last ones: {reasons}"
                     return Failure(message=message, skipped=tuple(skipped))
-                index, parameters, made = sample
+                index, image, parameters = sample
                 indices.append(index)
                 drawn.append([p.photometry for p in parameters])
-                crops.append(made)
-            global_crops, local_crops = collate(crops)
+                room = global_crops[:, place], local_crops[:, place]
+                self.crops.make(image, parameters, *room, photometry=self.photometry)
         masks = self._masks(first)
         return Batch(
-            global_crops=global_crops,
-            local_crops=local_crops,
+            global_crops=global_crops.flatten(0, 1),
+            local_crops=local_crops.flatten(0, 1),
             masks=masks,
             masked=masked_patches(masks),
             indices=torch.tensor(indices, dtype=torch.int64),
@@ -181,8 +181,8 @@ class TrainingData(Dataset[Batch | Failure]):
 
     def _sample(
         self, position: int, skipped: list[Skipped]
-    ) -> tuple[int, list[CropParameters], tuple[torch.Tensor, torch.Tensor]] | None:
-        """Make the crops of one position; unreadable images are noted and replaced, up to a limit."""
+    ) -> tuple[int, npt.NDArray[np.uint8], list[CropParameters]] | None:
+        """Find the image of one position and draw its crops; unreadable images are noted and replaced."""
         for attempt in range(MAX_ATTEMPTS):
             if attempt == 0:
                 index = sample_index(position, len(self.source), self.seed)
@@ -194,7 +194,7 @@ class TrainingData(Dataset[Batch | Failure]):
             except ImageError as error:
                 skipped.append((index, printable(self.source.name(index)), str(error)))
                 continue
-            return index, parameters, self.crops.make(image, parameters, photometry=self.photometry)
+            return index, image, parameters
         return None
 
     def _read(self, index: int, rng: np.random.Generator) -> tuple[npt.NDArray[np.uint8], list[CropParameters]]:

@@ -22,7 +22,6 @@ UInt8 = npt.NDArray[np.uint8]
 JITTER = ("brightness", "contrast", "saturation", "hue")
 
 _LUMA = (0.299, 0.587, 0.114)
-_LEVELS = np.arange(256, dtype=np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,39 +54,43 @@ def recolour(crop: UInt8, drawn: Photometry) -> UInt8:
     colour = crop.shape[2] == 3
     for name, factor in drawn.jitter:
         if name == "brightness":
-            crop = _look_up(crop, _LEVELS * np.float32(factor))
+            crop = _blend(crop, factor, crop, 0.0)
         elif name == "contrast":
-            mean = round(float((cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY) if colour else crop).mean()))
-            crop = _look_up(crop, _LEVELS * np.float32(factor) + np.float32((1 - factor) * mean))
+            mean = round(cv2.mean(_grey(crop) if colour else crop.reshape(1, -1))[0])
+            crop = _blend(crop, factor, crop, 0.0, (1 - factor) * mean)
         elif name == "saturation" and colour:
-            luma = cv2.cvtColor(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-            # OpenCV rounds: just under half a level less cuts off instead.
-            crop = _uint8(cv2.addWeighted(crop, factor, luma, 1 - factor, -0.499))
+            crop = _blend(crop, factor, cv2.cvtColor(_grey(crop), cv2.COLOR_GRAY2RGB), 1 - factor)
         elif name == "hue" and colour:
-            turned = _uint8(cv2.cvtColor(crop, cv2.COLOR_RGB2HSV_FULL))
-            turned[:, :, 0] += np.uint8(round(factor * 256) % 256)  # wraps round
-            crop = _uint8(cv2.cvtColor(turned, cv2.COLOR_HSV2RGB_FULL))
+            turned = cv2.cvtColor(crop, cv2.COLOR_RGB2HSV_FULL).reshape(len(crop), -1)  # H, S, V, H, S, V…
+            turned += np.tile(np.array([round(factor * 256) % 256, 0, 0], np.uint8), crop.shape[1])  # wraps round
+            crop = as_uint8(cv2.cvtColor(turned.reshape(crop.shape), cv2.COLOR_HSV2RGB_FULL), crop.shape)
     if drawn.grayscale and colour:
-        crop = _uint8(cv2.cvtColor(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB))
+        crop = as_uint8(cv2.cvtColor(_grey(crop), cv2.COLOR_GRAY2RGB), crop.shape)
     if drawn.blur is not None:
-        kernel, sigma = drawn.blur
-        blurred = cv2.GaussianBlur(crop, (kernel, kernel), sigma, borderType=cv2.BORDER_REFLECT_101)
-        crop = _uint8(blurred).reshape(crop.shape)  # OpenCV drops a single channel's axis
+        weights = cv2.getGaussianKernel(*drawn.blur)
+        blurred = cv2.sepFilter2D(crop, -1, weights, weights, borderType=cv2.BORDER_REFLECT_101)
+        crop = as_uint8(blurred, crop.shape)
     if drawn.solarize is not None:
-        crop = _look_up(crop, np.where(drawn.solarize <= _LEVELS, 255 - _LEVELS, _LEVELS))
+        levels = np.arange(256, dtype=np.uint8)
+        table = np.where(levels >= np.uint8(drawn.solarize), 255 - levels, levels)
+        crop = as_uint8(cv2.LUT(crop, table), crop.shape)
     return crop
 
 
-def _look_up(crop: UInt8, values: npt.NDArray[np.float32]) -> UInt8:
-    """Replace each level by its value, limited and cut off to 8 bits."""
-    table = values.clip(0, 255).astype(np.uint8)
-    return _uint8(cv2.LUT(crop, table)).reshape(crop.shape)
+def _grey(crop: UInt8) -> UInt8:
+    return as_uint8(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), crop.shape[:2])
 
 
-def _uint8(array: npt.NDArray[np.generic]) -> UInt8:
-    """OpenCV's stubs promise arrays of any type; of uint8 it makes uint8."""
+def _blend(crop: UInt8, factor: float, other: cv2.typing.MatLike, weight: float, shift: float = 0.0) -> UInt8:
+    """factor · crop + weight · other + shift, limited to 8 bits and cut off."""
+    # OpenCV rounds: of just under half a level less, that is what cutting off gives.
+    return as_uint8(cv2.addWeighted(crop, factor, other, weight, shift - 0.499), crop.shape)
+
+
+def as_uint8(array: npt.NDArray[np.generic], shape: tuple[int, ...]) -> UInt8:
+    """What OpenCV made of uint8 [h, w, C]: its stubs promise any type, and it drops the axis of a single channel."""
     assert array.dtype == np.uint8, array.dtype
-    return array  # type: ignore[return-value]
+    return array.reshape(shape)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
