@@ -124,6 +124,11 @@ def _train(
     devices.keep_freed_memory(device)
     state = build.build_state(recipe, device, images=len(source))
     start = run.latest_step()
+    if start is None and recipe.init.weights is not None:
+        given = load(recipe.init.weights)
+        reshaped = build.initialise(state.student_teacher, given.network, recipe.init.in_chans)
+        for note in (f"from {recipe.init.weights}", *given.notes, *reshaped):
+            say(f"init     {note}")
     if start is not None:
         state.load_state_dict(checkpoint.load(run.path, start, device))
         say(f"\nContinuing at step {start:,} of {plan.length.steps:,}.")

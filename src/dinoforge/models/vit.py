@@ -205,13 +205,13 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(images)
         if masks is not None:
             x = torch.where(masks[..., None], self.mask_token.to(x.dtype)[None], x)
-        position_cls, position_patches = self._position_embeddings(height // self.patch_size, width // self.patch_size)
+        position_cls, position_patches = self.position_embeddings(height // self.patch_size, width // self.patch_size)
         tokens = [(self.cls_token + position_cls).expand(batch, -1, -1)]
         if self.register_tokens is not None:
             tokens.append(self.register_tokens.expand(batch, -1, -1))
         return torch.cat([*tokens, x + position_patches], dim=1)
 
-    def _position_embeddings(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    def position_embeddings(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """Position embeddings of the cls token [1, 1, D] and of a grid of patches [1, rows · columns, D]."""
         cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         side = math.isqrt(patches.shape[1])
