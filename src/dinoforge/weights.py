@@ -85,7 +85,7 @@ def _load_folder(path: Path, given: Mapping[str, Any]) -> Backbone:
     names = ("model.safetensors", "pytorch_model.bin")
     file = next((path / name for name in names if (path / name).is_file()), None)
     if file is None:
-        raise WeightsError(f"{path} has neither teacher.safetensors (a run) nor {' nor '.join(names)} (Hugging Face)")
+        raise WeightsError(f"{path} has no teacher.safetensors (a run), and no {' or '.join(names)} (Hugging Face)")
     known: dict[str, Any] = {}
     if (path / "config.json").is_file():
         try:
@@ -149,6 +149,8 @@ def _load_foreign(path: Path, state: dict[str, Any], given: Mapping[str, Any]) -
         network = _network(path, architecture, {name: t.float() for name, t in tensors.items()})
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise WeightsError(f"{path}: {error}") from error
+    if kinds := {str(t.dtype).removeprefix("torch.") for t in tensors.values()} - {"float32"}:
+        notes.append(f"converted to float32 from {', '.join(sorted(kinds))}")
     chans = architecture["in_chans"]
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if chans == 3 else ((0.5,), (0.25,))
     assumed.append(f"assumed mean={mean}, std={std} ({'ImageNet' if chans == 3 else 'not three channels'})")
