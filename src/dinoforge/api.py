@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from dinoforge.config import Eval, Recipe, dump, load_recipe
 from dinoforge.data.batch import Batch, prepare
 from dinoforge.data.loader import Skipped, inspect, make_loader
 from dinoforge.data.sources import Source, open_source, read_labels
-from dinoforge.errors import DataError, RecipeError, TrainingError, WeightsError
+from dinoforge.errors import DataError, RecipeError, TrainingError
 from dinoforge.evaluation.knn import KnnResult, run_knn
 from dinoforge.files import write_atomically
 from dinoforge.models.vit import VisionTransformer
@@ -123,6 +124,11 @@ def _train(
     devices.keep_freed_memory(device)
     state = build.build_state(recipe, device, images=len(source))
     start = run.latest_step()
+    if start is None and recipe.init.weights is not None:
+        given = load(recipe.init.weights)
+        reshaped = build.initialise(state.student_teacher, given.network, recipe.init.in_chans)
+        for note in (f"from {recipe.init.weights}", *given.notes, *reshaped):
+            say(f"init     {note}")
     if start is not None:
         state.load_state_dict(checkpoint.load(run.path, start, device))
         say(f"\nContinuing at step {start:,} of {plan.length.steps:,}.")
@@ -190,21 +196,22 @@ def _train(
     return result
 
 
-def load(path: str | Path) -> weights.Backbone:
-    """The backbone of a run directory, or of its ``teacher.safetensors``.
+def load(path: str | Path, **given: Any) -> weights.Backbone:
+    """The backbone of a run directory, of its ``teacher.safetensors``, or of a file of another library.
 
     ``load(path).network(images)`` takes normalised float32 images [B, C, H, W] and gives ``Tokens``.
+
+    Args:
+        path: a run; a file in the official, timm's or Hugging Face's layout; a Hugging Face folder.
+        given: arguments of ``VisionTransformer`` that a foreign file cannot say, such as ``num_heads=6``.
 
     Raises:
         WeightsError: there is none, or it cannot be read.
     """
     path = Path(path)
-    if path.is_dir():
-        file = RunDirectory(path).teacher
-        if not file.exists():
-            raise WeightsError(f"{path} has no {file.name} yet: a run writes it with its first checkpoint")
+    if path.is_dir() and (file := RunDirectory(path).teacher).exists():
         path = file
-    return weights.load_backbone(path)
+    return weights.load_backbone(path, given)
 
 
 def embed(model: str | Path | weights.Backbone, data: Any, **keys: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -252,6 +259,8 @@ def evaluate_knn(
         WeightsError: no readable backbone.
     """
     backbone = load(model)
+    for note in backbone.notes:
+        print(f"weights  {note}", file=sys.stderr)
     run = RunDirectory(Path(model)) if Path(model).is_dir() else None
     settings = _eval_keys(run.recipe().eval if run and run.exists else Eval(), keys)
 

@@ -169,6 +169,14 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Init:
+    """Ours: what student and teacher start from."""
+
+    weights: str | None = None  # a run, a file or a Hugging Face folder; null: random weights
+    in_chans: Literal["repeat", "mean", "fresh"] | None = None  # for another number of channels; null: refuse
+
+
+@dataclass(frozen=True)
 class Eval:
     """Ours: how an image is shown to the network for evaluation."""
 
@@ -207,6 +215,7 @@ class Recipe:
     crops: Crops = field(default_factory=Crops)
     augment: Augment = field(default_factory=Augment)
     data: Data = field(default_factory=Data)
+    init: Init = field(default_factory=Init)
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
@@ -404,7 +413,7 @@ def _merge(values: dict[str, Any], layer: Mapping[str, Any]) -> dict[str, str]:
             ignored[key] = WITHOUT_MEANING.get(key) or WITHOUT_MEANING[section]
         elif key == "student.pretrained_weights":
             if value:
-                raise RecipeError("student.pretrained_weights: starting from given weights is not supported yet")
+                raise RecipeError("student.pretrained_weights: give init.weights=FILE instead")
             ignored[key] = "empty"
         elif key in _TYPES:
             values[key] = _convert(key, value, _TYPES[key])

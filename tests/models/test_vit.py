@@ -542,3 +542,27 @@ def test_attention_on_the_cpu_is_scaled_dot_product_attention_per_group(dtype):
     (mine,) = torch.autograd.grad((ours.float() * weights).sum(), qkv)
     (theirs,) = torch.autograd.grad((expected * weights).sum(), qkv)
     torch.testing.assert_close(mine.float(), theirs.float(), **bound)
+
+
+@torch.no_grad()
+def test_intermediate_layers():
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 16, "num_heads": 2, "patch_size": 4, "image_size": 16, "num_register_tokens": 2}
+    network = VisionTransformer(**sizes, depth=3, layerscale=1.0).eval()
+    images = torch.randn(2, 3, 8, 12)
+    tokens = network(images)
+    ((patches, cls),) = network.get_intermediate_layers(images, return_class_token=True)
+    assert torch.equal(patches, tokens.patches)
+    assert torch.equal(cls, tokens.cls)
+    # A network that ends after the second block gives what the second block of the whole one gives.
+    shorter = VisionTransformer(**sizes, depth=2, layerscale=1.0).eval()
+    shorter.load_state_dict({k: v for k, v in network.state_dict().items() if not k.startswith("blocks.2.")})
+    middle, last = network.get_intermediate_layers(images, [1, 2], reshape=True)
+    assert middle.shape == (2, 16, 2, 3)
+    assert torch.equal(middle.flatten(2).transpose(1, 2), shorter(images).patches)
+    assert torch.equal(last[:, :, 1, 0], tokens.patches[:, 3])
+    (raw,) = network.get_intermediate_layers(images, norm=False)
+    assert torch.equal(network.norm(raw), tokens.patches)
+    for n in (0, 4, [3], []):
+        with pytest.raises(ValueError, match="blocks from 0 to 2"):
+            network.get_intermediate_layers(images, n)

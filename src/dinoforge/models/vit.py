@@ -150,6 +150,44 @@ class VisionTransformer(nn.Module):
         shaped = [part.view(*group, -1) for part, group in zip(parts, groups, strict=True)]
         return [Tokens(s[:, 0], s[:, 1:first_patch], s[:, first_patch:]) for s in shaped]
 
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        n: int | Sequence[int] = 1,
+        *,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+        """Patch tokens [B, N, D] after some blocks, as the official models give them.
+
+        Args:
+            images: [B, C, H, W].
+            n: the last so many blocks, or their numbers from 0; results come in the order of the blocks.
+            reshape: patch tokens as maps [B, D, H/p, W/p].
+            return_class_token: each result is a pair of patch tokens and cls token [B, D].
+            norm: whether the final norm is applied to each.
+
+        Raises:
+            ValueError: a block that there is not, or images that do not fit.
+        """
+        depth = len(self.blocks)
+        wanted = set(range(depth - n, depth)) if isinstance(n, int) else set(n)
+        if not wanted or not wanted <= set(range(depth)):
+            raise ValueError(f"n={n}: expected 1 to {depth}, or numbers of blocks from 0 to {depth - 1}")
+        x, groups = self._packed([images], [None])
+        rows, columns = (side // self.patch_size for side in images.shape[-2:])
+        results: list[tuple[Tensor, Tensor]] = []
+        for i, block in enumerate(self.blocks):
+            x = block(x, groups)
+            if i in wanted:
+                tokens = (self.norm(x) if norm else x).view(*groups[0], -1)
+                patches = tokens[:, 1 + self.num_register_tokens :]
+                if reshape:
+                    patches = patches.transpose(1, 2).unflatten(2, (rows, columns))
+                results.append((patches, tokens[:, 0]))
+        return tuple(results) if return_class_token else tuple(patches for patches, _ in results)
+
     def encode_some(
         self,
         crops: Sequence[Tensor],
@@ -205,13 +243,13 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(images)
         if masks is not None:
             x = torch.where(masks[..., None], self.mask_token.to(x.dtype)[None], x)
-        position_cls, position_patches = self._position_embeddings(height // self.patch_size, width // self.patch_size)
+        position_cls, position_patches = self.position_embeddings(height // self.patch_size, width // self.patch_size)
         tokens = [(self.cls_token + position_cls).expand(batch, -1, -1)]
         if self.register_tokens is not None:
             tokens.append(self.register_tokens.expand(batch, -1, -1))
         return torch.cat([*tokens, x + position_patches], dim=1)
 
-    def _position_embeddings(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    def position_embeddings(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """Position embeddings of the cls token [1, 1, D] and of a grid of patches [1, rows · columns, D]."""
         cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         side = math.isqrt(patches.shape[1])

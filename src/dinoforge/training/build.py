@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -12,8 +12,10 @@ from dinoforge.data.crops import BLUR_PROBABILITY, MultiCrop
 from dinoforge.data.loader import BadImages, DrawMasks, TrainingData
 from dinoforge.data.masks import batch_masks, max_num_patches
 from dinoforge.data.sources import Source
-from dinoforge.errors import RecipeError
+from dinoforge.errors import RecipeError, WeightsError
 from dinoforge.models.head import DINOHead
+from dinoforge.models.layers import Block
+from dinoforge.models.layouts import misfits
 from dinoforge.models.vit import SIZES, VisionTransformer, drop_path_rates
 from dinoforge.optim.param_groups import parameter_groups
 from dinoforge.optim.schedules import Schedules, sqrt_scaled_lr
@@ -216,6 +218,60 @@ def build_state(recipe: Recipe, device: torch.device, *, images: int) -> TrainSt
         scaler=torch.amp.GradScaler(device.type) if half else None,
         bad_images=BadImages(recipe.data.max_bad_share, images),
     )
+
+
+def initialise(student_teacher: StudentTeacher, given: VisionTransformer, in_chans: str | None) -> list[str]:
+    """Puts the weights of ``given`` into both backbones; heads stay as they are.
+
+    Args:
+        given: position embeddings are resampled by its rule if it is for another size of images.
+        in_chans: what to do with another number of input channels. ``repeat``: its channels in turn; ``mean``: their
+            mean for every channel; both scaled so that equal channels give the same sum. ``fresh``: random weights.
+            None: refuse.
+
+    Returns:
+        What was reshaped, in words.
+
+    Raises:
+        WeightsError: weights that do not fit; nothing was changed.
+    """
+    student = cast(VisionTransformer, student_teacher.student["backbone"])
+    tensors, expected = dict(given.state_dict()), student.state_dict()
+    notes = []
+    old, new = (math.isqrt(n.pos_embed.shape[1] - 1) for n in (given, student))
+    if old != new:
+        with torch.no_grad():
+            tensors["pos_embed"] = torch.cat(given.position_embeddings(new, new), dim=1)
+        notes.append(f"pos_embed resampled from {old} × {old} to {new} × {new} patches")
+    rules = [(n.interpolate_antialias, n.interpolate_offset) for n in (given, student)]
+    if rules[0] != rules[1]:
+        notes.append(
+            "position embeddings of other sizes: the file has antialias={}, offset={}, ".format(*rules[0])
+            + "the recipe {}, {}: see student.interpolate_antialias, student.interpolate_offset".format(*rules[1])
+        )
+    filters = tensors["patch_embed.proj.weight"]  # [D, C, p, p]
+    if filters.shape[1] != student.in_chans and in_chans is not None:
+        scale = filters.shape[1] / student.in_chans
+        if in_chans == "repeat":
+            filters = filters[:, torch.arange(student.in_chans) % filters.shape[1]] * scale
+        elif in_chans == "mean":
+            filters = filters.mean(dim=1, keepdim=True).repeat(1, student.in_chans, 1, 1) * scale
+        else:
+            filters = expected["patch_embed.proj.weight"]
+        tensors["patch_embed.proj.weight"] = filters
+        notes.append(f"input channels from {given.in_chans} to {student.in_chans}: {in_chans}")
+    wrong = misfits(tensors, expected)
+    heads, wanted = (cast(Block, n.blocks[0]).attn.num_heads for n in (given, student))
+    if heads != wanted:
+        wrong.append(f"{heads} attention heads, expected {wanted}")
+    if wrong:
+        raise WeightsError(
+            f"init.weights does not fit the recipe: {'; '.join(wrong)}. Set student.* to the architecture of the file"
+            + ("" if given.in_chans == student.in_chans else ", or init.in_chans to repeat, mean or fresh")
+        )
+    for networks in (student_teacher.student, student_teacher.teacher):
+        networks["backbone"].load_state_dict(tensors)
+    return notes
 
 
 def build_masks(recipe: Recipe) -> DrawMasks:
