@@ -5,7 +5,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from dinoforge.errors import DataError, RecipeError, TrainingError
 from dinoforge.evaluation.knn import KnnResult, run_knn
 from dinoforge.files import write_atomically
 from dinoforge.models.vit import VisionTransformer
+from dinoforge.training import bench as benchmarks
 from dinoforge.training import build, loop
 from dinoforge.training import device as devices
 from dinoforge.training import plan as plans
@@ -85,9 +87,7 @@ def train(
     identity = DataIdentity(os.path.abspath(data_name), len(source), source.fingerprint())
     run.require_free_or_same(resolved, identity)
 
-    image = _image_input(resolved)
-    summary = inspect(source, channels=image.in_chans, sixteen_bit=image.sixteen_bit, max_pixels=image.max_pixels)
-    plan = plans.make_plan(resolved, summary)
+    plan = _plan(resolved, source)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     say(plans.render(plan, data_path=data_name, out=str(run.path)))
     if ignored:
@@ -101,23 +101,19 @@ def train(
         result = RunResult(run.path, plan.length.steps, plan.length.steps, summary=run.read_summary())
         say(f"\nThis run is finished: the backbone is {run.teacher}. For another one, choose another --out.")
         return result
-    threads = torch.get_num_threads()
-    torch.set_num_threads(plan.threads)
-    try:
-        return _train(plan, source, image, run, identity, console)
-    finally:
-        torch.set_num_threads(threads)
+    with _threads(plan.threads):
+        return _train(plan, source, run, identity, console)
 
 
 def _train(
     plan: plans.Plan,
     source: Source,
-    image: weights.ImageInput,
     run: RunDirectory,
     identity: DataIdentity,
     console: Console,
 ) -> RunResult:
     recipe, device = plan.recipe, plan.device
+    image = _image_input(recipe)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     check_writable(run.path)
     run.require_space(int((recipe.checkpoint.keep_last + 1) * _checkpoint_bytes(plan)))
@@ -194,6 +190,41 @@ def _train(
             "Run the same command again to continue."
         )
     return result
+
+
+def bench(data: Any, recipe: str | Path | Recipe = "small", *, seconds: float = 10.0, **keys: Any) -> benchmarks.Report:
+    """Measures what limits a run on this machine, data or step; writes nothing.
+
+    Args:
+        data, recipe, keys: as for ``train``.
+        seconds: for each of three measurements, roughly.
+
+    Raises:
+        RecipeError: a key or value that cannot be.
+        DataError: no usable images.
+    """
+    resolved, _ = load_recipe(recipe, _flat_keys(keys))
+    source = open_source(data)
+    plan = _plan(resolved, source)
+    with _threads(plan.threads):
+        return benchmarks.measure(plan, source, seconds=seconds)
+
+
+def _plan(recipe: Recipe, source: Source) -> plans.Plan:
+    image = _image_input(recipe)
+    summary = inspect(source, channels=image.in_chans, sixteen_bit=image.sixteen_bit, max_pixels=image.max_pixels)
+    return plans.make_plan(recipe, summary)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Compute with so many threads meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def load(path: str | Path, **given: Any) -> weights.Backbone:

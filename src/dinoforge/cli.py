@@ -57,6 +57,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_keys(train, "recipe keys, such as train.steps=2000")
     train.set_defaults(run=_train, parser=train)
 
+    bench = commands.add_parser(
+        "bench",
+        help="measure what limits a run on this machine: data or step",
+        description="Times steps and the making of their data on your images, alone and together, and says what "
+        "limits and what to change. Writes nothing.",
+        epilog="example: dinoforge bench photos/ --recipe small train.batch_size_per_gpu=128",
+    )
+    bench.add_argument("data", metavar="DATA", help="folder of images, walked recursively")
+    bench.add_argument("--recipe", default="small", metavar="NAME|FILE", help="default: small; see docs/recipes.md")
+    bench.add_argument("--seconds", type=float, default=10.0, help="for each of three measurements; default: 10")
+    bench.add_argument("--json", action="store_true", help="print one line of JSON")
+    _add_keys(bench, "recipe keys, such as data.reduced_decode=true")
+    bench.set_defaults(run=_bench, parser=bench)
+
     explain = commands.add_parser(
         "explain",
         help="say what a recipe does to every parameter, and what a step computes",
@@ -136,6 +150,20 @@ def _train(options: argparse.Namespace) -> int:
 
     result = train(options.data, options.recipe, options.out, dry_run=options.dry_run, **keys)
     return _EXIT_SIGNALS.get(result.stopped_by or "", 0)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from dinoforge.config import load_recipe
+
+    keys = _keys(options.keys)
+    load_recipe(options.recipe, keys)
+
+    from dinoforge.api import bench
+    from dinoforge.training.bench import render
+
+    report = bench(options.data, options.recipe, seconds=options.seconds, **keys)
+    print(json.dumps(report.as_json()) if options.json else render(report))
+    return 0
 
 
 def _explain(options: argparse.Namespace) -> int:

@@ -1,18 +1,34 @@
-"""How fast training steps are, beside what the machine can multiply."""
+"""How fast training steps and their data are, beside what the machine can multiply."""
 
+import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dinoforge.config import Recipe
 from dinoforge.data.batch import Batch, masked_patches, prepare
-from dinoforge.data.loader import sample_rng
+from dinoforge.data.loader import Failure, make_loader, sample_rng
+from dinoforge.data.sources import Source
+from dinoforge.errors import DataError
 from dinoforge.models.vit import draw_kept_samples
-from dinoforge.training.build import build_drop_path_rates, build_masks, build_schedules, build_state, run_length
-from dinoforge.training.device import autocast, keep_freed_memory
+from dinoforge.training.build import (
+    build_data,
+    build_drop_path_rates,
+    build_masks,
+    build_schedules,
+    build_state,
+    run_length,
+)
+from dinoforge.training.device import autocast, keep_freed_memory, peak_memory_gib, usable_processors
+from dinoforge.training.explain import work_of_a_step
+from dinoforge.training.plan import Plan
 from dinoforge.training.step import PHASES, train_step
 
 Shape = tuple[int, int, int]  # of a product [m, k] @ [k, n]
@@ -141,3 +157,194 @@ class StepBench:
                 time_us = event.device_time_total if self._device.type == "cuda" else event.cpu_time_total
                 spent[event.key] = time_us / 1e6
         return spent | {"rest": max(total - sum(spent.values()), 0.0)}
+
+    def work(self, batch: Batch) -> float:
+        """FLOPs of the matrix products and of attention in a step, as ``explain`` counts them."""
+        parts = work_of_a_step(self._recipe, self._state.student_teacher, masked=len(batch.masked))
+        return sum(part.flops for part in parts)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run's step and data cost on a machine.
+
+    Args:
+        device, precision, threads, num_workers, processors, batch_size: what was measured.
+        gemm_gflops: highest rate of matrix products, GFLOP/s.
+        gflop: work of a step, GFLOP.
+        step_s: median step without data loading, seconds.
+        phases_s: seconds of one step by part.
+        data_ms: milliseconds that one core takes for an image's crops, by setting; ``as it is`` comes first.
+        together_s: median step with data loading, seconds.
+        waited_s: median seconds of it that the step waited for data.
+        peak_memory_gib: of the device, or of this process on the CPU.
+    """
+
+    device: str
+    precision: str
+    threads: int
+    num_workers: int
+    processors: int
+    batch_size: int
+    gemm_gflops: float
+    gflop: float
+    step_s: float
+    phases_s: dict[str, float]
+    data_ms: dict[str, float]
+    together_s: float
+    waited_s: float
+    peak_memory_gib: float
+
+    @property
+    def share_of_peak(self) -> float:
+        """Part of the step's time that its products would take at the highest rate."""
+        return self.gflop / self.gemm_gflops / self.step_s
+
+    @property
+    def waits(self) -> bool:
+        """Whether data limits the run."""
+        return self.waited_s > 0.1 * self.together_s
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {
+            "images_per_s": self.batch_size / self.together_s,
+            "share_of_peak": self.share_of_peak,
+            "limited_by": "data" if self.waits else "step",
+            "advice": self.advice(),
+        }
+
+    def advice(self) -> list[str]:
+        """What limits, and which keys to change, in sentences."""
+        base, *others = self.data_ms.items()
+        lines = []
+        if self.waits:
+            lines.append(
+                f"Data limits: the step waits {self.waited_s / self.together_s:.0%} of its time for crops. One core "
+                f"makes an image's in {base[1]:.1f} ms."
+            )
+            needed = math.ceil(base[1] / 1e3 * self.batch_size / self.step_s)
+            if self.num_workers < min(needed, self.processors):
+                lines.append(f"Set train.num_workers={min(needed, self.processors)}: {needed} cores keep up.")
+            elif needed > self.processors:
+                lines.append(f"It would take {needed} cores to keep up; this machine has {self.processors}.")
+            lines += [f"{key} brings it to {ms:.1f} ms." for key, ms in others if ms < 0.8 * base[1]]
+            lines.append("Fewer or smaller local crops, and images stored nearer to the size of a crop, cost less.")
+            return lines
+        part = max(self.phases_s, key=lambda name: self.phases_s[name])
+        lines.append(
+            f"The step limits, not data. Its products would take {self.share_of_peak:.0%} of its time at the highest "
+            f"rate; the longest part is {part} ({self.phases_s[part] / sum(self.phases_s.values()):.0%})."
+        )
+        if part == "losses":
+            lines.append("The losses grow with dino.head_n_prototypes: fewer make them cheaper.")
+        if self.together_s > 1.15 * self.step_s:
+            lines.append(
+                f"With data loading beside it a step takes {self.together_s / self.step_s:.2f} times as long: both "
+                "use the same cores."
+            )
+            lines += [
+                f"{key} would take {ms:.1f} ms of a core per image, not {base[1]:.1f}."
+                for key, ms in others
+                if ms < 0.8 * base[1]
+            ]
+        return lines
+
+
+def measure(plan: Plan, source: Source, *, seconds: float = 10.0) -> Report:
+    """Measure a planned run: its step alone, its data alone, both together.
+
+    Args:
+        plan: the run.
+        source: its images.
+        seconds: time for each of the three, roughly; each takes at least three steps or one batch.
+
+    Raises:
+        DataError: images that cannot be read.
+    """
+    recipe = plan.recipe
+    bench = StepBench(recipe, plan.device, plan.precision)
+    bench.run(2)
+    times = bench.run(3)
+    while sum(times) < seconds:
+        times += bench.run(1)
+    batch = bench.batch()
+
+    together, waited = [], []
+    limit = min(3 + math.ceil(2 * seconds / statistics.median(times)), plan.length.steps)
+    loader = make_loader(
+        build_data(recipe, source),
+        start_step=0,
+        end_step=limit,
+        num_workers=plan.num_workers,
+        pin_memory=plan.device.type == "cuda",
+    )
+    with closing(loader):
+        for number in range(limit):
+            started = time.perf_counter()
+            made = next(loader)
+            waited.append(time.perf_counter() - started)
+            bench.step(made)
+            _wait(plan.device)
+            together.append(time.perf_counter() - started)
+            if number > 2 * plan.num_workers and sum(together[number // 2 :]) > seconds:
+                break
+    half = len(together) // 2  # the first ones find batches that were made ahead, or none yet
+
+    return Report(
+        device=str(plan.device),
+        precision=str(plan.precision).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        num_workers=plan.num_workers,
+        processors=usable_processors(),
+        batch_size=recipe.train.batch_size_per_gpu,
+        step_s=statistics.median(times),
+        phases_s=bench.phases(),
+        gflop=bench.work(batch) / 1e9,
+        peak_memory_gib=peak_memory_gib(plan.device),
+        gemm_gflops=gemm_peak(plan.device, plan.precision) / 1e9,
+        data_ms=_data_ms(recipe, source, plan.device, seconds),
+        together_s=statistics.median(together[half:]),
+        waited_s=statistics.median(waited[half:]),
+    )
+
+
+def _data_ms(recipe: Recipe, source: Source, device: torch.device, seconds: float) -> dict[str, float]:
+    """Milliseconds of one core per image: as the recipe says, and with what else might help."""
+    recipe = replace(recipe, train=replace(recipe.train, batch_size_per_gpu=min(16, recipe.train.batch_size_per_gpu)))
+    variants = {"as it is": recipe}
+    if not recipe.data.reduced_decode:
+        variants["data.reduced_decode=true"] = replace(recipe, data=replace(recipe.data, reduced_decode=True))
+    if recipe.augment.device == "workers" and device.type != "cpu":
+        variants["augment.device=train"] = replace(recipe, augment=replace(recipe.augment, device="train"))
+    data = {name: build_data(variant, source) for name, variant in variants.items()}
+    times: dict[str, list[float]] = {name: [] for name in data}
+    step = 0
+    while step < 2 or sum(map(sum, times.values())) < seconds:  # they take turns on the same images
+        for name, batches in data.items():
+            started = time.perf_counter()
+            batch = batches[step]
+            times[name].append(time.perf_counter() - started)
+            if isinstance(batch, Failure):
+                raise DataError(batch.message)
+        step += 1
+    images = recipe.train.batch_size_per_gpu
+    return {name: 1e3 * statistics.median(values[1:]) / images for name, values in times.items()}
+
+
+def render(report: Report) -> str:
+    """The report as aligned lines, and advice."""
+    r = report
+    total = sum(r.phases_s.values())
+    rows = {
+        "step alone": f"{r.step_s:.3f} s ({r.batch_size} images, {r.device}, {r.precision}, {r.threads} threads)",
+        "  its parts": ", ".join(f"{k} {v / total:.0%}" for k, v in r.phases_s.items() if v > 0.01 * total),
+        "  its work": f"{r.gflop:,.0f} GFLOP; the highest rate here is {r.gemm_gflops:,.0f} GFLOP/s",
+        "data alone": "; ".join(f"{k}: {v:.2f} ms per image and core" for k, v in r.data_ms.items()),
+        "together": (
+            f"{r.together_s:.3f} s, {r.waited_s / r.together_s:.0%} of it waiting for data "
+            f"({r.num_workers} data workers); {r.batch_size / r.together_s:,.1f} images/s"
+        ),
+        "memory": f"{r.peak_memory_gib:.2f} GiB at most",
+    }
+    lines = [f"{name:<12} {text}" for name, text in rows.items()]
+    return "\n".join([*lines, "", *r.advice()])
