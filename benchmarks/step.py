@@ -13,7 +13,10 @@ them; attention is not counted.
 import argparse
 import itertools
 import json
+import os
 import statistics
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler otherwise writes to the terminal
 
 import torch
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -153,6 +154,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler otherwise writes to the terminal
     from dinoforge.config import load_recipe
 
     keys = _keys(options.keys)

@@ -375,3 +375,20 @@ def test_describe() -> None:
 def test_one_by_one_and_thin_images() -> None:
     for size in ((1, 1), (1, 500), (500, 1)):
         assert decode(encoded(Image.new("L", size)), channels=3).shape == (size[1], size[0], 3)
+
+
+@pytest.mark.parametrize(("reduction", "edge"), [(1, 1), (2, 2), (3, 2), (4, 4), (7, 4), (8, 8), (100, 8)])
+def test_reduction_is_the_nearest_that_is_enough(reduction: int, edge: int) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    data = encoded(picture.resize((800, 400), Image.Resampling.BICUBIC), "JPEG", quality=95)
+    image = decode(data, channels=3, reduction=reduction)
+    whole = decode(data, channels=3).reshape(400 // edge, edge, 800 // edge, edge, 3)
+    assert image.shape == (400 // edge, 800 // edge, 3)
+    assert np.abs(image - whole.mean(axis=(1, 3))).mean() < 2  # as the mean of each block of pixels
+    odd = encoded(picture.resize((803, 402), Image.Resampling.BICUBIC), "JPEG")
+    assert decode(odd, channels=3, reduction=edge).shape == (-(-402 // edge), -(-803 // edge), 3)
+
+
+def test_reduction_is_of_jpeg_only() -> None:
+    picture = Image.new("RGB", (800, 400), "red")
+    assert decode(encoded(picture), channels=3, reduction=8).shape == (400, 800, 3)

@@ -1,4 +1,5 @@
 import functools
+import io
 import multiprocessing
 import os
 import random
@@ -13,9 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from dinoforge.data.batch import Batch
+from dinoforge.data.batch import Batch, prepare
 from dinoforge.data.crops import MultiCrop
+from dinoforge.data.decode import decode
 from dinoforge.data.loader import (
     MAX_ATTEMPTS,
     BadImages,
@@ -347,3 +350,84 @@ def test_inspect_mixed_and_bad() -> None:
     assert [(index, name) for index, name, _ in summary.failures] == [(1, "item 1")]
     with pytest.raises(DataError, match=r"none of 2 images.*item 0: not an image"):
         inspect(SequenceSource([b"?", b"!"]))
+
+
+# --- where colours are changed, and how much of an image is decoded ---------------------------------------------------
+
+
+def test_photometry_that_is_left_to_the_device_gives_the_same_crops() -> None:
+    source = images(20)
+    made, left = training_data(source)[3], training_data(source, photometry=False)[3]
+    assert isinstance(made, Batch)
+    assert isinstance(left, Batch)
+    assert made.photometry is None
+    assert not torch.equal(made.global_crops, left.global_crops)
+    settings: dict[str, Any] = {"device": torch.device("cpu"), "mean": (0.0,), "std": (1 / 255,)}  # levels
+    expected, finished = prepare(made, **settings), prepare(left, **settings)
+    assert finished.photometry is None
+    for name in ("global_crops", "local_crops"):
+        difference = (getattr(expected, name) - getattr(finished, name)).abs()
+        # A level of hue is several of colour; at the threshold of solarize, one side may be inverted.
+        assert difference.mean() < 1.5
+        assert difference.quantile(0.99) <= 12
+    for name in ("masks", "masked", "indices"):
+        assert torch.equal(getattr(made, name), getattr(left, name))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_photometry_travels_from_workers(num_workers: int) -> None:
+    data = training_data(photometry=False)
+    for step, batch in enumerate(make_loader(data, start_step=0, end_step=3, num_workers=num_workers)):
+        alone = data[step]
+        assert isinstance(alone, Batch)
+        assert alone.photometry is not None
+        assert batch.photometry is not None
+        for ours, theirs in zip(alone.photometry, batch.photometry, strict=True):
+            assert ours.kernel == theirs.kernel
+            for name in ("operations", "factors", "grayscale", "sigma", "threshold"):
+                assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+def photo(width: int, height: int, *, quality: int = 95, orientation: int = 1) -> bytes:
+    """A JPEG of smooth colours."""
+    coarse = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    picture.save(buffer, "JPEG", quality=quality, exif=exif)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_reduced_decoding_gives_nearly_the_same_crops(orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = SequenceSource([photo(1000 + 8 * i, 701, orientation=orientation) for i in range(4)])
+    sizes = []
+
+    def note(*arguments: Any, **options: Any) -> np.ndarray:
+        image = decode(*arguments, **options)
+        sizes.append(image.shape)
+        return image
+
+    monkeypatch.setattr("dinoforge.data.loader.decode", note)
+    full = training_data(source)[0]
+    assert all(max(shape) >= 1000 for shape in sizes)
+    sizes.clear()
+    reduced = training_data(source, reduced_decode=True)[0]
+    assert isinstance(full, Batch)
+    assert isinstance(reduced, Batch)
+    assert all(max(shape) <= 516 for shape in sizes)
+    assert torch.equal(full.indices, reduced.indices)
+    for name in ("global_crops", "local_crops"):
+        difference = (getattr(full, name).float() - getattr(reduced, name).float()).abs()
+        # An edge of a box moves by up to half a pixel of the reduced image: half a pixel of the crop, or less.
+        assert difference.mean() < 4
+
+
+def test_reduced_decoding_leaves_small_and_other_images_alone() -> None:
+    for item in (photo(30, 40), np.zeros((900, 900, 3), np.uint8)):
+        source = SequenceSource([item] * 4)
+        full, reduced = training_data(source)[0], training_data(source, reduced_decode=True)[0]
+        assert isinstance(full, Batch)
+        assert isinstance(reduced, Batch)
+        assert_equal(full, reduced)

@@ -223,10 +223,9 @@ class Report:
                 f"makes an image's in {base[1]:.1f} ms."
             )
             needed = math.ceil(base[1] / 1e3 * self.batch_size / self.step_s)
+            lines.append(f"To keep up takes {needed} of them; this machine has {self.processors}.")
             if self.num_workers < min(needed, self.processors):
-                lines.append(f"Set train.num_workers={min(needed, self.processors)}: {needed} cores keep up.")
-            elif needed > self.processors:
-                lines.append(f"It would take {needed} cores to keep up; this machine has {self.processors}.")
+                lines.append(f"Set train.num_workers={min(needed, self.processors)}; now it is {self.num_workers}.")
             lines += [f"{key} brings it to {ms:.1f} ms." for key, ms in others if ms < 0.8 * base[1]]
             lines.append("Fewer or smaller local crops, and images stored nearer to the size of a crop, cost less.")
             return lines
