@@ -261,9 +261,10 @@ def resize(image: UInt8, height: int, width: int) -> UInt8:
     """Resize uint8 [H, W, C] to [height, width, C], bicubic with antialias, as Pillow does."""
     if image.shape[:2] == (height, width):
         return image
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]  # [1, C, H, W], in memory still [H, W, C]
+    # Permuted after the batch axis is added, torch sees channels_last and keeps to it, which is half as fast again.
+    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # [1, C, H, W]
     resized = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
-    return as_uint8(cv2.merge(list(resized[0].numpy())), (height, width, image.shape[2]))
+    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
 
 def whole(image: UInt8, size: int, *, center_crop: bool = False) -> torch.Tensor:
