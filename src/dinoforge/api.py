@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from dinoforge import checkpoint, features, weights
 from dinoforge.config import Eval, Recipe, dump, load_recipe
 from dinoforge.data.batch import Batch, prepare
-from dinoforge.data.loader import Skipped, inspect, make_loader
+from dinoforge.data.loader import STOP_SIGNALS, Skipped, inspect, make_loader
 from dinoforge.data.sources import Source, open_source, read_labels
 from dinoforge.errors import DataError, RecipeError, TrainingError
 from dinoforge.evaluation.knn import KnnResult, run_knn
@@ -119,15 +119,17 @@ def _train(
     run.require_space(int((recipe.checkpoint.keep_last + 1) * _checkpoint_bytes(plan)))
     devices.keep_freed_memory(device)
     state = build.build_state(recipe, device, images=len(source))
-    start = run.latest_step()
-    if start is None and recipe.init.weights is not None:
+    saved, damage = checkpoint.load_newest(run.path, device)
+    for sentence in damage:
+        say(f"\n{sentence}. It is set aside; continuing from the one before it.")
+    if saved is None and recipe.init.weights is not None:
         given = load(recipe.init.weights)
         reshaped = build.initialise(state.student_teacher, given.network, recipe.init.in_chans)
         for note in (f"from {recipe.init.weights}", *given.notes, *reshaped):
             say(f"init     {note}")
-    if start is not None:
-        state.load_state_dict(checkpoint.load(run.path, start, device))
-        say(f"\nContinuing at step {start:,} of {plan.length.steps:,}.")
+    if saved is not None:
+        state.load_state_dict(saved)
+        say(f"\nContinuing at step {state.step:,} of {plan.length.steps:,}.")
     run.list_skipped(state.bad_images.skipped.values(), first=True)
     run.record_start(recipe, identity, device=device, precision=plan.precision, step=state.step)
 
@@ -418,7 +420,7 @@ class _Saver:
 
 
 class _Stop:
-    """Whether training should stop: on Ctrl-C, on SIGTERM, after a time. A second Ctrl-C leaves at once."""
+    """Whether training should stop: on Ctrl-C and other signals, after a time. A second Ctrl-C leaves at once."""
 
     def __init__(self, minutes: float | None) -> None:
         self.reason: str | None = None
@@ -432,7 +434,7 @@ class _Stop:
 
     def __enter__(self) -> "_Stop":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOP_SIGNALS:
                 self._previous[number] = signal.signal(number, self._on_signal)
         return self
 

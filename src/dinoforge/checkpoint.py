@@ -1,6 +1,7 @@
 """Checkpoints of a run: everything that continuing needs, in one file per step."""
 
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +39,50 @@ def load(run: Path, step: int, device: torch.device) -> dict[str, Any]:
     """The state after ``step`` steps. Nothing in the file can run code.
 
     Raises:
-        WeightsError: the file is damaged or is no checkpoint.
+        WeightsError: the file is damaged (a changed byte is found by its checksum) or is no checkpoint.
     """
     path = folder_of(run) / f"step_{step:08d}.pt"
-    way_out = "delete this file to continue from the one before it, or from the start if there is none"
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if damaged := archive.testzip():
+                raise WeightsError(f"the checkpoint {path} is damaged: the checksum of {damaged} is wrong")
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # the unpickler raises whatever damaged bytes make it stumble over
-        raise WeightsError(f"cannot read the checkpoint {path} ({type(error).__name__}): {way_out}") from error
+    except WeightsError:
+        raise
+    except Exception as error:  # the readers raise whatever damaged bytes make them stumble over
+        raise WeightsError(f"cannot read the checkpoint {path} ({type(error).__name__})") from error
     if not isinstance(state, dict) or "step" not in state:
-        raise WeightsError(f"{path} is no checkpoint of a run: {way_out}")
+        raise WeightsError(f"{path} is no checkpoint of a run")
     return state
+
+
+def load_newest(run: Path, device: torch.device) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest state that can be read, and what is wrong with those that are newer.
+
+    Damaged files are set aside as ``….damaged``: they must not count among the checkpoints that are kept.
+
+    Returns:
+        The state, None if there is no checkpoint yet; and a sentence on each damaged one.
+
+    Raises:
+        WeightsError: there are checkpoints, and none can be read.
+    """
+    damage = []
+    for step in reversed(steps(run)):
+        try:
+            state = load(run, step, device)
+        except WeightsError as error:
+            damage.append(str(error))
+            continue
+        for bad in (s for s in steps(run) if s > step):
+            path = folder_of(run) / f"step_{bad:08d}.pt"
+            path.replace(path.with_name(path.name + ".damaged"))
+        return state, damage
+    if damage:
+        raise WeightsError(
+            f"{'; '.join(damage)}. No other checkpoint is left: restore one, or delete {folder_of(run)} to start anew"
+        )
+    return None, []
 
 
 def prune(run: Path, *, keep_last: int, keep_every: int | None) -> None:

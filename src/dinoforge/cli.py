@@ -13,11 +13,11 @@ from dinoforge import __version__
 from dinoforge.errors import DinoforgeError
 
 _EXIT_USER_ERROR = 2
-_EXIT_SIGNALS = {"SIGINT": 130, "SIGTERM": 143}
+_EXIT_SIGNALS = {"SIGINT": 130, "SIGUSR1": 138, "SIGUSR2": 140, "SIGTERM": 143}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0 done, 2 a user's error, 130 or 143 stopped by a signal."""
+    """Runs a command; returns the exit code: 0 done, 2 a user's error, 130, 138, 140 or 143 stopped by a signal."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     for text in rest:

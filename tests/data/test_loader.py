@@ -279,7 +279,7 @@ def test_workers_leave_interrupts_to_the_main_process() -> None:
     stream = make_loader(data, start_step=0, end_step=8, num_workers=1)
     batches = [next(stream)]
     (worker,) = multiprocessing.active_children()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         os.kill(worker.pid or 0, number)
     batches += stream
     assert len(batches) == 8

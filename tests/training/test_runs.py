@@ -183,7 +183,28 @@ def test_killed_and_continued_equals_undisturbed(images, undisturbed, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(images, undisturbed, tmp_path, capsys):
+    run = tmp_path / "run"
+    settings = TINY | {"student.drop_path_rate": 0.2, "train.steps": 40}
+    more = {"checkpoint.every_steps": 10, "checkpoint.keep_last": 4}
+    dinoforge.train(images, "small", run, **settings | more)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"finished": False}))  # as if killed before its last line
+    newest = run / "checkpoints" / "step_00000040.pt"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    capsys.readouterr()
+    assert dinoforge.train(images, "small", run, **settings | more).finished
+    output = capsys.readouterr().out
+    assert "step_00000040.pt is damaged" in output
+    assert "Continuing at step 30" in output
+    assert losses_of(run) == losses_of(undisturbed)
+    ours, theirs = load_file(run / "teacher.safetensors"), load_file(undisturbed / "teacher.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_signal_saves_and_says_how_to_continue(number, images, tmp_path):
     run = tmp_path / "run"
     process = subprocess.Popen(

@@ -38,6 +38,9 @@ Skipped = tuple[int, str, str]
 DrawMasks = Callable[[int, tuple[int, int], np.random.Generator], npt.NDArray[np.bool_]]
 """(number of global crops, patch grid (h, w), rng) -> bool [number, h·w]; `masks.batch_masks` with its settings."""
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+"""What stops a run. Schedulers announce the end of a job by SIGTERM, or by a signal of the user's choice."""
+
 _FEISTEL_ROUNDS = 8
 _MASK64 = (1 << 64) - 1
 
@@ -290,8 +293,8 @@ def _unchanged(batch: Any) -> Any:
 def _start_worker(worker: int) -> None:
     """Leave stopping to the main process: it gets the signal too, and ends its workers when it is done."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

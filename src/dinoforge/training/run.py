@@ -23,7 +23,7 @@ import numpy
 import PIL
 import torch
 
-from dinoforge import __version__, checkpoint
+from dinoforge import __version__
 from dinoforge.config import FREE_KEYS, Recipe, differences, dump, load_recipe
 from dinoforge.errors import RunError
 from dinoforge.files import write_text, writing_error
@@ -132,10 +132,6 @@ class RunDirectory:
                 f"{self.path} has {free / 2**30:.1f} GiB free, and the checkpoints of this run need about "
                 f"{needed / 2**30:.1f} GiB: free some, lower checkpoint.keep_last, or choose another --out"
             )
-
-    def latest_step(self) -> int | None:
-        """The step of the newest checkpoint."""
-        return max(checkpoint.steps(self.path), default=None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
