@@ -85,7 +85,10 @@ def _load_folder(path: Path, given: Mapping[str, Any]) -> Backbone:
     names = ("model.safetensors", "pytorch_model.bin")
     file = next((path / name for name in names if (path / name).is_file()), None)
     if file is None:
-        raise WeightsError(f"{path} has no teacher.safetensors (a run), and no {' or '.join(names)} (Hugging Face)")
+        raise WeightsError(
+            f"{path} has no teacher.safetensors, which a run writes with its first checkpoint, and no "
+            f"{' or '.join(names)}, as Hugging Face's folders have"
+        )
     known: dict[str, Any] = {}
     if (path / "config.json").is_file():
         try:

@@ -36,7 +36,7 @@ REPORT = Report(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bench_writes_one_line_of_json_and_nothing_else(solar_cells, tmp_path, monkeypatch, capsys, workers):
     monkeypatch.chdir(tmp_path)
-    keys = [*TINY, f"train.num_workers={workers}"]
+    keys = [*TINY, f"train.num_workers={workers}", "data.reduced_decode=false"]
     assert main(["bench", str(solar_cells), "--seconds", "0.1", "--json", *keys]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     values = json.loads(line)

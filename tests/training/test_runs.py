@@ -435,7 +435,7 @@ def test_no_space_and_not_writable_are_told_before_work(images, tmp_path, monkey
 
 
 def test_model_that_is_not_there(tmp_path):
-    with pytest.raises(WeightsError, match=r"no teacher\.safetensors yet"):
+    with pytest.raises(WeightsError, match=r"no teacher\.safetensors, which a run writes with its first checkpoint"):
         dinoforge.load(tmp_path)
     with pytest.raises(WeightsError, match="there is no file"):
         dinoforge.load(tmp_path / "x.safetensors")
