@@ -1,10 +1,13 @@
 """Checkpoints: whole or not there, few enough, and harmless."""
 
 import contextlib
+import hashlib
 import os
 import pickle
 import resource
+import shutil
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -15,62 +18,80 @@ from dinoforge.errors import RunError, WeightsError
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.weights import Backbone, ImageInput, save_backbone
 
-CPU = torch.device("cpu")
 
-
-def state_of(step):
+def tensors_of(step):
     return {
-        "step": step,
-        "seconds": 1.5,
-        "weights": {"a": torch.arange(12.0).view(3, 4) * step, "half": torch.ones(2, dtype=torch.bfloat16)},
-        "optimizer": {"state": {0: {"step": torch.tensor(float(step))}}, "param_groups": [{"lr": 0.1, "names": ["a"]}]},
-        "scaler": None,
+        "a": torch.arange(12.0).view(3, 4) * step,
+        "half": torch.full((2,), step, dtype=torch.bfloat16),
+        "optimizer.a.step": torch.tensor(float(step)),
+        "none": torch.empty(0, 3),
     }
 
 
-def assert_same(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert list(a) == list(b)
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype is b.dtype
-        assert torch.equal(a, b)
-    else:
-        assert a == b
+def save(run, step):
+    return checkpoint.save(run, step, tensors_of(step), {"step": step, "seconds": 0.1 + step, "scaler": None})
+
+
+def assert_loads(run, step):
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in tensors_of(step).items()}
+    assert checkpoint.load(run, step, tensors) == {"step": step, "seconds": 0.1 + step, "scaler": None}
+    for name, expected in tensors_of(step).items():
+        assert torch.equal(tensors[name], expected)
 
 
 def names(run):
     return sorted(os.listdir(checkpoint.folder_of(run)))
 
 
+def files_of(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
 def test_what_is_saved_comes_back(tmp_path):
-    path = checkpoint.save(tmp_path, 7, state_of(7))
-    assert path.is_file()
-    assert_same(checkpoint.load(tmp_path, 7, CPU), state_of(7))
+    path = save(tmp_path, 7)
+    assert_loads(tmp_path, 7)
     assert names(tmp_path) == [path.name]
 
 
 def test_saving_again_replaces(tmp_path):
-    checkpoint.save(tmp_path, 7, state_of(1))
-    checkpoint.save(tmp_path, 7, state_of(2))
-    assert checkpoint.load(tmp_path, 7, CPU)["step"] == 2
+    checkpoint.save(tmp_path, 7, tensors_of(1), {})
+    save(tmp_path, 7)
+    assert_loads(tmp_path, 7)
+    assert names(tmp_path) == ["step_00000007"]
+
+
+def test_large_states_are_spread_over_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_FILE_BYTES", 1000)
+    tensors = {f"{i}": torch.randn(size) for i, size in enumerate([10, 100, 100, 500, 1, 100, 249])}
+    path = checkpoint.save(tmp_path, 1, tensors, {})
+    sizes = [file.stat().st_size for file in path.glob("*.safetensors")]
+    assert len(sizes) == 4  # 10 + 100 + 100 numbers, 500, 1 + 100, 249
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    checkpoint.load(tmp_path, 1, loaded)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_copies_do_not_follow_the_state():
+    tensors = {"a": torch.ones(3, requires_grad=True)}
+    copies = checkpoint.copied(tensors)
+    tensors["a"].detach().zero_()
+    assert copies["a"].tolist() == [1, 1, 1]
+    assert not copies["a"].requires_grad
 
 
 def test_steps_rise_by_number(tmp_path):
     assert checkpoint.steps(tmp_path) == []
     for step in (100_000_000, 100, 99_999_999, 3):  # the first has one digit more than names are padded to
-        checkpoint.save(tmp_path, step, {"step": step})
+        save(tmp_path, step)
     assert checkpoint.steps(tmp_path) == [3, 100, 99_999_999, 100_000_000]
     for step in checkpoint.steps(tmp_path):
-        assert checkpoint.load(tmp_path, step, CPU) == {"step": step}
+        assert_loads(tmp_path, step)
 
 
 def test_other_files_are_no_checkpoints(tmp_path):
-    checkpoint.save(tmp_path, 5, {})
+    save(tmp_path, 5)
     folder = checkpoint.folder_of(tmp_path)
-    for name in (".step_00000009.pt.partial", "step_00000009.pt.partial", "step_9.pt", "step_0000000x.pt", "notes.txt"):
+    for name in (".step_00000009.partial", "step_00000009.partial", "step_9", "step_0000000x", "notes.txt"):
         (folder / name).write_text("")
     assert checkpoint.steps(tmp_path) == [5]
     checkpoint.prune(tmp_path, keep_last=1, keep_every=None)
@@ -91,7 +112,7 @@ def test_other_files_are_no_checkpoints(tmp_path):
 )
 def test_pruning_keeps_the_newest_and_the_multiples(tmp_path, keep_last, keep_every, left):
     for step in range(10, 61, 10):
-        checkpoint.save(tmp_path, step, {"step": step})
+        save(tmp_path, step)
     for _ in range(2):  # the second time there is nothing to do
         checkpoint.prune(tmp_path, keep_last=keep_last, keep_every=keep_every)
         assert checkpoint.steps(tmp_path) == left
@@ -105,104 +126,104 @@ def test_pruning_an_empty_run(tmp_path):
 # Damage
 
 
-def put(run, data, step=5):
-    path = checkpoint.folder_of(run) / f"step_{step:08d}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    return path
+def damages():
+    """Ways to damage the folder of a checkpoint."""
+
+    def change(name, change):
+        def do(path):
+            (file,) = path.glob(name)
+            file.write_bytes(change(file.read_bytes()))
+
+        return do
+
+    for name in ("*.safetensors", "state.json", "SHA256SUMS"):
+        for what, how in {
+            "empty": lambda data: b"",
+            "half": lambda data: data[: len(data) // 2],
+            "short of some bytes": lambda data: data[:-3],
+            "longer": lambda data: data + b"\0",
+            "zeros": lambda data: bytes(len(data)),
+        }.items():
+            yield pytest.param(change(name, how), id=f"{name} {what}")
+        yield pytest.param(lambda path, name=name: next(path.glob(name)).unlink(), id=f"{name} missing")
+    yield pytest.param(lambda path: (path / "more.safetensors").write_bytes(b""), id="a file more")
+    yield pytest.param(lambda path: [file.unlink() for file in path.iterdir()], id="nothing in it")
+
+
+@pytest.mark.parametrize("damage", list(damages()))
+def test_damage_is_found_before_anything_is_read(tmp_path, damage):
+    path = save(tmp_path, 5)
+    damage(path)
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in tensors_of(5).items()}
+    with pytest.raises(WeightsError, match="step_00000005 is damaged"):
+        checkpoint.load(tmp_path, 5, tensors)
+    assert all(not tensor.any() for tensor in tensors.values())
 
 
 def test_a_missing_checkpoint(tmp_path):
     with pytest.raises(WeightsError, match="step_00000005"):
-        checkpoint.load(tmp_path, 5, CPU)
+        checkpoint.load(tmp_path, 5, {})
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
-def test_a_truncated_checkpoint(tmp_path, share):
-    data = checkpoint.save(tmp_path, 5, state_of(5)).read_bytes()
-    path = put(tmp_path, data[: int(len(data) * share)])
-    with pytest.raises(WeightsError, match="cannot read") as caught:
-        checkpoint.load(tmp_path, 5, CPU)
-    assert str(path) in str(caught.value)
+def test_every_flipped_byte_is_found(tmp_path):
+    path = save(tmp_path, 5)
+    for file in path.iterdir():
+        data = file.read_bytes()
+        for place in range(0, len(data), 11):
+            damaged = bytearray(data)
+            damaged[place] ^= 0x20
+            file.write_bytes(damaged)
+            with pytest.raises(WeightsError, match="damaged"):
+                checkpoint.load(tmp_path, 5, {})
+        file.write_bytes(data)
+    assert_loads(tmp_path, 5)
 
 
-def test_a_checkpoint_full_of_zeros(tmp_path):
-    put(tmp_path, bytes(1000))
-    with pytest.raises(WeightsError):
-        checkpoint.load(tmp_path, 5, CPU)
-
-
-@pytest.mark.parametrize("data", [b"hello\n", b"u", b"\x80\x02X"])
-def test_a_file_that_is_something_else(tmp_path, data):
-    put(tmp_path, data)
-    with pytest.raises(WeightsError):
-        checkpoint.load(tmp_path, 5, CPU)
-
-
-def test_a_file_that_holds_something_else(tmp_path):
-    path = checkpoint.folder_of(tmp_path) / "step_00000005.pt"
-    path.parent.mkdir()
-    torch.save([1, 2, 3], path)
-    with pytest.raises(WeightsError):
-        checkpoint.load(tmp_path, 5, CPU)
-
-
-def test_every_flipped_byte_of_the_values_is_found(tmp_path):
-    data = checkpoint.save(tmp_path, 5, state_of(5)).read_bytes()
-    weights = torch.arange(12.0).mul(5).numpy().tobytes()
-    first = data.index(weights)
-    for place in range(first, first + len(weights)):
-        damaged = bytearray(data)
-        damaged[place] ^= 1
-        put(tmp_path, bytes(damaged))
-        with pytest.raises(WeightsError, match="checksum"):
-            checkpoint.load(tmp_path, 5, CPU)
-
-
-def test_a_flipped_byte_anywhere_is_found_or_changes_nothing(tmp_path):
-    data = checkpoint.save(tmp_path, 5, state_of(5)).read_bytes()
-    found = 0
-    for place in range(0, len(data), 7):
-        damaged = bytearray(data)
-        damaged[place] ^= 0x20
-        put(tmp_path, bytes(damaged))
-        try:
-            assert_same(checkpoint.load(tmp_path, 5, CPU), state_of(5))  # in padding between entries
-        except WeightsError:
-            found += 1
-    assert found > 100
+def test_the_sums_are_those_of_the_well_known_tool(tmp_path):
+    path = save(tmp_path, 5)
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=path, check=True, capture_output=True)
 
 
 def test_the_newest_whole_checkpoint_is_taken(tmp_path):
-    assert checkpoint.load_newest(tmp_path, CPU) == (None, [])
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in tensors_of(1).items()}
+    assert checkpoint.load_newest(tmp_path, tensors) == (None, [])
     for step in (10, 20, 30, 40):
-        checkpoint.save(tmp_path, step, state_of(step))
-    put(tmp_path, b"", step=40)
-    whole = (checkpoint.folder_of(tmp_path) / "step_00000030.pt").read_bytes()
-    data = bytearray(whole)
-    data[whole.index(torch.arange(12.0).mul(30).numpy().tobytes()) + 5] ^= 1
-    put(tmp_path, bytes(data), step=30)
-    state, damage = checkpoint.load_newest(tmp_path, CPU)
-    assert_same(state, state_of(20))
-    assert [("step_00000040.pt" in text, "step_00000030.pt" in text) for text in damage] == [
-        (True, False),
-        (False, True),
-    ]
+        save(tmp_path, step)
+    (checkpoint.path_of(tmp_path, 40) / "SHA256SUMS").unlink()
+    (file,) = checkpoint.path_of(tmp_path, 30).glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    values, damage = checkpoint.load_newest(tmp_path, tensors)
+    assert values is not None
+    assert values["step"] == 20
+    assert all(torch.equal(tensors[name], expected) for name, expected in tensors_of(20).items())
+    assert [("step_00000040" in text, "step_00000030" in text) for text in damage] == [(True, False), (False, True)]
     # What is damaged no longer counts, or keeping the newest would delete the good ones.
-    assert checkpoint.steps(tmp_path) == [10, 20]
-    assert [name for name in names(tmp_path) if name.endswith(".damaged")] == [
-        "step_00000030.pt.damaged",
-        "step_00000040.pt.damaged",
-    ]
-    assert checkpoint.load_newest(tmp_path, CPU)[1] == []
+    assert names(tmp_path) == ["step_00000010", "step_00000020", "step_00000030.damaged", "step_00000040.damaged"]
+    assert checkpoint.load_newest(tmp_path, tensors)[1] == []
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path):
     for step in (1, 2):
-        put(tmp_path, b"zeros", step=step)
+        shutil.rmtree(save(tmp_path, step) / "SHA256SUMS", ignore_errors=True)
+        (checkpoint.path_of(tmp_path, step) / "state.json").write_text("{}")
     with pytest.raises(WeightsError, match="No other checkpoint is left"):
-        checkpoint.load_newest(tmp_path, CPU)
+        checkpoint.load_newest(tmp_path, {})
     assert checkpoint.steps(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("others", "word"),
+    [
+        ({"b": torch.zeros(2)}, "b"),
+        ({"a": torch.zeros(4, 4)}, "4, 4"),
+    ],
+)
+def test_a_checkpoint_of_other_networks(tmp_path, others, word):
+    save(tmp_path, 5)
+    with pytest.raises(WeightsError, match=rf"does not fit this run: .*{word}"):
+        checkpoint.load(tmp_path, 5, others)
 
 
 class Bomb:
@@ -215,14 +236,20 @@ class Bomb:
         return open, (self.path, "w")
 
 
-@pytest.mark.parametrize("protocol", ["torch", "pickle"])
-def test_code_in_a_checkpoint_is_not_run(tmp_path, protocol):
-    proof = tmp_path / "proof"
-    path = put(tmp_path, pickle.dumps({"step": Bomb(proof)}, protocol=2))
-    if protocol == "torch":
-        torch.save({"step": Bomb(proof)}, path)
-    with pytest.raises(WeightsError, match=r"UnpicklingError|BadZipFile"):
-        checkpoint.load(tmp_path, 5, CPU)
+@pytest.mark.parametrize("name", ["shard", "state.json", ".metadata"])
+def test_code_in_a_checkpoint_is_not_run(tmp_path, name):
+    """Also not where the sums are right, as those of a checkpoint that somebody made on purpose."""
+    path, proof = save(tmp_path, 5), tmp_path / "proof"
+    file = next((f for f in path.iterdir() if f.name.startswith(name)), path / name)
+    file.write_bytes(pickle.dumps({"step": Bomb(proof)}))
+    sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in path.iterdir() if f.name != "SHA256SUMS"}
+    (path / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in tensors_of(5).items()}
+    if name == ".metadata":  # where torch.distributed.checkpoint keeps a pickle in its own format
+        checkpoint.load(tmp_path, 5, tensors)
+    else:
+        with pytest.raises(WeightsError):
+            checkpoint.load(tmp_path, 5, tensors)
     assert not proof.exists()
 
 
@@ -252,22 +279,6 @@ def test_a_write_that_fails_midway_leaves_what_was_there(tmp_path, error, existe
         assert path.read_bytes() == b"old"
 
 
-def test_a_checkpoint_that_fails_midway_leaves_the_old_one(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, 5, state_of(5))
-
-    def torn(state, path):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", torn)
-    for step in (5, 6):
-        with pytest.raises(RunError, match="no space left"):
-            checkpoint.save(tmp_path, step, state_of(step))
-    monkeypatch.undo()
-    assert names(tmp_path) == ["step_00000005.pt"]
-    assert_same(checkpoint.load(tmp_path, 5, CPU), state_of(5))
-
-
 def test_the_new_file_is_complete_before_it_has_its_name(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
@@ -282,12 +293,34 @@ def test_the_new_file_is_complete_before_it_has_its_name(tmp_path):
     assert path.read_bytes() == b"new"
 
 
-def test_what_a_killed_write_left_is_overwritten(tmp_path):
-    put(tmp_path, b"").unlink()
-    (checkpoint.folder_of(tmp_path) / ".step_00000005.pt.partial").write_bytes(b"left over" * 1000)
-    checkpoint.save(tmp_path, 5, state_of(5))
-    assert names(tmp_path) == ["step_00000005.pt"]
-    assert_same(checkpoint.load(tmp_path, 5, CPU), state_of(5))
+@pytest.mark.parametrize("step", [5, 6])
+def test_a_checkpoint_that_fails_midway_leaves_the_old_one(tmp_path, monkeypatch, step):
+    before = files_of(save(tmp_path, 5))
+
+    def torn(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "sync", torn)
+    with pytest.raises(RunError, match="no space left"):
+        save(tmp_path, step)
+    monkeypatch.undo()
+    assert names(tmp_path) == ["step_00000005"]
+    assert files_of(checkpoint.path_of(tmp_path, 5)) == before
+
+
+def test_what_a_kill_left_is_cleaned(tmp_path):
+    save(tmp_path, 4)
+    for name in (".step_00000005.partial", ".step_00000003.deleted"):
+        (checkpoint.folder_of(tmp_path) / name).mkdir()
+        (checkpoint.folder_of(tmp_path) / name / "left.safetensors").write_bytes(b"left over" * 1000)
+    save(tmp_path, 5)
+    checkpoint.clean(tmp_path)
+    assert names(tmp_path) == ["step_00000004", "step_00000005"]
+    assert_loads(tmp_path, 5)
+
+
+def test_cleaning_a_new_run(tmp_path):
+    checkpoint.clean(tmp_path)
 
 
 @contextlib.contextmanager
@@ -303,7 +336,7 @@ def files_of_2000_bytes():
 
 
 def save_checkpoint(run):
-    checkpoint.save(run, 5, {"a": torch.zeros(10_000)})
+    checkpoint.save(run, 5, {"a": torch.zeros(10_000)}, {})
 
 
 def save_weights(run):

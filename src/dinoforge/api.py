@@ -5,34 +5,34 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
 
 from dinoforge import checkpoint, features, weights
 from dinoforge.config import Eval, Recipe, dump, load_recipe
 from dinoforge.data.batch import Batch, prepare
 from dinoforge.data.loader import STOP_SIGNALS, Skipped, inspect, make_loader
-from dinoforge.data.sources import Source, open_source, read_labels
-from dinoforge.errors import DataError, RecipeError, TrainingError
+from dinoforge.data.sources import Source, open_source, printable, read_labels
+from dinoforge.errors import DataError, RecipeError, RunError, TrainingError, WeightsError
 from dinoforge.evaluation.knn import KnnResult, run_knn
-from dinoforge.files import write_atomically
-from dinoforge.models.vit import VisionTransformer
+from dinoforge.models.vit import VisionTransformer, draw_kept_samples
 from dinoforge.training import bench as benchmarks
 from dinoforge.training import build, loop
 from dinoforge.training import device as devices
 from dinoforge.training import plan as plans
+from dinoforge.training import replay as replays
 from dinoforge.training.metrics import Display, JsonLines, MetricsHook, Sink, TensorBoard, check_writable, duration
 from dinoforge.training.run import DataIdentity, RunDirectory
+from dinoforge.training.saver import Saver
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def train(
         RecipeError: a key or value that cannot be; before work starts.
         DataError: no usable images; too many unreadable ones.
         RunError: ``out`` is another run's, or cannot be written.
-        TrainingError: a loss or gradient that is not finite.
+        TrainingError: losses or gradients that stay non-finite; see docs/reliability.md.
     """
     console = console or Console()
     resolved, ignored = load_recipe(recipe, _flat_keys(keys))
@@ -118,38 +118,32 @@ def _train(
     check_writable(run.path)
     run.require_space(int((recipe.checkpoint.keep_last + 1) * _checkpoint_bytes(plan)))
     devices.keep_freed_memory(device)
+    checkpoint.clean(run.path)
     state = build.build_state(recipe, device, images=len(source))
-    saved, damage = checkpoint.load_newest(run.path, device)
+    saved, damage = checkpoint.load_newest(run.path, state.tensors())
     for sentence in damage:
         say(f"\n{sentence}. It is set aside; continuing from the one before it.")
-    if saved is None and recipe.init.weights is not None:
-        given = load(recipe.init.weights)
-        reshaped = build.initialise(state.student_teacher, given.network, recipe.init.in_chans)
-        for note in (f"from {recipe.init.weights}", *given.notes, *reshaped):
-            say(f"init     {note}")
-    if saved is not None:
-        state.load_state_dict(saved)
+    if saved is None:
+        _initialise(state, recipe, say)
+    else:
+        state.load_values(saved)
         say(f"\nContinuing at step {state.step:,} of {plan.length.steps:,}.")
     run.list_skipped(state.bad_images.skipped.values(), first=True)
     run.record_start(recipe, identity, device=device, precision=plan.precision, step=state.step)
 
-    saver = _Saver(run, state, plan, image)
     limit = recipe.train.max_minutes
     first_step = state.step
-    batches = make_loader(
-        build.build_data(recipe, source),
-        start_step=first_step,
-        end_step=plan.length.steps,
-        num_workers=plan.num_workers,
-        pin_memory=device.type == "cuda",
-    )
     metrics_file = JsonLines(run.metrics, first_step=first_step)
     sinks: list[Sink] = [metrics_file]
     board = TensorBoard(run.path / "tensorboard", first_step=first_step) if recipe.log.tensorboard else None
     if board:
         sinks.append(board)
     say("")
-    with _Stop(limit) as stop, Display(console, total_steps=plan.length.steps, first_step=first_step) as display:
+    with (
+        _Stop(limit) as stop,
+        Display(console, total_steps=plan.length.steps, first_step=first_step) as display,
+        Saver(run, state, plan, image, say) as saver,
+    ):
         metrics_hook = MetricsHook(
             sinks,
             display,
@@ -158,25 +152,47 @@ def _train(
             batch_size=plan.length.batch_size,
             device=device,
         )
+        faults = _NonFinite(run, state, plan, source, say)
         try:
-            loop.train(
-                state,
-                batches,
-                plan.schedules,
-                seed=recipe.train.seed,
-                samples_per_step=plan.length.batch_size,
-                drop_path_rates=build.build_drop_path_rates(recipe),
-                clip_grad=recipe.optim.clip_grad,
-                prepare=partial(prepare, device=device, mean=image.mean, std=image.std),
-                autocast=partial(devices.autocast, device, plan.precision),
-                hooks=[metrics_hook, saver],
-                should_stop=stop,
-                on_skipped=lambda new: _tell_skipped(run, say, new),
-                on_non_finite=partial(_stop_on_non_finite, run),
-            )
-            saver.save()
+            while True:
+                batches = make_loader(
+                    build.build_data(recipe, source),
+                    start_step=state.next_batch,
+                    end_step=plan.length.steps + state.passed_over,
+                    num_workers=plan.num_workers,
+                    pin_memory=device.type == "cuda",
+                    timeout=recipe.data.timeout,
+                )
+                try:
+                    loop.train(
+                        state,
+                        batches,
+                        plan.schedules,
+                        seed=recipe.train.seed,
+                        samples_per_step=plan.length.batch_size,
+                        drop_path_rates=build.build_drop_path_rates(recipe),
+                        clip_grad=recipe.optim.clip_grad,
+                        prepare=partial(prepare, device=device, mean=image.mean, std=image.std),
+                        autocast=partial(devices.autocast, device, plan.precision),
+                        hooks=[metrics_hook, saver],
+                        should_stop=stop,
+                        on_skipped=lambda new: _tell_skipped(run, say, new),
+                        on_non_finite=faults,
+                    )
+                    break
+                except _RollBackError:
+                    saver.wait()
+                    _roll_back(run, state, recipe, say)
+                    for sink in (metrics_file, board):
+                        if sink:
+                            sink.cut(state.step)
+                except DataError:
+                    saver.finish()  # what was done until then
+                    raise
+                finally:
+                    batches.close()  # ends the workers
+            saver.finish()
         finally:
-            batches.close()  # ends the workers
             metrics_file.close()
             if board:
                 board.close()
@@ -192,6 +208,88 @@ def _train(
             "Run the same command again to continue."
         )
     return result
+
+
+def _initialise(state: loop.TrainState, recipe: Recipe, say: Callable[[str], object]) -> None:
+    """Puts the weights that the recipe names into a fresh state."""
+    if recipe.init.weights is not None:
+        given = load(recipe.init.weights)
+        reshaped = build.initialise(state.student_teacher, given.network, recipe.init.in_chans)
+        for note in (f"from {recipe.init.weights}", *given.notes, *reshaped):
+            say(f"init     {note}")
+
+
+def _roll_back(run: RunDirectory, state: loop.TrainState, recipe: Recipe, say: Callable[[str], object]) -> None:
+    """Takes the state of the newest checkpoint, or of the start, and leaves out the batches since."""
+    tensors, batch, step = state.tensors(), state.next_batch, state.step
+    values, damage = checkpoint.load_newest(run.path, tensors)
+    for sentence in damage:
+        say(f"{sentence}. It is set aside.")
+    if values is None:
+        device = next(state.student_teacher.parameters()).device
+        fresh = build.build_state(recipe, device, images=state.bad_images.length)
+        _initialise(fresh, recipe, say)
+        with torch.no_grad():
+            for name, tensor in fresh.tensors().items():
+                tensors[name].copy_(tensor)
+        values = fresh.values()
+    state.go_back(values)
+    say(
+        f"rollback   at step {step:,}, the last {recipe.train.max_skips} of them skipped: back to step {state.step:,}, "
+        f"and on with the batches from number {batch:,} (rollback {state.rollbacks} of {recipe.train.max_rollbacks})"
+    )
+
+
+def replay(
+    model: str | Path, batch: str | Path, *, precision: Literal["recipe", "fp32"] = "recipe"
+) -> tuple[replays.Findings, replays.SavedBatch, int]:
+    """Runs a saved batch again with the weights of the newest checkpoint that is not later.
+
+    Args:
+        model: the run directory.
+        batch: a file of its folder ``non_finite``.
+        precision: of the forward pass; ``recipe`` as in the run.
+
+    Returns:
+        What was found, the batch, and the step of the checkpoint; 0 without one, for the weights of the start.
+
+    Raises:
+        RunError: no run.
+        WeightsError: no such batch, or one that does not fit the run.
+    """
+    run = RunDirectory(Path(model))
+    if not run.exists:
+        raise RunError(f"{model} is no run directory: it has no recipe.yaml and run.json")
+    recipe = run.recipe()
+    saved = replays.load_batch(Path(batch))
+    device = devices.resolve_device(recipe.device)
+    images = run.info()["data"]["images"]
+    state = build.build_state(recipe, device, images=images)
+    steps = [step for step in checkpoint.steps(run.path) if step <= saved.step]
+    if steps:
+        checkpoint.load(run.path, steps[-1], state.tensors())
+    else:
+        _initialise(state, recipe, lambda text: None)
+    expected = (recipe.student.in_chans, recipe.crops.global_crops_size)
+    came = tuple(saved.batch.global_crops.shape[1:3])
+    if came != expected:
+        raise WeightsError(f"{batch} is of another run: channels and size of its crops are {came}, not {expected}")
+
+    length = build.run_length(recipe, images=images)
+    schedules = build.build_schedules(recipe, length)
+    kept = None
+    if any(rates := build.build_drop_path_rates(recipe)):
+        sizes = [len(crops) for crops in state.student_teacher.student_crops(saved.batch)]
+        kept = draw_kept_samples(rates, sizes, loop.depth_generator(recipe.train.seed, saved.number))
+    dtype = devices.resolve_precision(recipe.precision if precision == "recipe" else "fp32", device)
+    findings = replays.find(
+        state.student_teacher,
+        saved.batch.to(device),
+        schedules(min(saved.step, length.steps - 1)),
+        kept=kept,
+        autocast=partial(devices.autocast, device, dtype),
+    )
+    return findings, saved, steps[-1] if steps else 0
 
 
 def bench(data: Any, recipe: str | Path | Recipe = "small", *, seconds: float = 10.0, **keys: Any) -> benchmarks.Report:
@@ -376,49 +474,6 @@ def _checkpoint_bytes(plan: plans.Plan) -> float:
     return sum(plan.parameters.values()) * 4 * 4 * 1.05  # student, teacher, two moments
 
 
-class _Saver:
-    """Saves the run every so many steps or minutes."""
-
-    def __init__(self, run: RunDirectory, state: loop.TrainState, plan: plans.Plan, image: weights.ImageInput) -> None:
-        self.run, self.state, self.plan, self.image = run, state, plan, image
-        self.settings = plan.recipe.checkpoint
-        self._saved_step: int | None = None
-        self._saved_time = time.monotonic()
-
-    def __call__(self, report: loop.StepReport) -> None:
-        every, minutes = self.settings.every_steps, self.settings.every_minutes
-        due = (every and self.state.step % every == 0) or (
-            minutes and time.monotonic() - self._saved_time >= minutes * 60
-        )
-        if due:
-            self.save()
-
-    def save(self) -> None:
-        """Saves the state, the backbone and the summary, unless that is done for this step."""
-        if self._saved_step == self.state.step:
-            return
-        step = self.state.step
-        checkpoint.save(self.run.path, step, self.state.state_dict())
-        checkpoint.prune(self.run.path, keep_last=self.settings.keep_last, keep_every=self.settings.keep_every)
-        architecture = build.vit_arguments(self.plan.recipe)
-        network = self.state.student_teacher.teacher["backbone"]
-        assert isinstance(network, VisionTransformer)
-        weights.save_backbone(self.run.teacher, weights.Backbone(network, architecture, self.image, step))
-        self.run.write_summary(
-            {
-                "finished": step >= self.plan.length.steps,
-                "steps": step,
-                "total_steps": self.plan.length.steps,
-                "images": self.plan.length.images,
-                "batch_size": self.plan.length.batch_size,
-                "train_seconds": round(self.state.seconds, 1),
-                "images_per_second": round(step * self.plan.length.batch_size / max(self.state.seconds, 1e-9), 1),
-                "skipped_images": len(self.state.bad_images.skipped),
-            }
-        )
-        self._saved_step, self._saved_time = step, time.monotonic()
-
-
 class _Stop:
     """Whether training should stop: on Ctrl-C and other signals, after a time. A second Ctrl-C leaves at once."""
 
@@ -454,13 +509,68 @@ def _tell_skipped(run: RunDirectory, say: Any, new: list[Skipped]) -> None:
     run.list_skipped((name, reason) for _, name, reason in new)
 
 
-def _stop_on_non_finite(run: RunDirectory, batch: Batch, step: int, values: dict[str, float]) -> NoReturn:
-    path = run.path / f"non_finite_step_{step}.safetensors"
-    tensors = {k: v.detach().cpu().contiguous() for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary))
-    terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-    raise TrainingError(
-        f"loss or gradient is not finite at step {step}: {terms}. Nothing was updated; the batch is saved as {path}. "
-        "A lower optim.base_lr, a longer optim.warmup_length or precision=fp32 are the usual remedies; the run "
-        "continues from its last checkpoint."
-    )
+class _RollBackError(Exception):
+    """Too many steps in a row whose loss or gradients are not finite."""
+
+
+class _NonFinite:
+    """What happens when a step was skipped since its loss or gradients are not finite.
+
+    The batch is kept; after ``train.max_skips`` in a row the run goes back; after ``train.max_rollbacks`` it ends.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        state: loop.TrainState,
+        plan: plans.Plan,
+        source: Source,
+        say: Callable[[str], object],
+    ) -> None:
+        self.run, self.state, self.plan, self.source, self.say = run, state, plan, source, say
+
+    def __call__(self, batch: Batch, terms: dict[str, float]) -> None:
+        state, train = self.state, self.plan.recipe.train
+        step, number = state.step - 1, state.next_batch - 1
+        told = f"loss or gradients are not finite at step {step:,} ({replays.describe_terms(terms)})"
+        path = self.run.non_finite / f"batch_{number:08d}.safetensors"
+        kept = len(list(self.run.non_finite.glob("*.safetensors"))) if self.run.non_finite.is_dir() else 0
+        names = tuple(printable(self.source.name(i)) for i in batch.indices.tolist())
+        if kept < _KEPT_BATCHES:
+            replays.save_batch(path, replays.SavedBatch(batch, step, number, names, terms))
+            told += f"; the batch is {path}"
+        self.say(f"skipped  {told}. Nothing was updated.")
+        if state.skipped_in_a_row < train.max_skips:
+            return
+        if state.rollbacks < train.max_rollbacks:
+            raise _RollBackError
+        findings = self._look(batch, step, number)
+        raise TrainingError(
+            f"{state.skipped_in_a_row} steps in a row, up to step {step:,}, gave losses or gradients that are not "
+            f"finite, and {state.rollbacks} rollbacks did not help. The last batch, looked at again:\n"
+            f"{replays.describe(findings, names)}\n"
+            f"{_advice(findings, len(names), self.plan)}\n"
+            f"The checkpoints are from before these steps; the batches are in {self.run.non_finite}, to be looked at "
+            f"by: dinoforge replay {self.run.path} --batch FILE"
+        )
+
+    def _look(self, batch: Batch, step: int, number: int) -> replays.Findings:
+        kept = None
+        if any(rates := build.build_drop_path_rates(self.plan.recipe)):
+            sizes = [len(crops) for crops in self.state.student_teacher.student_crops(batch)]
+            kept = draw_kept_samples(rates, sizes, loop.depth_generator(self.plan.recipe.train.seed, number))
+        autocast = partial(devices.autocast, self.plan.device, self.plan.precision)
+        return replays.find(self.state.student_teacher, batch, self.plan.schedules(step), kept=kept, autocast=autocast)
+
+
+_KEPT_BATCHES = 20
+
+
+def _advice(findings: replays.Findings, images: int, plan: plans.Plan) -> str:
+    """Which keys to try."""
+    if 0 < len(findings.images) < images:
+        return "Some images alone do it: look at them, or at data.mean and data.std."
+    lower = f"a lower optim.base_lr (now {plan.recipe.optim.base_lr:g}) or a longer optim.warmup_length"
+    if plan.precision is torch.float32:
+        return f"It is not single images: try {lower}."
+    return f"It is not single images: try precision=fp32, {lower}."

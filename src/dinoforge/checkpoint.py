@@ -1,31 +1,44 @@
-"""Checkpoints of a run: everything that continuing needs, in one file per step."""
+"""Checkpoints of a run: everything that continuing needs, in one folder per step.
 
+step_00000100/
+    shard-….safetensors   every tensor, by torch.distributed.checkpoint
+    state.json            every number
+    SHA256SUMS            of the files above, as `sha256sum --check` reads it
+
+A folder is written aside, brought to disk, and only then gets its name; it loses its name before it is deleted. So
+whatever moment the process is killed at, a folder with a checkpoint's name is a whole checkpoint, and what later
+happens to its files is found by their sums. There is no pickle in it: nothing in a checkpoint can run code.
+"""
+
+import hashlib
+import json
 import re
-import zipfile
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
-from dinoforge.errors import WeightsError
-from dinoforge.files import write_atomically
+from dinoforge.errors import RunError, WeightsError
+from dinoforge.files import sync, sync_folder, writing_error
 
-_NAME = re.compile(r"step_(\d{8,})\.pt")
+_NAME = re.compile(r"step_(\d{8,})")
+_STATE, _SUMS = "state.json", "SHA256SUMS"
+_FILE_BYTES = 2**28
+"""Tensors of one file, roughly. A file is put together in memory, so this bounds what writing takes beyond them."""
 
 
 def folder_of(run: Path) -> Path:
     return run / "checkpoints"
 
 
-def save(run: Path, step: int, state: dict[str, Any]) -> Path:
-    """Writes the state after ``step`` steps; the file is complete or not there.
-
-    Raises:
-        RunError: no space, or not writable.
-    """
-    path = folder_of(run) / f"step_{step:08d}.pt"
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
-    return path
+def path_of(run: Path, step: int) -> Path:
+    return folder_of(run) / f"step_{step:08d}"
 
 
 def steps(run: Path) -> list[int]:
@@ -35,49 +48,84 @@ def steps(run: Path) -> list[int]:
     return sorted(int(m[1]) for m in names)
 
 
-def load(run: Path, step: int, device: torch.device) -> dict[str, Any]:
-    """The state after ``step`` steps. Nothing in the file can run code.
+def save(run: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Path:
+    """Writes the state after ``step`` steps; it is complete or not there.
+
+    Args:
+        run: the run directory.
+        step: steps done.
+        tensors: on any device.
+        values: everything else, as JSON has it.
 
     Raises:
-        WeightsError: the file is damaged (a changed byte is found by its checksum) or is no checkpoint.
+        RunError: no space, or not writable.
     """
-    path = folder_of(run) / f"step_{step:08d}.pt"
+    path = path_of(run, step)
+    aside = path.with_name(f".{path.name}.partial")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if damaged := archive.testzip():
-                raise WeightsError(f"the checkpoint {path} is damaged: the checksum of {damaged} is wrong")
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except WeightsError:
-        raise
-    except Exception as error:  # the readers raise whatever damaged bytes make them stumble over
-        raise WeightsError(f"cannot read the checkpoint {path} ({type(error).__name__})") from error
-    if not isinstance(state, dict) or "step" not in state:
-        raise WeightsError(f"{path} is no checkpoint of a run")
-    return state
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        _write_tensors(aside, tensors)
+        (aside / _STATE).write_text(json.dumps(values), encoding="utf-8")
+        sums = [f"{_sum_of(file)}  {file.name}\n" for file in sorted(aside.iterdir())]
+        (aside / _SUMS).write_text("".join(sums), encoding="utf-8")
+        for file in aside.iterdir():
+            sync(file)
+        sync_folder(aside)
+        _remove(path)
+        aside.rename(path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors tell a full disk their own way
+        reason = writing_error(path, error)  # before what was written is removed, or a full disk has room again
+        raise reason from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return path
 
 
-def load_newest(run: Path, device: torch.device) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest state that can be read, and what is wrong with those that are newer.
+def load(run: Path, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Reads the state after ``step`` steps: writes into ``tensors``, and returns the values.
 
-    Damaged files are set aside as ``….damaged``: they must not count among the checkpoints that are kept.
+    Raises:
+        WeightsError: the checkpoint is damaged (a changed byte is found by the sums), or is of other networks.
+    """
+    path = path_of(run, step)
+    values = _verified(path)
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load as read
+
+    try:
+        with _own_errors():
+            read(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    except (OSError, RuntimeError, ValueError, AssertionError, SafetensorError) as error:
+        raise WeightsError(f"the checkpoint {path} does not fit this run: {error}") from error
+    return values
+
+
+def load_newest(run: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any] | None, list[str]]:
+    """Reads the newest checkpoint that is whole, as ``load`` does.
+
+    Damaged ones are set aside as ``….damaged``: they must not count among the checkpoints that are kept.
 
     Returns:
-        The state, None if there is no checkpoint yet; and a sentence on each damaged one.
+        Its values, None if there is no checkpoint yet; and a sentence on each damaged one.
 
     Raises:
-        WeightsError: there are checkpoints, and none can be read.
+        WeightsError: there are checkpoints, and none is whole; or one is of other networks.
     """
     damage = []
     for step in reversed(steps(run)):
         try:
-            state = load(run, step, device)
+            _verified(path_of(run, step))
         except WeightsError as error:
             damage.append(str(error))
             continue
         for bad in (s for s in steps(run) if s > step):
-            path = folder_of(run) / f"step_{bad:08d}.pt"
-            path.replace(path.with_name(path.name + ".damaged"))
-        return state, damage
+            path = path_of(run, bad)
+            aside = path.with_name(path.name + ".damaged")
+            _remove(aside)
+            path.rename(aside)
+        return load(run, step, tensors), damage
     if damage:
         raise WeightsError(
             f"{'; '.join(damage)}. No other checkpoint is left: restore one, or delete {folder_of(run)} to start anew"
@@ -86,7 +134,87 @@ def load_newest(run: Path, device: torch.device) -> tuple[dict[str, Any] | None,
 
 
 def prune(run: Path, *, keep_last: int, keep_every: int | None) -> None:
-    """Deletes checkpoints except the newest ``keep_last`` and those at multiples of ``keep_every``."""
+    """Deletes checkpoints except the newest ``keep_last`` and those at multiples of ``keep_every``.
+
+    Raises:
+        RunError: one cannot be deleted.
+    """
     for step in steps(run)[:-keep_last]:
         if keep_every is None or step % keep_every:
-            (folder_of(run) / f"step_{step:08d}.pt").unlink(missing_ok=True)
+            try:
+                _remove(path_of(run, step))
+            except OSError as error:
+                raise RunError(f"cannot delete the old checkpoint {path_of(run, step)}: {error.strerror}") from error
+
+
+def clean(run: Path) -> None:
+    """Deletes what writing and deleting left half-done when the process was killed."""
+    if (folder := folder_of(run)).is_dir():
+        for left in [*folder.glob(".step_*.partial"), *folder.glob(".step_*.deleted")]:
+            shutil.rmtree(left)
+
+
+def _remove(path: Path) -> None:
+    """Takes its name from a folder before its files, so that it is never seen with some of them."""
+    if path.exists():
+        gone = path.with_name(f".{path.name.lstrip('.')}.deleted")
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)
+        shutil.rmtree(gone)
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as write
+
+    files: dict[str, int] = {}
+    room, number = _FILE_BYTES, 1
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room < _FILE_BYTES:
+            room, number = _FILE_BYTES, number + 1
+        files[name] = number
+        room -= tensor.nbytes
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
+    with _own_errors():
+        write(dict(tensors), storage_writer=writer, no_dist=True)
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Takes an error out of what torch.distributed.checkpoint wraps it in, which is no ``Exception``."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+    try:
+        yield
+    except CheckpointException as error:
+        first, _ = next(iter(error.failures.values()))
+        raise first from None
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """The values of a checkpoint, if every byte of every file is as it was written."""
+    damaged = f"the checkpoint {path} is damaged"
+    try:
+        lines = (path / _SUMS).read_text(encoding="ascii").splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        names = {file.name for file in path.iterdir()} - {_SUMS}
+        if sums.keys() != names:
+            raise WeightsError(f"{damaged}: {', '.join(sorted(sums.keys() ^ names))} missing or not its own")
+        if wrong := [name for name, digest in sorted(sums.items()) if _sum_of(path / name) != digest]:
+            raise WeightsError(f"{damaged}: the checksum of {', '.join(wrong)} is wrong")
+        values: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{damaged}: {_SUMS} or {_STATE} cannot be read ({type(error).__name__})") from error
+    return values
+
+
+def _sum_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as they are now, in the processor's memory: to be saved while training goes on."""
+    with torch.no_grad():
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

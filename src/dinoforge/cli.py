@@ -58,6 +58,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_keys(train, "recipe keys, such as train.steps=2000")
     train.set_defaults(run=_train, parser=train)
 
+    replay = commands.add_parser(
+        "replay",
+        help="run a batch again whose loss or gradients were not finite",
+        description="Runs a batch that a run has saved through the networks of the newest checkpoint that is not "
+        "later, and says where values stop being finite. Changes nothing.",
+        epilog="example: dinoforge replay runs/photos --batch runs/photos/non_finite/batch_00000120.safetensors",
+    )
+    replay.add_argument("model", metavar="RUN", help="run directory")
+    replay.add_argument("--batch", required=True, metavar="FILE", help="a file of RUN/non_finite")
+    replay.add_argument(
+        "--precision", choices=("recipe", "fp32"), default="recipe", help="of the forward pass; default: recipe"
+    )
+    replay.set_defaults(run=_replay, parser=replay)
+
     bench = commands.add_parser(
         "bench",
         help="measure what limits a run on this machine: data or step",
@@ -151,6 +165,22 @@ def _train(options: argparse.Namespace) -> int:
 
     result = train(options.data, options.recipe, options.out, dry_run=options.dry_run, **keys)
     return _EXIT_SIGNALS.get(result.stopped_by or "", 0)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from dinoforge.api import replay
+    from dinoforge.training.replay import describe, describe_terms
+
+    findings, saved, step = replay(options.model, options.batch, precision=options.precision)
+    print(f"batch      number {saved.number:,}, skipped at step {saved.step:,}: {describe_terms(saved.terms)}")
+    print(f"weights    of step {step:,}")
+    print(describe(findings, saved.names))
+    if findings.finite:
+        print(
+            f"With these weights all is finite. They are of {saved.step - step:,} steps before: what happened since "
+            "did it, not the images alone. Try a lower optim.base_lr or a longer optim.warmup_length."
+        )
+    return 0
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -71,6 +71,8 @@ class Train:
     epochs: float | None = None  # ours: or in passes over the user's images; neither: optim.epochs nominal epochs
     max_minutes: float | None = None  # ours: stop with a checkpoint after that long; schedules do not change
     threads: int | None = None  # ours: compute threads; null: all processors
+    max_skips: int = 3  # ours: steps in a row without finite loss and gradients; then back to the last checkpoint
+    max_rollbacks: int = 3  # ours: that many times; then the run ends
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ class Data:
     max_pixels: int = 178_956_970  # larger images are refused
     reduced_decode: bool = False  # decode a large JPEG only at the scale that its crops need
     max_bad_share: float = 0.1  # of the images; above it the run stops
+    timeout: float = 600.0  # seconds for a batch; then a worker hangs, and the run stops
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,7 @@ class Checkpoint:
     every_minutes: float | None = 10.0
     keep_last: int = 2
     keep_every: int | None = None  # additionally keep every checkpoint whose step is a multiple
+    asynchronous: bool = True  # write while training goes on; takes memory for a copy of what is written
 
 
 @dataclass(frozen=True)
@@ -235,7 +239,16 @@ WITHOUT_MEANING: dict[str, str] = {
 }
 
 # Keys that may differ between a run and its continuation.
-FREE_KEYS = ("train.num_workers", "train.max_minutes", "checkpoint.", "log.", "eval.")
+FREE_KEYS = (
+    "train.num_workers",
+    "train.max_minutes",
+    "train.max_skips",
+    "train.max_rollbacks",
+    "data.timeout",
+    "checkpoint.",
+    "log.",
+    "eval.",
+)
 
 # Of each group, a layer (file, command line) that names one key takes the others' values of lower layers away.
 _ALTERNATIVES = (
@@ -502,7 +515,7 @@ def _validate(recipe: Recipe) -> None:
         _require(flat[f"{key}.student_temp"] > 0, f"{key}.student_temp: expected more than 0")
     at_least_one = (
         "train.batch_size_per_gpu train.OFFICIAL_EPOCH_LENGTH train.steps train.sinkhorn_iterations train.threads "
-        "student.patch_size student.in_chans student.embed_dim student.depth student.num_heads "
+        "train.max_skips student.patch_size student.in_chans student.embed_dim student.depth student.num_heads "
         "crops.global_crops_size crops.local_crops_size eval.size checkpoint.every_steps checkpoint.keep_last "
         "checkpoint.keep_every log.every_steps ibot.mask_min_patches data.max_pixels"
     )
@@ -515,12 +528,19 @@ def _validate(recipe: Recipe) -> None:
     for key in (
         "optim.weight_decay_end optim.clip_grad optim.patch_embed_lr_mult student.layerscale "
         "student.interpolate_offset student.num_register_tokens augment.brightness augment.contrast augment.saturation "
-        "augment.hue crops.local_crops_number train.num_workers train.seed"
+        "augment.hue crops.local_crops_number train.num_workers train.seed train.max_rollbacks"
     ).split():
         _require(flat[key] is None or flat[key] >= 0, f"{key}: expected 0 or more, got {flat[key]}")
     for key in ("optim.layerwise_decay", "optim.base_lr", "teacher.teacher_temp", "teacher.warmup_teacher_temp"):
         _require(flat[key] > 0, f"{key}: expected more than 0, got {flat[key]:g}")
-    for key in ("train.epochs", "train.max_minutes", "checkpoint.every_minutes", "student.mlp_ratio", "optim.epochs"):
+    for key in (
+        "train.epochs",
+        "train.max_minutes",
+        "checkpoint.every_minutes",
+        "student.mlp_ratio",
+        "optim.epochs",
+        "data.timeout",
+    ):
         _require(flat[key] is None or flat[key] > 0, f"{key}: expected more than 0, got {flat[key]}")
     for key in (
         "ibot.mask_sample_probability augment.horizontal_flip augment.vertical_flip augment.jitter_probability "

@@ -22,10 +22,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors tell a full disk their own way
         raise writing_error(path, error) from error
     finally:
@@ -56,7 +55,14 @@ def _is_full(folder: Path) -> bool:
         return False
 
 
-def _sync_folder(folder: Path) -> None:
+def sync(file: Path) -> None:
+    """Brings a file's content to disk."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings a folder's names to disk."""
     if os.name == "nt":  # folders cannot be opened there
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import dinoforge
 from dinoforge import api
-from dinoforge.errors import DataError, RecipeError, RunError, TrainingError, WeightsError
+from dinoforge.errors import DataError, RecipeError, RunError, WeightsError
 
 TINY = {
     "student.embed_dim": 48,
@@ -190,14 +190,14 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(images, 
     dinoforge.train(images, "small", run, **settings | more)
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps(summary | {"finished": False}))  # as if killed before its last line
-    newest = run / "checkpoints" / "step_00000040.pt"
+    (newest,) = (run / "checkpoints" / "step_00000040").glob("*.safetensors")
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
     capsys.readouterr()
     assert dinoforge.train(images, "small", run, **settings | more).finished
     output = capsys.readouterr().out
-    assert "step_00000040.pt is damaged" in output
+    assert "step_00000040 is damaged" in output
     assert "Continuing at step 30" in output
     assert losses_of(run) == losses_of(undisturbed)
     ours, theirs = load_file(run / "teacher.safetensors"), load_file(undisturbed / "teacher.safetensors")
@@ -287,7 +287,7 @@ def test_run_directory_explains_itself(images, undisturbed):
 def test_checkpoints_are_kept_as_asked(images, tmp_path):
     settings = TINY | {"checkpoint.every_steps": 2, "checkpoint.keep_last": 2, "checkpoint.keep_every": 8}
     run = dinoforge.train(images, "small", tmp_path / "run", **settings).out
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [f"step_{i:08d}.pt" for i in (8, 16, 18, 20)]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [f"step_{i:08d}" for i in (8, 16, 18, 20)]
 
 
 def test_dry_run_writes_nothing_and_tells_everything(images, tmp_path):
@@ -383,18 +383,6 @@ def test_tiny_and_large_images(tmp_path):
     result = dinoforge.train(folder, "small", tmp_path / "run", **TINY | {"train.steps": 3})
     assert result.finished
     assert metrics_of(result.out)[-1]["skipped_images"] == 0
-
-
-def test_loss_that_is_not_finite_stops_with_the_batch(images, tmp_path):
-    run = tmp_path / "run"
-    settings = TINY | {"optim.base_lr": 1e30, "optim.warmup_length": "0 steps", "optim.clip_grad": 0}
-    with pytest.raises(TrainingError, match=r"step \d+: dino_local .*total .*batch is saved as") as error:
-        dinoforge.train(images, "small", run, **settings)
-    saved = next(run.glob("non_finite_step_*.safetensors"))
-    assert str(saved) in str(error.value)
-    batch = load_file(saved)
-    assert batch["global_crops"].shape == (16, 1, 32, 32)
-    assert set(batch) >= {"masks", "local_crops", "indices"}
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,12 @@ run was stopped, or, at equal global batch, on the number of ranks.
 
 import hashlib
 import math
+import multiprocessing
+import os
+import re
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +24,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dinoforge.data.batch import Batch, collate_photometry, masked_patches
 from dinoforge.data.crops import CropParameters, MultiCrop, on_reduced, reduction
@@ -42,6 +46,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1
 """What stops a run. Schedulers announce the end of a job by SIGTERM, or by a signal of the user's choice."""
 
 _FEISTEL_ROUNDS = 8
+_LOOK_SECONDS = 5.0
 _MASK64 = (1 << 64) - 1
 
 
@@ -150,6 +155,8 @@ class TrainingData(Dataset[Batch | Failure]):
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
+        self.on_image: Callable[[int], None] | None = None
+        """Told the index of each image before it is read, and -1 when a batch is done."""
 
     def __getitem__(self, step: int) -> Batch | Failure:
         """Make this rank's part of the global batch of a step."""
@@ -172,6 +179,8 @@ class TrainingData(Dataset[Batch | Failure]):
                 room = global_crops[:, place], local_crops[:, place]
                 self.crops.make(image, parameters, *room, photometry=self.photometry)
         masks = self._masks(first)
+        if self.on_image:
+            self.on_image(-1)
         return Batch(
             global_crops=global_crops.flatten(0, 1),
             local_crops=local_crops.flatten(0, 1),
@@ -192,6 +201,8 @@ class TrainingData(Dataset[Batch | Failure]):
             else:
                 index = int(sample_rng(self.seed, position, f"replacement {attempt}").integers(len(self.source)))
             rng = sample_rng(self.seed, position, f"crops {attempt}")
+            if self.on_image:
+                self.on_image(index)
             try:
                 image, parameters = self._read(index, rng)
             except ImageError as error:
@@ -231,7 +242,7 @@ def make_loader(
     num_workers: int,
     pin_memory: bool = False,
     prefetch: int = 2,
-    timeout: float = 0.0,
+    timeout: float = 600.0,
 ) -> Generator[Batch]:
     """Start making the batches of steps `start_step`…`end_step` - 1, to be taken in order.
 
@@ -244,11 +255,13 @@ def make_loader(
         num_workers: Worker processes; 0 makes batches in this process, when they are asked for.
         pin_memory: Put batches into page-locked memory.
         prefetch: Batches that each worker prepares ahead.
-        timeout: Longest wait for a batch, seconds; 0 waits for ever. Without workers it has no meaning.
+        timeout: Longest wait for a batch, seconds, above 0. Without workers it has no meaning.
 
     Raises:
-        DataError: (on iteration) A batch could not be made, a worker was killed, or the wait took too long.
+        DataError: (on iteration) A batch could not be made; a worker was killed, or hangs: names the image it was at.
     """
+    # Which process each worker is, and which image it is at: what remains of a worker that can no longer tell.
+    whereabouts = torch.full((num_workers, 2), -1, dtype=torch.int64).share_memory_()
     loader: DataLoader[Batch | Failure] = DataLoader(
         data,
         batch_size=None,
@@ -257,44 +270,86 @@ def make_loader(
         collate_fn=_unchanged,
         pin_memory=pin_memory,
         prefetch_factor=prefetch if num_workers else None,
-        timeout=timeout if num_workers else 0.0,
-        worker_init_fn=_start_worker,
+        # Only at a timeout does the loader look whether its workers live.
+        timeout=min(timeout, _LOOK_SECONDS) if num_workers else 0.0,
+        worker_init_fn=partial(_start_worker, whereabouts=whereabouts),
         generator=torch.Generator(),  # or else torch would draw from the global generator
     )
     with _same_sigchld_handler():
         batches = iter(loader)
-    return _checked(batches, timeout)
+    return _checked(batches, timeout, data.source, whereabouts)
 
 
-def _checked(batches: Iterator[Batch | Failure], timeout: float) -> Generator[Batch]:
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if str(error).startswith("DataLoader worker"):
-                raise DataError(
-                    "a data-loading worker was killed by the system, most often for lack of memory or of shared memory "
-                    "(/dev/shm): use fewer train.num_workers or a smaller train.batch_size_per_gpu"
-                ) from error
-            if str(error).startswith("DataLoader timed out"):
-                raise DataError(f"no batch came within {timeout:g} s: the storage may be stuck") from error
-            raise
-        if isinstance(batch, Failure):
-            raise DataError(batch.message)
-        yield batch
+def _checked(
+    batches: Iterator[Batch | Failure], timeout: float, source: Source, whereabouts: torch.Tensor
+) -> Generator[Batch]:
+    number, waited_since = 0, time.monotonic()
+    try:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                text = str(error)
+                if text.startswith("DataLoader worker"):
+                    killed = {int(pid) for pid in re.findall(r"\d+", text)}
+                    at = [index for pid, index in whereabouts.tolist() if pid in killed]
+                    raise DataError(
+                        f"a data-loading worker was killed{_naming(source, at)}. Most often the system does that for "
+                        "lack of memory or of shared memory (/dev/shm): use fewer train.num_workers or a smaller "
+                        "train.batch_size_per_gpu. If it is always the same image, take that out"
+                    ) from error
+                if text.startswith("DataLoader timed out"):
+                    if time.monotonic() - waited_since < timeout:
+                        continue
+                    _, index = whereabouts[number % len(whereabouts)].tolist()
+                    raise DataError(
+                        f"no batch came within {timeout:g} s (data.timeout): a data-loading worker "
+                        f"hangs{_naming(source, [index])}. The storage may be stuck, or the image too much work"
+                    ) from error
+                raise
+            if isinstance(batch, Failure):
+                raise DataError(batch.message)
+            number += 1
+            yield batch
+            waited_since = time.monotonic()
+    finally:
+        del batches  # asks the workers to leave, and waits a few seconds for each
+        _kill({pid for pid, _ in whereabouts.tolist()})
+
+
+def _naming(source: Source, indices: list[int]) -> str:
+    """Words on the images that workers were at."""
+    names = [printable(source.name(index)) for index in indices if index >= 0]
+    return f" while it read {', '.join(names)}" if names else " between two images"
+
+
+def _kill(workers: set[int]) -> None:
+    """Ends workers that did not leave by themselves; a stopped or stuck one would be waited for at exit."""
+    for process in multiprocessing.active_children():
+        if process.pid in workers:
+            process.kill()
 
 
 def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(worker: int, whereabouts: torch.Tensor) -> None:
     """Leave stopping to the main process: it gets the signal too, and ends its workers when it is done."""
     torch.set_num_threads(1)
+    info = get_worker_info()
+    assert info is not None
+    assert isinstance(info.dataset, TrainingData)
+    whereabouts[worker, 0] = os.getpid()
+    info.dataset.on_image = partial(_note, whereabouts, worker)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _note(whereabouts: torch.Tensor, worker: int, index: int) -> None:
+    whereabouts[worker, 1] = index
 
 
 @contextmanager

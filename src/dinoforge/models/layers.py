@@ -294,8 +294,16 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, layerscale) if layerscale else None
 
     def forward(
-        self, x: Tensor, groups: Groups, keep_attn: Subset | None = None, keep_ffn: Subset | None = None
+        self,
+        x: Tensor,
+        groups: Groups,
+        keep_attn: Subset | None = None,
+        keep_ffn: Subset | None = None,
+        narrowing: "Narrowing | None" = None,
     ) -> Tensor:
+        """Tokens [T, D], or with ``narrowing`` only the wanted ones [W, D]; what that keeps replaces ``keep_ffn``."""
+        if narrowing is not None:
+            return self._narrowed(x, groups, narrowing, keep_attn)
         if keep_attn is None:
             x = x + self._project(self._attend(x, groups))
         else:
@@ -306,8 +314,8 @@ class Block(nn.Module):
         x, taken = _Take.apply(x, keep_ffn.rows)
         return _add_to(x, self._feed_forward(taken), keep_ffn)
 
-    def last(self, x: Tensor, groups: Groups, narrowing: "Narrowing", keep_attn: Subset | None = None) -> Tensor:
-        """As ``forward``, but only the wanted tokens [W, D], so only they are computed after attention."""
+    def _narrowed(self, x: Tensor, groups: Groups, narrowing: "Narrowing", keep_attn: Subset | None) -> Tensor:
+        """Only what is wanted is computed after attention."""
         n = narrowing
         taken = x if keep_attn is None else x[keep_attn.rows]
         attended = self._attend(taken, groups if keep_attn is None else keep_attn.groups)

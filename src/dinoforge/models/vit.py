@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -223,7 +222,7 @@ class VisionTransformer(nn.Module):
         attn = kept[last].attn if kept is not None and keep_attn is not None else None
         ffn = kept[last].ffn if kept is not None else None
         narrowing = narrowing_to(torch.cat(wanted), groups, attn, ffn, x.device)
-        x = self.norm(cast(Block, self.blocks[last]).last(x, groups, narrowing, keep_attn))
+        x = self.norm(self.blocks[last](x, groups, keep_attn, narrowing=narrowing))
         parts = x.split([len(rows) for rows in wanted])
         return list(zip(parts[::2], parts[1::2], strict=True))
 

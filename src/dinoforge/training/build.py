@@ -129,7 +129,16 @@ def build_optimizer(recipe: Recipe, student_teacher: StudentTeacher) -> torch.op
         patch_embed_lr_mult=recipe.optim.patch_embed_lr_mult,
         weight_decay_scope=recipe.optim.weight_decay_scope,
     )
-    return torch.optim.AdamW(groups, lr=0.0, betas=(recipe.optim.adamw_beta1, recipe.optim.adamw_beta2), fused=True)
+    betas = (recipe.optim.adamw_beta1, recipe.optim.adamw_beta2)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+    # AdamW would make its state when a parameter is first updated. Made here, a checkpoint of any step has it all.
+    for parameter in student_teacher.student.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
 
 
 def build_drop_path_rates(recipe: Recipe) -> list[float]:

@@ -1,12 +1,13 @@
 """The training loop. It knows no recipe: ``build`` makes what it is given."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dinoforge import distributed
 from dinoforge.data.batch import Batch
@@ -25,26 +26,53 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
     bad_images: BadImages
-    step: int = 0  # steps done
+    step: int = 0  # steps done, or skipped
     seconds: float = 0.0  # spent in them, over all parts of the run
+    skipped_steps: int = 0  # whose loss or gradients were not finite
+    skipped_in_a_row: int = 0  # of them, the last ones
+    rollbacks: int = 0
+    passed_over: int = 0  # batches that rollbacks left out: step n takes batch n + passed_over
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "student_teacher": self.student_teacher.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+    @property
+    def next_batch(self) -> int:
+        """Number of the batch that the next step takes."""
+        return self.step + self.passed_over
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, as it is kept: writing to one changes the state."""
+        named: dict[str, Tensor] = dict(self.student_teacher.state_dict())
+        for group in self.optimizer.param_groups:
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                for key, tensor in self.optimizer.state[parameter].items():
+                    named[f"optimizer.{group['module']}.{name}.{key}"] = tensor
+        return named
+
+    def values(self) -> dict[str, Any]:
+        """Everything else, as JSON has it."""
+        return {name: getattr(self, name) for name in _NUMBERS} | {
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "bad_images": self.bad_images.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.student_teacher.load_state_dict(state["student_teacher"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scaler and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        self.bad_images.load_state_dict(state["bad_images"])
+    def load_values(self, values: Mapping[str, Any]) -> None:
+        """Sets what ``values`` gave."""
+        for name in _NUMBERS:
+            setattr(self, name, values[name])
+        if self.scaler and values["scaler"]:
+            self.scaler.load_state_dict(values["scaler"])
+        self.bad_images.load_state_dict(values["bad_images"])
+
+    def go_back(self, values: Mapping[str, Any]) -> None:
+        """Sets what ``values`` gave earlier in this run, but keeps count, and goes on with batches not seen since."""
+        next_batch, rollbacks, skipped = self.next_batch, self.rollbacks, self.skipped_steps
+        known = self.bad_images.state_dict()
+        self.load_values(values)
+        self.passed_over = next_batch - self.step
+        self.rollbacks, self.skipped_steps, self.skipped_in_a_row = rollbacks + 1, skipped, 0
+        self.bad_images.load_state_dict(known)
+
+
+_NUMBERS = ("step", "seconds", "skipped_steps", "skipped_in_a_row", "rollbacks", "passed_over")
 
 
 @dataclass(frozen=True)
@@ -76,35 +104,36 @@ def train(
     hooks: Sequence[Hook],
     should_stop: Callable[[], bool],
     on_skipped: Callable[[list[Skipped]], None],
-    on_non_finite: Callable[[Batch, int, dict[str, float]], NoReturn],
+    on_non_finite: Callable[[Batch, dict[str, float]], None],
 ) -> None:
     """Steps until the schedules end or ``should_stop`` says so.
 
     Args:
         state: moved forward in place.
-        batches: from step ``state.step`` on.
-        seed: of stochastic depth, which is a function of (seed, step).
+        batches: from number ``state.next_batch`` on.
+        seed: of stochastic depth, which is a function of (seed, number of the batch).
         samples_per_step: images of the global batch.
         drop_path_rates: per block of the student.
         clip_grad: largest gradient norm per sub-network; 0 for none.
         prepare: brings a batch to the device, normalised.
         autocast: makes the context of the forward pass.
-        hooks: called after each step.
+        hooks: called after each step that was not skipped.
         should_stop: asked before each step.
         on_skipped: given the images that newly turned out to be unreadable.
-        on_non_finite: given the batch, the step and its terms when a loss or gradient is not finite; raises.
+        on_non_finite: given the batch and the terms of a step that was skipped since a loss or gradient is not
+            finite; the state already counts it. What it raises ends the training.
     """
     while state.step < schedules.total_steps and not should_stop():
         started = time.perf_counter()
         batch = prepare(next(batches))
         waited = time.perf_counter() - started
-        on_skipped(state.bad_images.update(batch.skipped, (state.step + 1) * samples_per_step))
+        on_skipped(state.bad_images.update(batch.skipped, (state.next_batch + 1) * samples_per_step))
 
         hyper = schedules(state.step)
         kept = None
         if any(drop_path_rates):
             sizes = [len(crops) for crops in state.student_teacher.student_crops(batch)]
-            kept = draw_kept_samples(drop_path_rates, sizes, _generator(seed, state.step))
+            kept = draw_kept_samples(drop_path_rates, sizes, depth_generator(seed, state.next_batch))
         try:
             result = train_step(
                 state.student_teacher,
@@ -117,8 +146,14 @@ def train(
                 scaler=state.scaler,
             )
         except NonFiniteError as error:
-            on_non_finite(batch, state.step, error.values)
+            state.step += 1
+            state.seconds += time.perf_counter() - started
+            state.skipped_steps += 1
+            state.skipped_in_a_row += 1
+            on_non_finite(batch, error.values)
+            continue
         state.step += 1
+        state.skipped_in_a_row = 0
         seconds = time.perf_counter() - started
         state.seconds += seconds
         report = StepReport(state, hyper, result, batch, seconds, waited)
@@ -126,7 +161,7 @@ def train(
             hook(report)
 
 
-def _generator(seed: int, step: int) -> torch.Generator:
-    """Random numbers of one step on one rank, whatever happened before."""
-    mixed = ((seed * 1_000_003 + step) * 65_537 + distributed.rank()) % 2**63
+def depth_generator(seed: int, batch: int) -> torch.Generator:
+    """Random numbers of stochastic depth for one batch on one rank, whatever happened before."""
+    mixed = ((seed * 1_000_003 + batch) * 65_537 + distributed.rank()) % 2**63
     return torch.Generator().manual_seed(mixed)

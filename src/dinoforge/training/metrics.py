@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -62,6 +63,8 @@ class MetricsHook:
             "data_wait_share": self._waited / self._seconds,
             "memory_gib": peak_memory_gib(self.device),
             "skipped_images": len(report.state.bad_images.skipped),
+            "skipped_steps": report.state.skipped_steps,
+            "rollbacks": report.state.rollbacks,
             "train_seconds": report.state.seconds,
         }
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
@@ -71,25 +74,44 @@ class MetricsHook:
 
 
 class JsonLines:
-    """``metrics.jsonl``: one object per line, written through at once."""
+    """``metrics.jsonl``: one object per line, written through at once.
+
+    Lines that the disk does not take, since it is full for a while, are kept and written with the next one.
+    """
 
     def __init__(self, path: Path, *, first_step: int) -> None:
-        """Opens the file for what comes after ``first_step`` steps; later lines, of steps to be redone, are cut."""
+        """Opens the file for what comes after ``first_step`` steps."""
         self.path = path
-        if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= first_step]
-            write_text(path, "".join(f"{line}\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._pending = b""
+        self.cut(first_step)
+
+    def cut(self, step: int) -> None:
+        """Cuts the lines of steps after ``step``, which are done anew.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        if self.path.exists():
+            text = self.path.read_text(encoding="utf-8", errors="replace")  # a kill may have torn the last line
+            kept = [line for line in text.splitlines() if _step_of(line) <= step]
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def __call__(self, metrics: Metrics) -> None:
+        self._pending += json.dumps(metrics).encode() + b"\n"
+        with suppress(OSError):  # raised by ``close`` if it lasts
+            self._write()
+
+    def close(self) -> None:
+        """Raises RunError if lines cannot be written."""
         try:
-            self._file.write(json.dumps(metrics) + "\n")
-            self._file.flush()
+            self._write()
         except OSError as error:
             raise writing_error(self.path, error) from error
 
-    def close(self) -> None:
-        self._file.close()
+    def _write(self) -> None:
+        with self.path.open("ab", buffering=0) as file:
+            while self._pending:
+                self._pending = self._pending[file.write(self._pending) :]
 
 
 def _step_of(line: str) -> float:
@@ -108,7 +130,13 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise RecipeError("log.tensorboard=true needs: pip install 'dinoforge[tensorboard]'") from error
-        self._writer: Any = SummaryWriter(str(folder), purge_step=first_step + 1)
+        self._open: Callable[[int], Any] = lambda step: SummaryWriter(str(folder), purge_step=step + 1)
+        self._writer = self._open(first_step)
+
+    def cut(self, step: int) -> None:
+        """Cuts what was written on steps after ``step``."""
+        self._writer.close()
+        self._writer = self._open(step)
 
     def __call__(self, metrics: Metrics) -> None:
         for name, value in metrics.items():

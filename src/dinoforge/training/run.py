@@ -4,6 +4,7 @@ recipe.yaml           the recipe as resolved
 run.json              data, versions, device, precision, threads; a line for each time it was started
 metrics.jsonl         one line per logged step
 skipped.txt           images that could not be read, each once
+non_finite/           batches of steps that were skipped since a loss or gradient was not finite
 checkpoints/          everything that continuing needs
 teacher.safetensors   the backbone: EMA weights, official names
 summary.json          how far it is and how fast it was
@@ -47,6 +48,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.skipped = path / "skipped.txt"
         self.summary = path / "summary.json"
+        self.non_finite = path / "non_finite"
         self._recipe = path / "recipe.yaml"
         self._info = path / "run.json"
 

@@ -66,6 +66,7 @@ def train_step(
     Raises:
         NonFiniteError: before anything was updated.
     """
+    centers = [c.clone() for c in student_teacher.buffers()]  # moved in the forward pass
     set_hyperparameters(optimizer, lr=hyper.lr, last_layer_lr=hyper.last_layer_lr, weight_decay=hyper.weight_decay)
     with autocast or nullcontext():
         losses = student_teacher(batch, teacher_temp=hyper.teacher_temp, kept=kept)
@@ -83,6 +84,8 @@ def train_step(
     checked = [losses.total] if scaler is not None else [losses.total, *grad_norms.values()]
     if not torch.isfinite(torch.stack([t.detach() for t in checked]).sum()):
         optimizer.zero_grad(set_to_none=True)
+        for center, before in zip(student_teacher.buffers(), centers, strict=True):
+            center.copy_(before)
         raise NonFiniteError(result.values())
     if hyper.last_layer_frozen:
         student_teacher.cancel_last_layer_gradients()

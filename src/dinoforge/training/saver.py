@@ -1,0 +1,143 @@
+"""When a run is saved, and how training goes on meanwhile."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from dinoforge import checkpoint, weights
+from dinoforge.errors import RunError
+from dinoforge.models.vit import VisionTransformer
+from dinoforge.training import build, loop
+from dinoforge.training.plan import Plan
+from dinoforge.training.run import RunDirectory
+
+_RETRY_SECONDS = 60.0
+
+
+class Saver:
+    """Saves the run every so many steps or minutes: checkpoint, backbone, summary.
+
+    The state is copied between two steps; the copy is written by a thread while training goes on
+    (``checkpoint.asynchronous``). What training waits is the copying, and the end of the writing before if that takes
+    longer than the time between two checkpoints: ``waited`` seconds in all.
+
+    A checkpoint that cannot be written, as on a full disk, is told and tried again a minute later: those before it
+    are still there. Only the last one, when training ends, raises.
+
+    Args:
+        run: where to.
+        state: of the run.
+        plan: of the run.
+        image: what the backbone expects of images.
+        say: tells the user.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        state: loop.TrainState,
+        plan: Plan,
+        image: weights.ImageInput,
+        say: Callable[[str], object],
+    ) -> None:
+        self.run, self.state, self.plan, self.image, self.say = run, state, plan, image, say
+        self.settings = plan.recipe.checkpoint
+        self.waited = 0.0
+        self._due = self._next_time()
+        self._saved_step: int | None = None  # None also after one that failed
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.wait()
+        self._thread.shutdown()
+
+    def __call__(self, report: loop.StepReport) -> None:
+        every = self.settings.every_steps
+        if (every and self.state.step % every == 0) or time.monotonic() >= self._due:
+            started = time.monotonic()
+            self.wait()
+            self._start()
+            if not self.settings.asynchronous:
+                self.wait()
+            self.waited += time.monotonic() - started
+
+    def finish(self) -> None:
+        """Saves the state now, unless that is done for this step.
+
+        Raises:
+            RunError: no space, or not writable.
+        """
+        started = time.monotonic()
+        self.wait()
+        if self._saved_step != self.state.step:
+            self._start()
+            if error := self._ended():
+                raise error
+        self.waited += time.monotonic() - started
+        self.run.write_summary({"checkpoint_wait_seconds": round(self.waited, 2)})
+
+    def wait(self) -> None:
+        """Until nothing is being written; tells what went wrong."""
+        if error := self._ended():
+            self._due = min(self._due, time.monotonic() + _RETRY_SECONDS)
+            self.say(f"not saved  {error}. Training goes on; the next try is in a minute.")
+
+    def _ended(self) -> RunError | None:
+        if self._writing is None:
+            return None
+        writing, self._writing = self._writing, None
+        try:
+            writing.result()
+        except RunError as error:
+            self._saved_step = None
+            return error
+        return None
+
+    def _start(self) -> None:
+        """Copies the state, and has the copy written."""
+        step, total, batch_size = self.state.step, self.plan.length.steps, self.plan.length.batch_size
+        tensors, values = checkpoint.copied(self.state.tensors()), self.state.values()
+        summary = {
+            "finished": step >= total,
+            "steps": step,
+            "total_steps": total,
+            "images": self.plan.length.images,
+            "batch_size": batch_size,
+            "train_seconds": round(self.state.seconds, 1),
+            "images_per_second": round(step * batch_size / max(self.state.seconds, 1e-9), 1),
+            "skipped_images": len(self.state.bad_images.skipped),
+            "skipped_steps": self.state.skipped_steps,
+            "rollbacks": self.state.rollbacks,
+            "checkpoint_wait_seconds": round(self.waited, 2),
+        }
+        architecture = build.vit_arguments(self.plan.recipe)
+        path = self.run.path
+
+        def write() -> None:
+            if step not in checkpoint.steps(path):  # a run that was killed right after writing it
+                checkpoint.save(path, step, tensors, values)
+            checkpoint.prune(path, keep_last=self.settings.keep_last, keep_every=self.settings.keep_every)
+            prefix = "teacher.backbone."
+            backbone = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            with torch.device("meta"):
+                network = VisionTransformer(**architecture)
+            network.load_state_dict(backbone, assign=True)
+            weights.save_backbone(self.run.teacher, weights.Backbone(network, architecture, self.image, step))
+            self.run.write_summary(summary)
+
+        self._writing = self._thread.submit(write)
+        self._saved_step, self._due = step, self._next_time()
+
+    def _next_time(self) -> float:
+        minutes = self.settings.every_minutes
+        return float("inf") if minutes is None else time.monotonic() + minutes * 60
