@@ -18,7 +18,7 @@ from dinoforge.errors import WeightsError
 from dinoforge.files import write_atomically
 from dinoforge.models.vit import KeptSamples
 from dinoforge.optim.schedules import Hyperparameters
-from dinoforge.student_teacher import StudentTeacher
+from dinoforge.student_teacher import Losses, StudentTeacher
 
 _FORMAT = "dinoforge-batch-1"
 _TENSORS = ("global_crops", "local_crops", "masks", "indices")
@@ -139,9 +139,12 @@ def find(
         elif peak > largest[0]:
             largest = (peak, name)
 
-    def losses_of(part: Batch, kept: Sequence[KeptSamples] | None) -> Any:
+    def losses_of(part: Batch, kept: Sequence[KeptSamples] | None) -> Losses:
         with autocast():
-            return student_teacher(part, teacher_temp=hyper.teacher_temp, kept=kept)
+            losses: Losses = student_teacher(part, teacher_temp=hyper.teacher_temp, kept=kept)
+        for center, before in zip(student_teacher.buffers(), centers, strict=True):
+            center.copy_(before)  # moved in the forward pass
+        return losses
 
     tensors: dict[str, Tensor] = dict(student_teacher.state_dict())
     weights = tuple(name for name, tensor in tensors.items() if not _finite(tensor))
@@ -162,11 +165,8 @@ def find(
     images = []
     with torch.no_grad():
         for i in range(count):
-            one = losses_of(_only(batch, i), None)
-            if not _finite(one.total):
+            if not _finite(losses_of(_only(batch, i), None).total):
                 images.append(i)
-    for center, before in zip(student_teacher.buffers(), centers, strict=True):
-        center.copy_(before)
     return Findings(weights, inputs, first[0] if first else None, largest, terms, bad_gradients, tuple(images))
 
 
@@ -202,9 +202,7 @@ def describe(findings: Findings, names: Sequence[str]) -> str:
         lines.append("forward    every module's output is finite")
     if f.largest[1]:
         lines.append(f"           the largest finite one is {f.largest[0]:.3g}, of {f.largest[1]}")
-    bad = [name for name, value in f.terms.items() if not abs(value) < float("inf")]
-    terms = ", ".join(f"{name} {value:.4g}" for name, value in f.terms.items())
-    lines.append(f"losses     {terms}: {'not finite: ' + ', '.join(bad) if bad else 'all finite'}")
+    lines.append("losses     " + ", ".join(f"{name} {value:.4g}" for name, value in f.terms.items()))
     lines.append(f"gradients  {_some(f.gradients) + ' not finite' if f.gradients else 'all finite'}")
     count = len(names)
     if 0 < len(f.images) < count:
