@@ -46,7 +46,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1
 """What stops a run. Schedulers announce the end of a job by SIGTERM, or by a signal of the user's choice."""
 
 _FEISTEL_ROUNDS = 8
-_LOOK_SECONDS = 5.0
+_LOOK_SECONDS = 1.0
 _MASK64 = (1 << 64) - 1
 
 

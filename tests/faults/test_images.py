@@ -1,0 +1,281 @@
+"""Image files that are damaged, lie, or are not there any more: skipped, each named once, in bounded memory."""
+
+import io
+import os
+import random
+import resource
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dinoforge
+from dinoforge.data.crops import MultiCrop
+from dinoforge.data.decode import decode
+from dinoforge.data.loader import BadImages, TrainingData, make_loader
+from dinoforge.data.sources import open_source
+from dinoforge.errors import DataError, ImageError
+
+MAX_PIXELS = 2**20
+SIZES = {
+    "student.embed_dim": 32,
+    "student.depth": 1,
+    "student.num_heads": 2,
+    "student.patch_size": 8,
+    "crops.global_crops_size": 16,
+    "crops.local_crops_size": 8,
+    "crops.local_crops_number": 2,
+    "augment.blur_kernel": 3,
+    "dino.head_n_prototypes": 32,
+    "dino.head_hidden_dim": 32,
+    "dino.head_bottleneck_dim": 8,
+    "train.batch_size_per_gpu": 4,
+    "train.steps": 16,
+    "train.threads": 1,
+    "log.every_steps": 1,
+    "precision": "fp32",
+}
+
+
+def encoded(format, frames=1):
+    generator = np.random.default_rng(len(format) + frames)
+    images = [
+        Image.fromarray(generator.integers(0, 256, (9, 11, 3), dtype=np.uint8)).resize((44, 36)) for _ in range(frames)
+    ]
+    if format == "GIF":
+        images = [image.quantize(64) for image in images]
+    stream = io.BytesIO()
+    more = {"save_all": True, "append_images": images[1:]} if frames > 1 else {}
+    images[0].save(stream, format, **more)
+    return stream.getvalue()
+
+
+SOUND = {
+    "jpg": encoded("JPEG"),
+    "png": encoded("PNG"),
+    "webp": encoded("WEBP"),
+    "tif": encoded("TIFF"),
+    "bmp": encoded("BMP"),
+    "gif": encoded("GIF"),
+    "moving.gif": encoded("GIF", frames=3),
+    "moving.webp": encoded("WEBP", frames=3),
+    "pages.tif": encoded("TIFF", frames=3),
+}
+# Where a file says how large it is: place of the width, format of both numbers.
+SIZE_AT = {
+    "jpg": (SOUND["jpg"].index(b"\xff\xc0") + 5, ">HH"),
+    "png": (16, ">II"),
+    "bmp": (18, "<ii"),
+    "gif": (6, "<HH"),
+}
+
+
+def mutations(number):
+    """File names and contents: flipped bits, truncations, headers that lie, empty files, wrong names."""
+    chance = random.Random(0)
+    names = sorted(SOUND)
+    for index in range(number):
+        name = names[index % len(names)]
+        data = bytearray(SOUND[name])
+        kind = ("flip", "flips", "cut", "header", "lie", "empty", "renamed", "tail")[index // len(names) % 8]
+        if kind == "flip":
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        elif kind == "flips":
+            for _ in range(20):
+                data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        elif kind == "cut":
+            data = data[: chance.randrange(len(data))]
+        elif kind == "header":
+            for _ in range(3):
+                data[chance.randrange(min(len(data), 64))] = chance.randrange(256)
+        elif kind == "lie" and name in SIZE_AT:
+            place, form = SIZE_AT[name]
+            largest = 60_000 if form.endswith("HH") else 2_000_000_000
+            struct.pack_into(form, data, place, *(chance.randrange(largest) for _ in range(2)))
+        elif kind == "lie":
+            data[8:16] = chance.randbytes(8)
+        elif kind == "empty":
+            data = data[: chance.randrange(2)]
+        elif kind == "renamed":
+            name = f"{name}.{chance.choice(['jpg', 'png', 'tif', 'bmp'])}"
+        else:
+            data[len(data) // 2 :] = chance.randbytes(len(data) - len(data) // 2)
+        yield f"mutant{index:04d}.{kind}.{name}", bytes(data)
+
+
+def refused(data):
+    try:
+        decode(data, channels=3, max_pixels=MAX_PIXELS)
+    except ImageError:
+        return True
+    return False
+
+
+def training_data(images, batch_size=50):
+    crops = MultiCrop(global_size=16, local_size=8, local_number=2, blur_kernel=3)
+    return TrainingData(
+        open_source(images),
+        crops,
+        lambda number, grid, rng: np.zeros((number, grid[0] * grid[1]), dtype=bool),
+        patch_size=8,
+        max_pixels=MAX_PIXELS,
+        seed=0,
+        batch_size=batch_size,
+    )
+
+
+@pytest.fixture(scope="module")
+def mutants(tmp_path_factory):
+    """1,200 mutated files among 4,800 sound ones."""
+    folder = tmp_path_factory.mktemp("mutants")
+    for name, data in SOUND.items():
+        (folder / f"sound0000.{name}").write_bytes(data)
+        for copy in range(1, 4800 // len(SOUND)):
+            os.link(folder / f"sound0000.{name}", folder / f"sound{copy:04d}.{name}")
+    bad = set()
+    for name, data in mutations(1200):
+        (folder / name).write_bytes(data)
+        if refused(data):
+            bad.add(name)
+    return folder, bad
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_mutated_files(mutants, num_workers):
+    folder, bad = mutants
+    assert 600 < len(bad) < 1200  # of the others, the harm is in the picture, or in what nobody reads
+    assert {name.split(".")[1] for name in bad} >= {"flip", "flips", "cut", "header", "lie", "empty", "tail"}
+    data = training_data(folder)
+    steps = 2 * -(-len(data.source) // data.batch_size)  # each image comes twice
+    told = []
+    images = BadImages(max_share=1.0, length=len(data.source))
+    for step, batch in enumerate(make_loader(data, start_step=0, end_step=steps, num_workers=num_workers)):
+        assert len(batch.global_crops) == 100
+        told += [name for _, name, _ in images.update(batch.skipped, (step + 1) * data.batch_size)]
+    assert len(told) == len(set(told))
+    assert set(told) == bad
+
+
+MEASURE = """
+import resource, sys
+sys.path.insert(0, {folder!r})
+import test_images
+data = test_images.training_data({images!r})
+for batch in test_images.make_loader(data, start_step=0, end_step={steps}, num_workers=1):
+    pass
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+def test_mutated_files_take_no_memory(mutants, tmp_path):
+    """Whatever a header says, a worker needs about what it needs for the sound files."""
+    (tmp_path / "sound").mkdir()
+    for path in mutants[0].glob("sound*"):
+        os.link(path, tmp_path / "sound" / path.name)
+
+    def peak(images, steps):
+        code = MEASURE.format(folder=str(Path(__file__).parent), images=str(images), steps=steps)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return int(done.stdout)  # KiB
+
+    assert peak(mutants[0], 120) < peak(tmp_path / "sound", 40) + 64 * 1024
+
+
+def test_bombs(tmp_path):
+    """A small file that would be a large picture is refused by what its header says."""
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 100_000
+    for index in range(30):
+        (tmp_path / f"{index}.png").write_bytes(SOUND["png"])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    settings = SIZES | {"train.num_workers": 0, "train.steps": 8}
+    run = dinoforge.train(tmp_path, "small", tmp_path / "run", **settings).out
+    assert (run / "skipped.txt").read_text() == "bomb.png\tmore than 178956970 pixels; the limit is data.max_pixels\n"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 300 * 1024  # as RGB it would be 1.2 GB
+
+
+def test_not_a_number_in_a_file(tmp_path):
+    pixels = np.random.default_rng(0).random((30, 30), dtype=np.float32)
+    for index in range(30):
+        Image.fromarray(pixels).save(tmp_path / f"{index}.tif")
+    pixels[3, 4] = np.nan
+    Image.fromarray(pixels).save(tmp_path / "nan.tif")
+    settings = SIZES | {"train.num_workers": 0, "student.in_chans": 1, "data.mean": [0.5], "data.std": [0.25]}
+    run = dinoforge.train(tmp_path, "small", tmp_path / "run", **settings).out
+    assert (run / "skipped.txt").read_text() == "nan.tif\thas values that are not finite\n"
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that every user can read, with 40 sound images."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        for index in range(40):
+            (folder / f"{index:02d}.png").write_bytes(SOUND["png"])
+        yield folder
+
+
+class Meanwhile:
+    """Does something once, after so many images were read."""
+
+    def __init__(self, folder, after, action):
+        self.source, self.left, self.action = open_source(folder), after, action
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left == 0:
+            self.action()
+        return self.source.item(index).image
+
+    def name(self, index):
+        return self.source.name(index)
+
+
+def test_files_that_vanish_during_the_run(open_folder, tmp_path):
+    gone = [open_folder / f"{index:02d}.png" for index in (3, 17)]
+    data = training_data(open_folder)
+    stream = make_loader(data, start_step=0, end_step=4, num_workers=0)
+    next(stream)
+    for path in gone:
+        path.unlink()
+    skipped = {(name, reason) for batch in stream for _, name, reason in batch.skipped}
+    assert {name for name, _ in skipped} == {path.name for path in gone}
+    assert all("No such file" in reason for _, reason in skipped)
+
+
+def test_files_that_may_not_be_read_any_more(open_folder):
+    path = open_folder / "05.png"
+    stream = make_loader(training_data(open_folder), start_step=0, end_step=4, num_workers=0)
+    next(stream)
+    path.chmod(0)
+    user = os.geteuid()
+    if user == 0:  # who may read everything
+        os.seteuid(65534)
+    try:
+        skipped = {(name, reason) for batch in stream for _, name, reason in batch.skipped}
+    finally:
+        os.seteuid(user)
+        path.chmod(stat.S_IRUSR)
+    assert {name for name, _ in skipped} == {"05.png"}
+    assert all("Permission denied" in reason for _, reason in skipped)
+
+
+def test_a_folder_that_goes_away_ends_the_run_with_a_checkpoint(open_folder, tmp_path):
+    """As when a network drive is lost."""
+    images = Meanwhile(open_folder, 30, lambda: [path.unlink() for path in open_folder.iterdir()])
+    with pytest.raises(DataError, match="could not be read"):
+        dinoforge.train(images, "small", tmp_path / "run", **SIZES | {"train.num_workers": 0})
+    run = tmp_path / "run"
+    (saved,) = (run / "checkpoints").iterdir()
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert int(saved.name.removeprefix("step_")) == len(lines) > 0
