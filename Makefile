@@ -7,7 +7,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test check soak format clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -25,6 +25,9 @@ check: $(VENV)/.ready-dev  ## style, types and floors
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+soak: $(VENV)/.ready-dev  ## kill a run 50 times and compare its end with an undisturbed one (about 6 minutes)
+	$(VENV)/bin/python tests/faults/soak.py --kills 50 --steps 400
 
 format: $(VENV)/.ready-dev  ## write the code in the common style
 	$(VENV)/bin/ruff check --fix

@@ -29,7 +29,7 @@ from dinoforge.files import sync, sync_folder, writing_error
 
 _NAME = re.compile(r"step_(\d{8,})")
 _STATE, _SUMS = "state.json", "SHA256SUMS"
-_FILE_BYTES = 2**28
+_FILE_BYTES = 2**26
 """Tensors of one file, roughly. A file is put together in memory, so this bounds what writing takes beyond them."""
 
 

@@ -56,5 +56,6 @@ def estimate(recipe: Recipe, networks: StudentTeacher, *, precision_bytes: int, 
         "heads": (samples + crops.local_crops_number * batch) * 3 * recipe.dino.head_hidden_dim * 4
         + 3 * 4 * prototype_weights,
         "buffers": _BUFFERS,
+        "checkpoint": (4 * 4 * parameters if recipe.checkpoint.asynchronous and on_cpu else 0) + 2 * 2**26,
         "batches": 3 * batch * student.in_chans * 5 * (2 * crops.global_crops_size**2),
     }

@@ -21,8 +21,8 @@ _RETRY_SECONDS = 60.0
 class Saver:
     """Saves the run every so many steps or minutes: checkpoint, backbone, summary.
 
-    The state is copied between two steps; the copy is written by a thread while training goes on
-    (``checkpoint.asynchronous``). What training waits is the copying, and the end of the writing before if that takes
+    With ``checkpoint.asynchronous`` the state is copied between two steps, and the copy is written by a thread while
+    training goes on. What training waits is the copying, and the end of the writing before if that takes
     longer than the time between two checkpoints: ``waited`` seconds in all.
 
     A checkpoint that cannot be written, as on a full disk, is told and tried again a minute later: those before it
@@ -104,9 +104,11 @@ class Saver:
         return None
 
     def _start(self) -> None:
-        """Copies the state, and has the copy written."""
+        """Has the state written, or a copy of it."""
         step, total, batch_size = self.state.step, self.plan.length.steps, self.plan.length.batch_size
-        tensors, values = checkpoint.copied(self.state.tensors()), self.state.values()
+        tensors, values = self.state.tensors(), self.state.values()
+        if self.settings.asynchronous:
+            tensors = checkpoint.copied(tensors)
         summary = {
             "finished": step >= total,
             "steps": step,
