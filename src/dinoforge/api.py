@@ -23,6 +23,7 @@ from dinoforge.data.batch import Batch, prepare
 from dinoforge.data.loader import STOP_SIGNALS, Skipped, inspect, make_loader
 from dinoforge.data.sources import Source, open_source, printable, read_labels
 from dinoforge.errors import DataError, RecipeError, RunError, TrainingError, WeightsError
+from dinoforge.evaluation.classifiers import ClassifierResult, Method, run_classifier
 from dinoforge.evaluation.knn import KnnResult, run_knn
 from dinoforge.models.vit import VisionTransformer, draw_kept_samples
 from dinoforge.training import bench as benchmarks
@@ -372,28 +373,76 @@ def evaluate_knn(
     *,
     test: Any = None,
     labels: str | Path | None = None,
+    shots: int | None = None,
     seed: int = 0,
     **keys: Any,
 ) -> tuple[KnnResult, list[features.Skipped]]:
     """Weighted k-NN on frozen features, beside raw pixels and the untrained network.
 
     Args:
-        model: a run directory, whose ``summary.json`` then gets the result, or a weights file.
+        model: a run directory, whose ``summary.json`` then gets the result unless ``shots`` are given, or a weights
+            file.
         data: labelled images; without ``test``, five stratified 80/20 splits of them.
         test: images to test on, with neighbours from ``data``.
         labels: a CSV file with names and labels; by default the names of sub-folders.
-        seed: of the splits and of the untrained network.
+        shots: at most so many labelled images of each class; by default the whole training part.
+        seed: of the splits, the shots and the untrained network.
         keys: ``eval`` keys.
 
     Raises:
         DataError: images without labels, or fewer than two classes.
         WeightsError: no readable backbone.
     """
+    run, setup = _evaluation(model, data, test, labels, shots, seed, keys)
+    result, skipped = run_knn(**setup)
+    if run and shots is None:
+        run.write_summary(dict(result))
+    return result, skipped
+
+
+def evaluate_classifier(
+    method: Method,
+    model: str | Path,
+    data: Any,
+    *,
+    test: Any = None,
+    labels: str | Path | None = None,
+    shots: int | None = None,
+    seed: int = 0,
+    **keys: Any,
+) -> tuple[ClassifierResult, list[features.Skipped]]:
+    """A linear classifier or logistic regression on frozen features, beside raw pixels and the untrained network.
+
+    Args:
+        method: ``linear`` or ``logreg``.
+        model, data, test, labels, shots, seed, keys: see ``evaluate_knn``; the summary is left alone.
+
+    Raises:
+        DataError: images without labels, fewer than two classes, too few shots, or scikit-learn is missing.
+        WeightsError: no readable backbone.
+    """
+    _, setup = _evaluation(model, data, test, labels, shots, seed, keys)
+    return run_classifier(method, **setup)
+
+
+def _evaluation(
+    model: str | Path,
+    data: Any,
+    test: Any,
+    labels: str | Path | None,
+    shots: int | None,
+    seed: int,
+    keys: Mapping[str, Any],
+) -> tuple[RunDirectory | None, dict[str, Any]]:
+    """The run, if ``model`` is one, and the keywords of every evaluation."""
+    if shots is not None and shots < 2:
+        raise DataError(f"--shots {shots}: expected at least 2 labelled images of each class")
     backbone = load(model)
     for note in backbone.notes:
         print(f"weights  {note}", file=sys.stderr)
     run = RunDirectory(Path(model)) if Path(model).is_dir() else None
-    settings = _eval_keys(run.recipe().eval if run and run.exists else Eval(), keys)
+    run = run if run and run.exists else None
+    settings = _eval_keys(run.recipe().eval if run else Eval(), keys)
 
     def labelled(images: Any) -> tuple[Source, list[str] | None]:
         source = open_source(images)
@@ -405,19 +454,17 @@ def evaluate_knn(
         # At the small LayerScale that training starts from, an untrained cls token hardly depends on the image.
         fresh = backbone.architecture | ({"layerscale": 1.0} if backbone.architecture["layerscale"] else {})
         untrained = VisionTransformer(**fresh).eval()
-    result, skipped = run_knn(
-        backbone.network,
-        untrained,
-        source,
-        source_labels,
-        labels_from="folders" if labels is None else Path(labels).name,
-        test=None if test is None else labelled(test),
-        seed=seed,
+    return run, {
+        "backbone": backbone.network,
+        "untrained": untrained,
+        "source": source,
+        "labels": source_labels,
+        "labels_from": "folders" if labels is None else Path(labels).name,
+        "test": None if test is None else labelled(test),
+        "shots": shots,
+        "seed": seed,
         **_reading(backbone, settings),
-    )
-    if run and run.exists:
-        run.write_summary(dict(result))
-    return result, skipped
+    }
 
 
 def _flat_keys(keys: Mapping[str, Any]) -> dict[str, Any]:

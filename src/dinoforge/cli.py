@@ -7,10 +7,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dinoforge import __version__
 from dinoforge.errors import DinoforgeError
+
+if TYPE_CHECKING:
+    from dinoforge.features import Skipped
 
 _EXIT_USER_ERROR = 2
 _EXIT_SIGNALS = {"SIGINT": 130, "SIGUSR1": 138, "SIGUSR2": 140, "SIGTERM": 143}
@@ -118,18 +121,28 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="measure a backbone on labelled images")
     evaluate.set_defaults(run=partial(_help, evaluate), parser=evaluate)
     methods = evaluate.add_subparsers(metavar="METHOD")
-    knn = methods.add_parser(
-        "knn",
-        help="weighted k-NN on frozen features",
-        description="Weighted k-NN on frozen features, beside raw pixels and the untrained network.",
-    )
-    knn.add_argument("model", metavar="RUN|FILE", help="run directory or weights file")
-    knn.add_argument("--data", required=True, metavar="DIR", help="labelled images")
-    knn.add_argument("--test", metavar="DIR", help="images to test on; default: five stratified 80/20 splits of --data")
-    knn.add_argument("--labels", metavar="FILE.csv", help="file name, label; default: names of sub-folders")
-    knn.add_argument("--json", action="store_true", help="print one line of JSON")
-    _add_keys(knn, "eval.size=N, eval.crop=true")
-    knn.set_defaults(run=_eval_knn, parser=knn)
+    for name, what in (
+        ("knn", "weighted k-NN"),
+        ("linear", "linear classifiers by SGD over a grid of learning rates and layers"),
+        ("logreg", "logistic regression by scikit-learn"),
+    ):
+        method = methods.add_parser(
+            name,
+            help=f"{what} on frozen features",
+            description=f"{what[0].upper()}{what[1:]} on frozen features, beside raw pixels and the untrained network.",
+        )
+        method.add_argument("model", metavar="RUN|FILE", help="run directory or weights file")
+        method.add_argument("--data", required=True, metavar="DIR", help="labelled images")
+        method.add_argument(
+            "--test", metavar="DIR", help="images to test on; default: five stratified 80/20 splits of --data"
+        )
+        method.add_argument("--labels", metavar="FILE.csv", help="file name, label; default: names of sub-folders")
+        method.add_argument(
+            "--shots", type=int, metavar="N", help="at most N labelled images of each class; default: all"
+        )
+        method.add_argument("--json", action="store_true", help="print one line of JSON")
+        _add_keys(method, "eval.size=N, eval.crop=true")
+        method.set_defaults(run=_eval_knn if name == "knn" else _eval_classifier, method=name, parser=method)
     return parser
 
 
@@ -237,11 +250,27 @@ def _eval_knn(options: argparse.Namespace) -> int:
     from dinoforge.api import evaluate_knn
     from dinoforge.evaluation.knn import render
 
-    result, skipped = evaluate_knn(options.model, options.data, test=options.test, labels=options.labels, **keys)
+    given = {"test": options.test, "labels": options.labels, "shots": options.shots}
+    result, skipped = evaluate_knn(options.model, options.data, **given, **keys)
+    _print_evaluation(json.dumps(result) if options.json else render(result), skipped)
+    return 0
+
+
+def _eval_classifier(options: argparse.Namespace) -> int:
+    keys = _keys(options.keys)
+    from dinoforge.api import evaluate_classifier
+    from dinoforge.evaluation.classifiers import render
+
+    given = {"test": options.test, "labels": options.labels, "shots": options.shots}
+    result, skipped = evaluate_classifier(options.method, options.model, options.data, **given, **keys)
+    _print_evaluation(json.dumps(result) if options.json else render(result), skipped)
+    return 0
+
+
+def _print_evaluation(text: str, skipped: "Sequence[Skipped]") -> None:
     for image in skipped:
         print(f"skipped  {image.name}: {image.reason}", file=sys.stderr)
-    print(json.dumps(result) if options.json else render(result))
-    return 0
+    print(text)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from dinoforge.data.sources import open_source
 from dinoforge.errors import DataError
 from dinoforge.evaluation import knn
-from dinoforge.evaluation.knn import balanced_accuracy, knn_predict, measure, render, run_knn, stratified_splits
+from dinoforge.evaluation.knn import knn_predict, measure, render, run_knn
+from dinoforge.evaluation.protocol import balanced_accuracy, stratified_splits
 from dinoforge.models.vit import Tokens
 
 
@@ -278,7 +279,14 @@ def test_rendered_numbers_are_the_measured_ones() -> None:
         "by_k": {"10": 0.8, "20": 0.81},
         "k_by_split": [20, 20, 10, 20, 20],
     }
-    result: knn.KnnResult = {"knn": {"trained": row}, "k": 20, "splits": 5, "n": 2624, "labels_from": "labels.csv"}
+    result: knn.KnnResult = {
+        "knn": {"trained": row},
+        "k": 20,
+        "splits": 5,
+        "n": 2624,
+        "shots": None,
+        "labels_from": "labels.csv",
+    }
     table = render(result)
     for part in ("81.2 ± 1.5 %", "70.0 ± 2.0 %", "k = 20", "2,624 images", "labels.csv", "5 stratified splits"):
         assert part in table

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dinoforge.data.sources import Source
-from dinoforge.errors import DataError
-from dinoforge.features import Reading, Skipped, embed, extract
+from dinoforge.evaluation.protocol import balanced_accuracy, describe, gather, percent
+from dinoforge.features import Reading, Skipped
 
 KS = (10, 20, 100, 200)  # DINO's
 TEMPERATURE = 0.07  # DINO's
@@ -42,6 +42,7 @@ class KnnResult(TypedDict):
     k: int  # of the trained network: the one that most splits chose, the smallest of equals
     splits: int
     n: int  # images in training and test parts together
+    shots: int | None  # labelled images of each class; None: the whole training part
     labels_from: str  # "folders", or the name of the labels file
 
 
@@ -55,6 +56,7 @@ def run_knn(
     test: tuple[Source, Sequence[str] | None] | None = None,
     pixels: bool = True,
     n_splits: int = 5,
+    shots: int | None = None,
     seed: int = 0,
     **reading: Unpack[Reading],
 ) -> tuple[KnnResult, list[Skipped]]:
@@ -69,7 +71,8 @@ def run_knn(
         test: images and labels of a test part; ``None`` makes ``n_splits`` stratified splits of ``source``.
         pixels: whether raw pixels are measured, too.
         n_splits: at least 2; each holds out ``1 / n_splits`` of the images.
-        seed: of the splits.
+        shots: at most so many labelled images of each class; ``None``: the whole training part.
+        seed: of the splits, and of the choice of shots.
         reading: see ``dinoforge.features.Reading``.
 
     Returns:
@@ -80,34 +83,35 @@ def run_knn(
             readable image.
         WeightsError: features that are not finite.
     """
-    parts = [_labelled(source, labels), *([_labelled(*test)] if test else [])]
-    _plan([labels for _, labels in parts], n_splits, seed)  # a mistake shows now, not after the long part
-
-    rows: dict[str, list[Tensor]] = {"pixels": [], "untrained": [], "trained": []}
-    kept_labels: list[list[str]] = []
-    skipped: list[Skipped] = []
-    for images, image_labels in parts:
-        keep = pixels or untrained is not None
-        features = extract(backbone, images, range(len(images)), keep_images=keep, **reading)
-        rows["trained"].append(features.cls)
-        if features.images is not None and untrained is not None:
-            rows["untrained"].append(embed(untrained, features.images, **reading))
-        if features.images is not None and pixels:
-            rows["pixels"].append(features.images.flatten(1))
-        kept_labels.append([image_labels[i] for i in features.kept])
-        skipped += features.skipped
-
-    encoded, train = _plan(kept_labels, n_splits, seed)
+    sets = gather(
+        backbone,
+        untrained,
+        source,
+        labels,
+        test=test,
+        pixels=pixels,
+        n_splits=n_splits,
+        shots=shots,
+        seed=seed,
+        **reading,
+    )
     device = reading.get("device")
     if device is not None and device.type != "cuda":
         device = None  # MPS sorts out 16 neighbours at most in some versions; the CPU is quick enough
     knn = {
-        name: measure(torch.cat(parts), encoded, train, centred=name == "pixels", device=device)
-        for name, parts in rows.items()
-        if parts
+        name: measure(x, sets.labels, sets.train, test=sets.test, centred=name == "pixels", device=device)
+        for name, x in sets.features.items()
     }
     chosen = Counter(sorted(knn["trained"]["k_by_split"])).most_common(1)[0][0]
-    return {"knn": knn, "k": chosen, "splits": len(train), "n": len(encoded), "labels_from": labels_from}, skipped
+    result: KnnResult = {
+        "knn": knn,
+        "k": chosen,
+        "splits": len(sets.train),
+        "n": len(sets.labels),
+        "shots": shots,
+        "labels_from": labels_from,
+    }
+    return result, sets.skipped
 
 
 def measure(
@@ -115,6 +119,7 @@ def measure(
     labels: Tensor,
     train: Tensor,
     *,
+    test: Tensor | None = None,
     centred: bool = False,
     ks: Sequence[int] = KS,
     temperature: float = TEMPERATURE,
@@ -128,23 +133,25 @@ def measure(
     Args:
         features: [N, D], any real type.
         labels: [N] int64, classes from 0.
-        train: [S, N] bool, the training part of each split; the rest is its test part.
+        train: [S, N] bool, the training part of each split.
+        test: [S, N] bool, its test part; ``None``: the rest.
         centred, temperature, device: see ``knn_predict``.
         ks: numbers of neighbours to choose from.
     """
     most = int(train.sum(1).min()) - 1
     assert most >= 1
     ks = sorted({min(k, most) for k in ks})
+    test = ~train if test is None else test
     predictions = knn_predict(features, labels, train, ks, centred=centred, temperature=temperature, device=device)
     chosen: list[int] = []
     accuracy: list[list[float]] = []  # by split and k
     balanced: list[float] = []  # by split, at the chosen k
-    for predicted, in_train in zip(predictions, train, strict=True):  # [K, N], [N]
+    for predicted, in_train, in_test in zip(predictions, train, test, strict=True):  # [K, N], [N]
         correct = predicted == labels
         best = int(correct[:, in_train].sum(1).argmax())  # the first of equals
         chosen.append(best)
-        accuracy.append(correct[:, ~in_train].double().mean(1).tolist())
-        balanced.append(balanced_accuracy(predicted[best, ~in_train], labels[~in_train]))
+        accuracy.append(correct[:, in_test].double().mean(1).tolist())
+        balanced.append(balanced_accuracy(predicted[best, in_test], labels[in_test]))
     at_chosen = [by_k[best] for by_k, best in zip(accuracy, chosen, strict=True)]
     return {
         "mean": fmean(at_chosen),
@@ -231,88 +238,14 @@ def knn_predict(
     return predictions
 
 
-def balanced_accuracy(predictions: Tensor, labels: Tensor) -> float:
-    """Mean over the classes in ``labels`` [N] of the share of their images that ``predictions`` [N] gets right."""
-    images = labels.bincount()
-    right = labels[predictions == labels].bincount(minlength=len(images))
-    return float((right[images > 0] / images[images > 0]).double().mean())
-
-
-def stratified_splits(labels: Tensor, n_splits: int = 5, seed: int = 0) -> Tensor:
-    """Training parts whose test parts are disjoint and hold an equal share of each class, to within one image.
-
-    The only image of a class is in every training part: nothing could tell its class if it were held out.
-
-    Args:
-        labels: [N] int64, classes from 0.
-        n_splits: at least 2.
-        seed: decides which image is held out where.
-
-    Returns:
-        [n_splits, N] bool, true in the training part.
-
-    Raises:
-        DataError: fewer images to hold out than splits.
-    """
-    assert n_splits >= 2
-    generator = torch.Generator().manual_seed(seed)
-    held_out_by = torch.full_like(labels, -1)
-    dealt = 0
-    for label in labels.unique():
-        images = (labels == label).nonzero().flatten()
-        if len(images) > 1:
-            images = images[torch.randperm(len(images), generator=generator)]
-            # Dealt like cards, on from where the last class ended: the splits' sizes differ by one at most.
-            held_out_by[images] = torch.arange(dealt, dealt + len(images)) % n_splits
-            dealt += len(images)
-    if dealt < n_splits:
-        raise DataError(
-            f"{len(labels)} labelled images are too few for {n_splits} splits: expected at least {n_splits} images of "
-            "classes that have two or more"
-        )
-    return held_out_by != torch.arange(n_splits)[:, None]
-
-
 def render(result: KnnResult) -> str:
     """The result as a table and a sentence for a terminal."""
     lines = [f"{'':<12}{'accuracy':>16}{'balanced accuracy':>22}"]
     for name, row in result["knn"].items():
-        accuracy = _percent(row["mean"], row["sd"])
-        lines.append(f"{name:<12}{accuracy:>16}{_percent(row['balanced_mean'], row['balanced_sd']):>22}")
-    how = "on the given test images"
-    if result["splits"] > 1:
-        how = f"mean ± standard deviation over {result['splits']} stratified splits into training and test images"
+        accuracy = percent(row["mean"], row["sd"])
+        lines.append(f"{name:<12}{accuracy:>16}{percent(row['balanced_mean'], row['balanced_sd']):>22}")
     lines += [
         "",
-        f"Weighted k-NN (k = {result['k']}) on {result['n']:,} images, labels from {result['labels_from']}; {how}.",
+        f"Weighted k-NN (k = {result['k']}) on {describe(result)}.",
     ]
     return "\n".join(lines)
-
-
-def _percent(mean: float, sd: float | None) -> str:
-    return f"{100 * mean:.1f} %" if sd is None else f"{100 * mean:.1f} ± {100 * sd:.1f} %"
-
-
-def _labelled(source: Source, labels: Sequence[str] | None) -> tuple[Source, list[str]]:
-    if labels is None:
-        raise DataError("the images have no labels: expected a sub-folder for each class, or a labels file (--labels)")
-    if len(labels) != len(source):
-        raise DataError(f"expected one label for each of the {len(source)} images, got {len(labels)}")
-    return source, list(labels)
-
-
-def _plan(parts: Sequence[Sequence[str]], n_splits: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Labels [N] as numbers and training parts [S, N] of one part to split, or of a training and a test part."""
-    classes = {label: i for i, label in enumerate(sorted(set(parts[0])))}
-    if len(classes) < 2:
-        have = f"all {len(parts[0])} are labelled {parts[0][0]!r}" if parts[0] else "there are none"
-        raise DataError(f"k-NN needs images of at least two classes, but {have}")
-    encoded = torch.tensor([classes.get(label, -1) for part in parts for label in part])
-    if (encoded < 0).any():
-        unknown = sorted(set(parts[1]) - set(classes))
-        raise DataError(f"the test images are labelled {unknown[0]!r}, but no training image is")
-    if len(parts) == 1:
-        return encoded, stratified_splits(encoded, n_splits, seed)
-    if not parts[1]:
-        raise DataError("there are no test images")
-    return encoded, (torch.arange(len(encoded)) < len(parts[0]))[None]

@@ -1,0 +1,286 @@
+"""Classifiers trained on frozen features: a grid of linear ones by SGD, and logistic regression.
+
+Linear follows DINOv2 (arXiv 2304.07193, section 7.1, and its released evaluation): SGD with momentum 0.9 and a cosine
+schedule, for 13 learning rates, on the cls tokens of the last 1 or 4 blocks, with or without the mean patch token. Here
+features are computed once, so images are not augmented; and the best of the grid is chosen within the training part.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from statistics import fmean, stdev
+from typing import Literal, TypedDict, Unpack, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dinoforge.data.sources import Source
+from dinoforge.errors import DataError
+from dinoforge.evaluation.protocol import auroc, balanced_accuracy, describe, gather, percent, stratified_splits
+from dinoforge.features import Reading, Skipped
+from dinoforge.models.vit import Tokens, VisionTransformer
+
+Method = Literal["linear", "logreg"]
+
+LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # for a batch of 256
+LAST_BLOCKS = (1, 4)  # the reference's
+BATCH_SIZE = 128  # the reference's, per GPU
+STEPS = 1250  # a tenth of the reference's 12,500, which are for a million images
+STRENGTHS = tuple(10.0**power for power in range(-5, 3))  # C of logistic regression
+MIN_SHOTS = 5  # fewer leave nothing of most classes for choosing in the grid
+
+Fit = Callable[[Tensor, Tensor, int], dict[str, Tensor]]
+"""Features [N, D] of all images, labels [T] of the first T, number of classes -> scores [N - T, C] by setting."""
+
+
+class Row(TypedDict):
+    """Scores, from 0 to 1, over the test parts of the splits; no deviation where there is one split."""
+
+    mean: float
+    sd: float | None
+    balanced_mean: float
+    balanced_sd: float | None
+    auroc_mean: float | None  # two classes: of the second; more: mean of each against the rest
+    auroc_sd: float | None
+    setting_by_split: list[str]  # chosen within each training part
+
+
+class ClassifierResult(TypedDict):
+    """The measurement, as ``dinoforge eval linear --json`` and ``eval logreg --json`` print it."""
+
+    method: Method
+    rows: dict[str, Row]  # "pixels", "untrained", "trained"
+    setting: str  # of the trained network: the one that most splits chose
+    splits: int
+    n: int  # images in training and test parts together
+    shots: int | None  # labelled images of each class; None: the whole training part
+    labels_from: str  # "folders", or the name of the labels file
+
+
+class LastBlocks(nn.Module):
+    """A backbone whose cls is [B, (n + 1)·D]: the cls tokens of the last n blocks, last first, then the mean patch."""
+
+    def __init__(self, network: VisionTransformer, n: int) -> None:
+        super().__init__()
+        self.network, self.n = network, n
+
+    def forward(self, images: Tensor) -> Tokens:
+        layers = self.network.get_intermediate_layers(images, self.n, return_class_token=True)
+        pairs = cast(tuple[tuple[Tensor, Tensor], ...], layers)
+        patches = pairs[-1][0]
+        cls = torch.cat([*(cls for _, cls in reversed(pairs)), patches.mean(1)], 1)
+        return Tokens(cls=cls, registers=patches[:, :0], patches=patches)
+
+
+def run_classifier(
+    method: Method,
+    backbone: VisionTransformer,
+    untrained: VisionTransformer,
+    source: Source,
+    labels: Sequence[str] | None,
+    *,
+    labels_from: str = "folders",
+    test: tuple[Source, Sequence[str] | None] | None = None,
+    n_splits: int = 5,
+    shots: int | None = None,
+    seed: int = 0,
+    **reading: Unpack[Reading],
+) -> tuple[ClassifierResult, list[Skipped]]:
+    """How well a classifier on frozen features tells an image's label: on pixels, untrained and trained features.
+
+    Args:
+        method: ``linear``, or ``logreg``: logistic regression on the normalised cls token.
+        backbone, untrained, source, labels, labels_from, test, n_splits, shots, seed, reading: see ``run_knn``.
+
+    Returns:
+        The result, and the images that could not be read and took no part.
+
+    Raises:
+        DataError: as ``run_knn``; too few shots; scikit-learn is missing.
+        WeightsError: features that are not finite.
+    """
+    if shots is not None and shots < MIN_SHOTS:
+        raise DataError(
+            f"--shots {shots}: eval {method} needs at least {MIN_SHOTS} to choose its setting; see eval knn"
+        )
+    blocks = min(max(LAST_BLOCKS), len(backbone.blocks)) if method == "linear" else 1
+    if method == "logreg":
+        _require_sklearn()
+    sets = gather(
+        LastBlocks(backbone, blocks),
+        LastBlocks(untrained, blocks),
+        source,
+        labels,
+        test=test,
+        n_splits=n_splits,
+        shots=shots,
+        seed=seed,
+        **reading,
+    )
+    width = backbone.embed_dim
+    rows: dict[str, Row] = {}
+    for name, features in sets.features.items():
+        if name == "pixels":
+            inputs = {"pixels": slice(None)}
+        elif method == "logreg":
+            inputs = {"cls": slice(0, width)}
+        else:
+            inputs = {f"{n} cls": slice(0, n * width) for n in sorted({min(n, blocks) for n in LAST_BLOCKS})}
+        pooled = slice(blocks * width, None) if method == "linear" and name != "pixels" else None
+        fit = _grid(inputs, pooled, fit_linear if method == "linear" else fit_logreg)
+        rows[name] = measure(features, sets.labels, sets.train, sets.test, fit, seed=seed)
+    chosen = Counter(rows["trained"]["setting_by_split"]).most_common(1)[0][0]
+    result: ClassifierResult = {
+        "method": method,
+        "rows": rows,
+        "setting": chosen,
+        "splits": len(sets.train),
+        "n": len(sets.labels),
+        "shots": shots,
+        "labels_from": labels_from,
+    }
+    return result, sets.skipped
+
+
+def measure(features: Tensor, labels: Tensor, train: Tensor, test: Tensor, fit: Fit, *, seed: int = 0) -> Row:
+    """Scores on the test part of each split, with the setting that a fifth of its training part chose.
+
+    The chosen setting then learns from the whole training part. No label of a test part is seen.
+
+    Args:
+        features: [N, D], any real type.
+        labels: [N] int64, classes from 0.
+        train, test: [S, N] bool.
+        fit: see ``Fit``.
+        seed: decides which fifth chooses.
+    """
+    classes = int(labels.max()) + 1
+    accuracy: list[float] = []
+    balanced: list[float] = []
+    areas: list[float | None] = []
+    settings: list[str] = []
+    for in_train, in_test in zip(train, test, strict=True):
+        x, y = _standardise(features, in_train), labels
+        known = in_train.nonzero().flatten()
+        inner = stratified_splits(y[known], 5, seed)[0]
+        learn, choose = known[inner], known[~inner]
+        trials = fit(x[torch.cat([learn, choose])], y[learn], classes)
+        best = max(trials, key=lambda name: int((trials[name].argmax(1) == y[choose]).sum()))  # the first of equals
+        scores = fit(x[torch.cat([known, in_test.nonzero().flatten()])], y[known], classes)[best]  # [T, C]
+        predicted, truth = scores.argmax(1), y[in_test]
+        settings.append(best)
+        accuracy.append(float((predicted == truth).double().mean()))
+        balanced.append(balanced_accuracy(predicted, truth))
+        areas.append(auroc(scores, truth))
+    known_areas = [area for area in areas if area is not None]
+    many = len(train) > 1
+    return {
+        "mean": fmean(accuracy),
+        "sd": stdev(accuracy) if many else None,
+        "balanced_mean": fmean(balanced),
+        "balanced_sd": stdev(balanced) if many else None,
+        "auroc_mean": fmean(known_areas) if known_areas else None,
+        "auroc_sd": stdev(known_areas) if len(known_areas) > 1 else None,
+        "setting_by_split": settings,
+    }
+
+
+def fit_linear(
+    x: Tensor,
+    labels: Tensor,
+    classes: int,
+    *,
+    rates: Sequence[float] = LEARNING_RATES,
+    steps: int = STEPS,
+    batch_size: int = BATCH_SIZE,
+) -> dict[str, Tensor]:
+    """One linear classifier for each learning rate, all on the same batches; their losses do not meet.
+
+    Args:
+        x: [N, D] float32.
+        labels: [T] int64, of the first T rows.
+        classes: C.
+        rates: for a batch of 256; scaled linearly.
+        steps, batch_size: of SGD with momentum 0.9 and a cosine schedule to 0.
+
+    Returns:
+        Scores [N - T, C] of the other rows by setting.
+    """
+    generator = torch.Generator().manual_seed(0)
+    known, unknown = x[: len(labels)], x[len(labels) :]
+    weight = 0.01 * torch.randn(x.shape[1], classes, generator=generator)  # [D, C]
+    weight = weight.repeat(len(rates), 1, 1).requires_grad_()  # [R, D, C]
+    bias = torch.zeros(len(rates), 1, classes, requires_grad=True)
+    lr = torch.tensor(rates)[:, None, None] * batch_size / 256
+    momenta = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    for step in range(steps):
+        batch = torch.randint(len(labels), (batch_size,), generator=generator)
+        logits = torch.matmul(known[batch], weight) + bias  # [R, B, C]
+        target = labels[batch].repeat(len(rates))
+        loss = F.cross_entropy(logits.flatten(0, 1), target, reduction="sum") / batch_size
+        gradients = torch.autograd.grad(loss, [weight, bias])
+        with torch.no_grad():
+            for parameter, momentum, gradient in zip([weight, bias], momenta, gradients, strict=True):
+                momentum.mul_(0.9).add_(gradient)
+                parameter -= lr * 0.5 * (1 + math.cos(math.pi * step / steps)) * momentum
+    with torch.no_grad():
+        scores = torch.matmul(unknown, weight) + bias  # [R, N - T, C]
+    return {f"lr {rate:g}": score for rate, score in zip(rates, scores, strict=True)}
+
+
+def fit_logreg(x: Tensor, labels: Tensor, classes: int) -> dict[str, Tensor]:
+    """Logistic regression with an L2 penalty by scikit-learn, for each of ``STRENGTHS``; see ``fit_linear``."""
+    _require_sklearn()
+    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+
+    known, unknown = x[: len(labels)].double().numpy(), x[len(labels) :].double().numpy()
+    scores: dict[str, Tensor] = {}
+    for strength in STRENGTHS:
+        model = LogisticRegression(C=strength, max_iter=1000).fit(known, labels.numpy())
+        # A class without a training image is never predicted.
+        by_class = torch.full((len(unknown), classes), -torch.inf, dtype=torch.float64)
+        by_class[:, torch.from_numpy(model.classes_)] = torch.from_numpy(model.predict_log_proba(unknown))
+        scores[f"C {strength:g}"] = by_class
+    return scores
+
+
+def render(result: ClassifierResult) -> str:
+    """The result as a table and a sentence for a terminal."""
+    lines = [f"{'':<12}{'accuracy':>16}{'balanced accuracy':>22}{'AUROC':>16}"]
+    for name, row in result["rows"].items():
+        area = "–" if row["auroc_mean"] is None else percent(row["auroc_mean"], row["auroc_sd"])
+        balanced = percent(row["balanced_mean"], row["balanced_sd"])
+        lines.append(f"{name:<12}{percent(row['mean'], row['sd']):>16}{balanced:>22}{area:>16}")
+    title = {"linear": "Linear classifiers", "logreg": "Logistic regression"}[result["method"]]
+    lines += ["", f"{title} ({result['setting']}) on {describe(result)}."]
+    return "\n".join(lines)
+
+
+def _grid(inputs: dict[str, slice], pooled: slice | None, fit: Fit) -> Fit:
+    """``fit`` on each choice of columns, alone and with those of the mean patch token."""
+
+    def fit_all(x: Tensor, labels: Tensor, classes: int) -> dict[str, Tensor]:
+        scores: dict[str, Tensor] = {}
+        for name, columns in inputs.items():
+            scores |= {f"{name}, {k}": v for k, v in fit(x[:, columns], labels, classes).items()}
+            if pooled is not None:
+                both = torch.cat([x[:, columns], x[:, pooled]], 1)
+                scores |= {f"{name} + mean patch, {k}": v for k, v in fit(both, labels, classes).items()}
+        return scores
+
+    return fit_all
+
+
+def _standardise(features: Tensor, train: Tensor) -> Tensor:
+    """Features [N, D] float32 with mean 0 and deviation 1 in the training part [N] bool; constants become 0."""
+    x = features.float()
+    sd, mean = torch.std_mean(x[train], 0, correction=0)
+    return torch.where(sd > 1e-6, (x - mean) / sd.clamp_min(1e-6), 0)
+
+
+def _require_sklearn() -> None:
+    try:
+        import sklearn.linear_model  # type: ignore[import-untyped]  # noqa: F401
+    except ImportError as error:
+        raise DataError("eval logreg needs: pip install 'dinoforge[eval]'") from error

@@ -1,0 +1,185 @@
+"""What every evaluation shares: features of labelled images, splits, shots and scores."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from dinoforge.data.sources import Source
+from dinoforge.errors import DataError
+from dinoforge.features import Reading, Skipped, embed, extract
+
+
+@dataclass(frozen=True)
+class LabelledSets:
+    """Features of the same images by each network, and which of them train and test."""
+
+    features: dict[str, Tensor]  # "pixels" [N, C·H·W] uint8, "untrained" [N, D], "trained" [N, D]; "trained" always
+    labels: Tensor  # [N] int64, classes from 0
+    train: Tensor  # [S, N] bool
+    test: Tensor  # [S, N] bool
+    skipped: list[Skipped]
+
+
+def gather(
+    backbone: nn.Module,
+    untrained: nn.Module | None,
+    source: Source,
+    labels: Sequence[str] | None,
+    *,
+    test: tuple[Source, Sequence[str] | None] | None = None,
+    pixels: bool = True,
+    n_splits: int = 5,
+    shots: int | None = None,
+    seed: int = 0,
+    **reading: Unpack[Reading],
+) -> LabelledSets:
+    """Reads each image once and embeds it with both networks; see ``run_knn`` for arguments and errors."""
+    parts = [_labelled(source, labels), *([_labelled(*test)] if test else [])]
+    _plan([labels for _, labels in parts], n_splits, seed)  # a mistake shows now, not after the long part
+
+    rows: dict[str, list[Tensor]] = {"pixels": [], "untrained": [], "trained": []}
+    kept_labels: list[list[str]] = []
+    skipped: list[Skipped] = []
+    for images, image_labels in parts:
+        keep = pixels or untrained is not None
+        features = extract(backbone, images, range(len(images)), keep_images=keep, **reading)
+        rows["trained"].append(features.cls)
+        if features.images is not None and untrained is not None:
+            rows["untrained"].append(embed(untrained, features.images, **reading))
+        if features.images is not None and pixels:
+            rows["pixels"].append(features.images.flatten(1))
+        kept_labels.append([image_labels[i] for i in features.kept])
+        skipped += features.skipped
+
+    encoded, train = _plan(kept_labels, n_splits, seed)
+    return LabelledSets(
+        features={name: torch.cat(parts) for name, parts in rows.items() if parts},
+        labels=encoded,
+        train=train if shots is None else few_shot(encoded, train, shots, seed),
+        test=~train,
+        skipped=skipped,
+    )
+
+
+def stratified_splits(labels: Tensor, n_splits: int = 5, seed: int = 0) -> Tensor:
+    """Training parts whose test parts are disjoint and hold an equal share of each class, to within one image.
+
+    The only image of a class is in every training part: nothing could tell its class if it were held out.
+
+    Args:
+        labels: [N] int64, classes from 0.
+        n_splits: at least 2.
+        seed: decides which image is held out where.
+
+    Returns:
+        [n_splits, N] bool, true in the training part.
+
+    Raises:
+        DataError: fewer images to hold out than splits.
+    """
+    assert n_splits >= 2
+    generator = torch.Generator().manual_seed(seed)
+    held_out_by = torch.full_like(labels, -1)
+    dealt = 0
+    for label in labels.unique():
+        images = (labels == label).nonzero().flatten()
+        if len(images) > 1:
+            images = images[torch.randperm(len(images), generator=generator)]
+            # Dealt like cards, on from where the last class ended: the splits' sizes differ by one at most.
+            held_out_by[images] = torch.arange(dealt, dealt + len(images)) % n_splits
+            dealt += len(images)
+    if dealt < n_splits:
+        raise DataError(
+            f"{len(labels)} labelled images are too few for {n_splits} splits: expected at least {n_splits} images of "
+            "classes that have two or more"
+        )
+    return held_out_by != torch.arange(n_splits)[:, None]
+
+
+def few_shot(labels: Tensor, train: Tensor, shots: int, seed: int = 0) -> Tensor:
+    """Training parts [S, N] bool with at most ``shots`` images of each class, drawn at random from ``train`` [S, N].
+
+    A smaller number of shots takes a subset of what a larger one takes.
+    """
+    chosen = torch.zeros_like(train)
+    generator = torch.Generator().manual_seed(seed)
+    for part, kept in zip(train, chosen, strict=True):
+        order = torch.randperm(len(labels), generator=generator)
+        for label in labels.unique():
+            kept[order[part[order] & (labels[order] == label)][:shots]] = True
+    return chosen
+
+
+def balanced_accuracy(predictions: Tensor, labels: Tensor) -> float:
+    """Mean over the classes in ``labels`` [N] of the share of their images that ``predictions`` [N] gets right."""
+    images = labels.bincount()
+    right = labels[predictions == labels].bincount(minlength=len(images))
+    return float((right[images > 0] / images[images > 0]).double().mean())
+
+
+def auroc(scores: Tensor, labels: Tensor) -> float | None:
+    """Area under the ROC curve: how often a class's image outscores another image, ties counting half.
+
+    Two classes: of class 1. More: the mean over the classes, each against the rest.
+
+    Args:
+        scores: [N, C], larger where class c is likelier.
+        labels: [N] int64, classes from 0.
+
+    Returns:
+        From 0 to 1; ``None`` where ``labels`` hold one class.
+    """
+    present = labels.unique()
+    if len(present) < 2:
+        return None
+    if scores.shape[1] == 2:
+        scores, present = scores.diff(dim=1).expand(-1, 2), present[1:]
+    areas = []
+    for label in present:
+        of_class = labels == label
+        _, place, count = scores[:, label].unique(return_inverse=True, return_counts=True)
+        ranks = (count.cumsum(0) - (count - 1) / 2).double()[place]  # from 1; equals share their mean
+        n = int(of_class.sum())
+        areas.append((float(ranks[of_class].sum()) - n * (n + 1) / 2) / (n * (len(labels) - n)))
+    return sum(areas) / len(areas)
+
+
+def percent(mean: float, sd: float | None) -> str:
+    return f"{100 * mean:.1f} %" if sd is None else f"{100 * mean:.1f} ± {100 * sd:.1f} %"
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """How a result was measured, for the sentence below its table."""
+    how = "on the given test images"
+    if result["splits"] > 1:
+        how = f"mean ± standard deviation over {result['splits']} stratified splits into training and test images"
+    few = "" if result["shots"] is None else f", at most {result['shots']} labels of each class"
+    return f"{result['n']:,} images, labels from {result['labels_from']}{few}; {how}"
+
+
+def _labelled(source: Source, labels: Sequence[str] | None) -> tuple[Source, list[str]]:
+    if labels is None:
+        raise DataError("the images have no labels: expected a sub-folder for each class, or a labels file (--labels)")
+    if len(labels) != len(source):
+        raise DataError(f"expected one label for each of the {len(source)} images, got {len(labels)}")
+    return source, list(labels)
+
+
+def _plan(parts: Sequence[Sequence[str]], n_splits: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Labels [N] as numbers and training parts [S, N] of one part to split, or of a training and a test part."""
+    classes = {label: i for i, label in enumerate(sorted(set(parts[0])))}
+    if len(classes) < 2:
+        have = f"all {len(parts[0])} are labelled {parts[0][0]!r}" if parts[0] else "there are none"
+        raise DataError(f"an evaluation needs images of at least two classes, but {have}")
+    encoded = torch.tensor([classes.get(label, -1) for part in parts for label in part])
+    if (encoded < 0).any():
+        unknown = sorted(set(parts[1]) - set(classes))
+        raise DataError(f"the test images are labelled {unknown[0]!r}, but no training image is")
+    if len(parts) == 1:
+        return encoded, stratified_splits(encoded, n_splits, seed)
+    if not parts[1]:
+        raise DataError("there are no test images")
+    return encoded, (torch.arange(len(encoded)) < len(parts[0]))[None]
