@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from dinoforge.data.sources import open_source
 from dinoforge.errors import DataError
+from dinoforge.evaluation import classifiers
 from dinoforge.evaluation.classifiers import (
+    Fit,
     LastBlocks,
     Method,
     fit_linear,
@@ -48,8 +50,8 @@ def clusters(n: int, classes: int, spread: float) -> tuple[Tensor, Tensor]:
 def test_each_learning_rate_of_the_grid_is_torch_sgd_by_itself() -> None:
     x, labels = clusters(60, 3, spread=1.0)
     rates, steps, batch_size = (0.01, 0.3), 20, 16
-    together = fit_linear(x, labels[:40], 3, rates=rates, steps=steps, batch_size=batch_size)
-    for rate, scores in zip(rates, together.values(), strict=True):
+    together = fit_linear(x, labels[:40], 3, rates, steps=steps, batch_size=batch_size)
+    for rate, scores in zip(rates, together, strict=True):
         generator = torch.Generator().manual_seed(0)
         weight = (0.01 * torch.randn(8, 3, generator=generator)).requires_grad_()
         bias = torch.zeros(3, requires_grad=True)
@@ -96,12 +98,17 @@ def test_few_shots_are_few_of_each_class_within_the_training_part() -> None:
         assert labels[part].bincount(minlength=3).tolist() == labels[whole].bincount(minlength=3).clamp(max=3).tolist()
 
 
-@pytest.mark.parametrize("fit", [fit_linear, fit_logreg])
-def test_separable_classes_are_told_apart_and_noise_is_at_chance(fit: object) -> None:
+COLUMNS = {"all": [slice(None)]}
+
+
+@pytest.mark.parametrize("fit", [("lr", [0.1, 1.0], fit_linear), ("C", [0.1, 1.0], fit_logreg)])
+def test_separable_classes_are_told_apart_and_noise_is_at_chance(fit: tuple[str, list[float], Fit]) -> None:
     x, labels = clusters(200, 2, spread=0.1)
     train = stratified_splits(labels, 2)
-    assert measure(x, labels, train, ~train, fit)["mean"] == 1.0  # type: ignore[arg-type]
-    noise = measure(torch.randn(200, 8, generator=torch.Generator().manual_seed(1)), labels, train, ~train, fit)  # type: ignore[arg-type]
+    assert measure(x, labels, train, ~train, COLUMNS, *fit)["mean"] == 1.0
+    noise = measure(
+        torch.randn(200, 8, generator=torch.Generator().manual_seed(1)), labels, train, ~train, COLUMNS, *fit
+    )
     assert 0.35 < noise["mean"] < 0.65
     assert noise["auroc_mean"] is not None
     assert 0.35 < noise["auroc_mean"] < 0.65
@@ -111,7 +118,7 @@ def test_chosen_setting_sees_no_test_label() -> None:
     x, labels = clusters(100, 2, spread=2.0)
     train = stratified_splits(labels, 2)[:1]
     other = torch.where(train[0], labels, 1 - labels)
-    true, false = (measure(x, y, train, ~train, fit_logreg) for y in (labels, other))
+    true, false = (measure(x, y, train, ~train, COLUMNS, "C", [0.01, 1.0, 100.0], fit_logreg) for y in (labels, other))
     assert true["setting_by_split"] == false["setting_by_split"]
     assert true["mean"] == pytest.approx(1 - false["mean"])
 
@@ -130,10 +137,11 @@ def colours(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("method", ["linear", "logreg"])
-def test_run_from_folders(method: Method, colours: Path) -> None:
+def test_run_from_folders(method: Method, colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classifiers, "LEARNING_RATES", (0.01, 0.1))
     source = open_source(colours)
     net = network()
-    result, skipped = run_classifier(method, net, net, source, source.labels(), n_splits=2, shots=8, **READING)  # type: ignore[arg-type]
+    result, skipped = run_classifier(method, net, net, source, source.labels(), n_splits=2, shots=8, **READING)
     assert skipped == []
     assert (result["n"], result["splits"], result["shots"]) == (40, 2, 8)
     assert result["rows"]["untrained"] == result["rows"]["trained"]
@@ -145,4 +153,4 @@ def test_run_from_folders(method: Method, colours: Path) -> None:
 def test_too_few_shots(colours: Path) -> None:
     source = open_source(colours)
     with pytest.raises(DataError, match="at least 5"):
-        run_classifier("linear", network(), network(), source, source.labels(), shots=4, **READING)  # type: ignore[arg-type]
+        run_classifier("linear", network(), network(), source, source.labels(), shots=4, **READING)

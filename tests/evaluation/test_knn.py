@@ -220,7 +220,7 @@ def test_run_from_folders(colours: Path) -> None:
     result, skipped = run_knn(Brightness(), Constant(), source, source.labels(), **READING)
     assert [s.name for s in skipped] == ["red/5.png"]
     assert json.loads(json.dumps(result)) == result
-    assert list(result) == ["knn", "k", "splits", "n", "labels_from"]
+    assert list(result) == ["knn", "k", "splits", "n", "shots", "labels_from"]
     assert (result["splits"], result["n"], result["labels_from"]) == (5, 59, "folders")
     assert list(result["knn"]) == ["pixels", "untrained", "trained"]
     for row in result["knn"].values():

@@ -7,7 +7,7 @@ features are computed once, so images are not augmented; and the best of the gri
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Literal, TypedDict, Unpack, cast
 
@@ -30,8 +30,8 @@ STEPS = 1250  # a tenth of the reference's 12,500, which are for a million image
 STRENGTHS = tuple(10.0**power for power in range(-5, 3))  # C of logistic regression
 MIN_SHOTS = 5  # fewer leave nothing of most classes for choosing in the grid
 
-Fit = Callable[[Tensor, Tensor, int], dict[str, Tensor]]
-"""Features [N, D] of all images, labels [T] of the first T, number of classes -> scores [N - T, C] by setting."""
+Fit = Callable[[Tensor, Tensor, int, Sequence[float]], Tensor]
+"""Features [N, D] of all images, labels [T] of the first T, number of classes C, V settings -> scores [V, N - T, C]."""
 
 
 class Row(TypedDict):
@@ -119,17 +119,20 @@ def run_classifier(
         **reading,
     )
     width = backbone.embed_dim
+    fit: tuple[str, Sequence[float], Fit] = ("lr", LEARNING_RATES, fit_linear)
+    if method == "logreg":
+        fit = ("C", STRENGTHS, fit_logreg)
     rows: dict[str, Row] = {}
     for name, features in sets.features.items():
-        if name == "pixels":
-            inputs = {"pixels": slice(None)}
-        elif method == "logreg":
-            inputs = {"cls": slice(0, width)}
-        else:
-            inputs = {f"{n} cls": slice(0, n * width) for n in sorted({min(n, blocks) for n in LAST_BLOCKS})}
-        pooled = slice(blocks * width, None) if method == "linear" and name != "pixels" else None
-        fit = _grid(inputs, pooled, fit_linear if method == "linear" else fit_logreg)
-        rows[name] = measure(features, sets.labels, sets.train, sets.test, fit, seed=seed)
+        inputs = {name: [slice(None)]}
+        if name != "pixels":
+            inputs = {"cls": [slice(0, width)]}
+            if method == "linear":
+                numbers = sorted({min(n, blocks) for n in LAST_BLOCKS})
+                inputs = {f"{n} cls": [slice(0, n * width)] for n in numbers}
+                mean_patch = slice(blocks * width, None)
+                inputs |= {f"{cls} + mean patch": [*columns, mean_patch] for cls, columns in inputs.items()}
+        rows[name] = measure(features, sets.labels, sets.train, sets.test, inputs, *fit, seed=seed)
     chosen = Counter(rows["trained"]["setting_by_split"]).most_common(1)[0][0]
     result: ClassifierResult = {
         "method": method,
@@ -143,7 +146,18 @@ def run_classifier(
     return result, sets.skipped
 
 
-def measure(features: Tensor, labels: Tensor, train: Tensor, test: Tensor, fit: Fit, *, seed: int = 0) -> Row:
+def measure(
+    features: Tensor,
+    labels: Tensor,
+    train: Tensor,
+    test: Tensor,
+    inputs: Mapping[str, Sequence[slice]],
+    key: str,
+    values: Sequence[float],
+    fit: Fit,
+    *,
+    seed: int = 0,
+) -> Row:
     """Scores on the test part of each split, with the setting that a fifth of its training part chose.
 
     The chosen setting then learns from the whole training part. No label of a test part is seen.
@@ -152,6 +166,8 @@ def measure(features: Tensor, labels: Tensor, train: Tensor, test: Tensor, fit: 
         features: [N, D], any real type.
         labels: [N] int64, classes from 0.
         train, test: [S, N] bool.
+        inputs: columns of the features to choose from, by name.
+        key, values: name and values of the setting to choose from.
         fit: see ``Fit``.
         seed: decides which fifth chooses.
     """
@@ -165,11 +181,18 @@ def measure(features: Tensor, labels: Tensor, train: Tensor, test: Tensor, fit: 
         known = in_train.nonzero().flatten()
         inner = stratified_splits(y[known], 5, seed)[0]
         learn, choose = known[inner], known[~inner]
-        trials = fit(x[torch.cat([learn, choose])], y[learn], classes)
-        best = max(trials, key=lambda name: int((trials[name].argmax(1) == y[choose]).sum()))  # the first of equals
-        scores = fit(x[torch.cat([known, in_test.nonzero().flatten()])], y[known], classes)[best]  # [T, C]
+        right: dict[tuple[str, float], int] = {}
+        for name, columns in inputs.items():
+            trials = fit(_columns(x[torch.cat([learn, choose])], columns), y[learn], classes, values)
+            right |= {
+                (name, value): int((scores.argmax(1) == y[choose]).sum())
+                for value, scores in zip(values, trials, strict=True)
+            }
+        name, value = max(right, key=lambda setting: right[setting])  # the first of equals
+        rows = torch.cat([known, in_test.nonzero().flatten()])
+        scores = fit(_columns(x[rows], inputs[name]), y[known], classes, [value])[0]  # [T, C]
         predicted, truth = scores.argmax(1), y[in_test]
-        settings.append(best)
+        settings.append(f"{name}, {key} {value:g}")
         accuracy.append(float((predicted == truth).double().mean()))
         balanced.append(balanced_accuracy(predicted, truth))
         areas.append(auroc(scores, truth))
@@ -190,11 +213,11 @@ def fit_linear(
     x: Tensor,
     labels: Tensor,
     classes: int,
+    rates: Sequence[float],
     *,
-    rates: Sequence[float] = LEARNING_RATES,
     steps: int = STEPS,
     batch_size: int = BATCH_SIZE,
-) -> dict[str, Tensor]:
+) -> Tensor:
     """One linear classifier for each learning rate, all on the same batches; their losses do not meet.
 
     Args:
@@ -205,7 +228,7 @@ def fit_linear(
         steps, batch_size: of SGD with momentum 0.9 and a cosine schedule to 0.
 
     Returns:
-        Scores [N - T, C] of the other rows by setting.
+        Scores [R, N - T, C] of the other rows.
     """
     generator = torch.Generator().manual_seed(0)
     known, unknown = x[: len(labels)], x[len(labels) :]
@@ -225,23 +248,19 @@ def fit_linear(
                 momentum.mul_(0.9).add_(gradient)
                 parameter -= lr * 0.5 * (1 + math.cos(math.pi * step / steps)) * momentum
     with torch.no_grad():
-        scores = torch.matmul(unknown, weight) + bias  # [R, N - T, C]
-    return {f"lr {rate:g}": score for rate, score in zip(rates, scores, strict=True)}
+        return torch.matmul(unknown, weight) + bias  # [R, N - T, C]
 
 
-def fit_logreg(x: Tensor, labels: Tensor, classes: int) -> dict[str, Tensor]:
-    """Logistic regression with an L2 penalty by scikit-learn, for each of ``STRENGTHS``; see ``fit_linear``."""
-    _require_sklearn()
+def fit_logreg(x: Tensor, labels: Tensor, classes: int, strengths: Sequence[float]) -> Tensor:
+    """Logistic regression with an L2 penalty by scikit-learn, for each C of ``strengths``; see ``fit_linear``."""
     from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
 
     known, unknown = x[: len(labels)].double().numpy(), x[len(labels) :].double().numpy()
-    scores: dict[str, Tensor] = {}
-    for strength in STRENGTHS:
+    # A class without a training image is never predicted.
+    scores = torch.full((len(strengths), len(unknown), classes), -torch.inf, dtype=torch.float64)
+    for by_class, strength in zip(scores, strengths, strict=True):
         model = LogisticRegression(C=strength, max_iter=1000).fit(known, labels.numpy())
-        # A class without a training image is never predicted.
-        by_class = torch.full((len(unknown), classes), -torch.inf, dtype=torch.float64)
         by_class[:, torch.from_numpy(model.classes_)] = torch.from_numpy(model.predict_log_proba(unknown))
-        scores[f"C {strength:g}"] = by_class
     return scores
 
 
@@ -257,19 +276,8 @@ def render(result: ClassifierResult) -> str:
     return "\n".join(lines)
 
 
-def _grid(inputs: dict[str, slice], pooled: slice | None, fit: Fit) -> Fit:
-    """``fit`` on each choice of columns, alone and with those of the mean patch token."""
-
-    def fit_all(x: Tensor, labels: Tensor, classes: int) -> dict[str, Tensor]:
-        scores: dict[str, Tensor] = {}
-        for name, columns in inputs.items():
-            scores |= {f"{name}, {k}": v for k, v in fit(x[:, columns], labels, classes).items()}
-            if pooled is not None:
-                both = torch.cat([x[:, columns], x[:, pooled]], 1)
-                scores |= {f"{name} + mean patch, {k}": v for k, v in fit(both, labels, classes).items()}
-        return scores
-
-    return fit_all
+def _columns(x: Tensor, slices: Sequence[slice]) -> Tensor:
+    return torch.cat([x[:, columns] for columns in slices], 1)
 
 
 def _standardise(features: Tensor, train: Tensor) -> Tensor:
