@@ -105,7 +105,7 @@ def test_knn_prints_one_line_of_json_and_completes_the_summary(classes, run, cap
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     result = json.loads(out)
-    assert set(result) == {"knn", "k", "splits", "n", "labels_from"}
+    assert set(result) == {"knn", "k", "splits", "n", "shots", "labels_from"}
     assert set(result["knn"]) == {"pixels", "untrained", "trained"}
     for row in result["knn"].values():
         assert {"mean", "sd", "by_k", "balanced_mean"} <= set(row)
