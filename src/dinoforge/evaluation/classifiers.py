@@ -233,14 +233,14 @@ def fit_linear(
     generator = torch.Generator().manual_seed(0)
     known, unknown = x[: len(labels)], x[len(labels) :]
     weight = 0.01 * torch.randn(x.shape[1], classes, generator=generator)  # [D, C]
-    weight = weight.repeat(len(rates), 1, 1).requires_grad_()  # [R, D, C]
-    bias = torch.zeros(len(rates), 1, classes, requires_grad=True)
-    lr = torch.tensor(rates)[:, None, None] * batch_size / 256
+    weight = weight[:, None].repeat(1, len(rates), 1).requires_grad_()  # [D, R, C]: one product serves all rates
+    bias = torch.zeros(len(rates), classes, requires_grad=True)
+    lr = torch.tensor(rates)[:, None] * batch_size / 256
     momenta = [torch.zeros_like(weight), torch.zeros_like(bias)]
     for step in range(steps):
         batch = torch.randint(len(labels), (batch_size,), generator=generator)
-        logits = torch.matmul(known[batch], weight) + bias  # [R, B, C]
-        target = labels[batch].repeat(len(rates))
+        logits = torch.tensordot(known[batch], weight, 1) + bias  # [B, R, C]
+        target = labels[batch].repeat_interleave(len(rates))
         loss = F.cross_entropy(logits.flatten(0, 1), target, reduction="sum") / batch_size
         gradients = torch.autograd.grad(loss, [weight, bias])
         with torch.no_grad():
@@ -248,7 +248,8 @@ def fit_linear(
                 momentum.mul_(0.9).add_(gradient)
                 parameter -= lr * 0.5 * (1 + math.cos(math.pi * step / steps)) * momentum
     with torch.no_grad():
-        return torch.matmul(unknown, weight) + bias  # [R, N - T, C]
+        scores: Tensor = torch.tensordot(unknown, weight, 1) + bias  # [N - T, R, C]
+    return scores.transpose(0, 1)
 
 
 def fit_logreg(x: Tensor, labels: Tensor, classes: int, strengths: Sequence[float]) -> Tensor:
