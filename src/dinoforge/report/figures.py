@@ -40,7 +40,8 @@ def seen_crops(data: TrainingData, step: int, place: int) -> Seen | None:
         made.append([*global_crops[:, 0], *local_crops[:, 0]])
     masks = data.masks(2 * data.batch_size, data.grid, sample_rng(data.seed, first, "masks"))
     of_image = torch.from_numpy(masks).view(2, data.batch_size, *data.grid)[:, place]
-    return Seen(index, *made, of_image)
+    before, after = made
+    return Seen(index, before, after, of_image)
 
 
 @torch.no_grad()

@@ -54,7 +54,10 @@ class Run:
 
 def page(runs: Sequence[Run]) -> str:
     """The HTML of one run, or of several side by side."""
-    content = {"runs": [_content(run, pictures=len(runs) == 1) for run in runs], "made": time.strftime("%Y-%m-%d %H:%M")}
+    content = {
+        "runs": [_content(run, pictures=len(runs) == 1) for run in runs],
+        "made": time.strftime("%Y-%m-%d %H:%M"),
+    }
     # "<" cannot then end the script, whatever a file is called.
     data = json.dumps(content, allow_nan=False).replace("<", "\\u003c")
     here = files("dinoforge.report")
@@ -152,9 +155,7 @@ def _learned(backbone: Backbone, source: Source, missing: list[str]) -> Json:
         max_pixels=image.max_pixels,
         batch_size=32,
     )
-    pairs = [
-        figures.tokens_and_attention(network, normalize(pixels[None], image.mean, image.std)) for pixels in large
-    ]
+    pairs = [figures.tokens_and_attention(network, normalize(pixels[None], image.mean, image.std)) for pixels in large]
     patches = torch.cat([tokens for tokens, _ in pairs])  # [B, N, D]
     colours, foreground = figures.pca_colours(patches)
     first_patch = 1 + network.num_register_tokens
