@@ -18,14 +18,17 @@ import torch
 from rich.console import Console
 
 from dinoforge import checkpoint, features, weights
-from dinoforge.config import Eval, Recipe, dump, load_recipe
+from dinoforge.config import Eval, Recipe, differences, dump, flatten, load_recipe
 from dinoforge.data.batch import Batch, prepare
 from dinoforge.data.loader import STOP_SIGNALS, Skipped, inspect, make_loader
 from dinoforge.data.sources import Source, open_source, printable, read_labels
-from dinoforge.errors import DataError, RecipeError, RunError, TrainingError, WeightsError
+from dinoforge.errors import DataError, DinoforgeError, RecipeError, RunError, TrainingError, WeightsError
 from dinoforge.evaluation.classifiers import ClassifierResult, Method, run_classifier
 from dinoforge.evaluation.knn import KnnResult, run_knn
+from dinoforge.files import write_text
 from dinoforge.models.vit import VisionTransformer, draw_kept_samples
+from dinoforge.report import figures
+from dinoforge.report import page as pages
 from dinoforge.training import bench as benchmarks
 from dinoforge.training import build, loop
 from dinoforge.training import device as devices
@@ -465,6 +468,57 @@ def _evaluation(
         "seed": seed,
         **_reading(backbone, settings),
     }
+
+
+def report(*paths: str | Path, data: Any = None) -> Path:
+    """Writes ``report.html`` into the first run; several runs come side by side, as curves and tables.
+
+    Args:
+        paths: run directories.
+        data: the images, where the run does not find them any more.
+
+    Raises:
+        RunError: a folder that is no run, or cannot be written.
+    """
+    if not paths:
+        raise RunError("a report needs at least one run directory")
+    runs = [_open_run(RunDirectory(Path(path)), data, pictures=len(paths) == 1) for path in paths]
+    out = Path(paths[0]) / ("report.html" if len(paths) == 1 else "comparison.html")
+    write_text(out, pages.page(runs))
+    return out
+
+
+def _open_run(run: RunDirectory, data: Any, *, pictures: bool) -> pages.Run:
+    if not run.exists:
+        raise RunError(f"{run.path} holds no run: expected a folder with recipe.yaml and run.json, as train makes it")
+    recipe, info = run.recipe(), run.info()
+    missing, training_data, backbone = [], None, None
+    if pictures:
+        try:
+            training_data = build.build_data(recipe, open_source(info["data"]["path"] if data is None else data))
+        except DinoforgeError as error:
+            missing.append(f"There are no pictures, because the images are not found: {error}.")
+        if run.teacher.exists():
+            backbone = load(run.path)
+        else:
+            missing.append("There are no maps of features: the run has no checkpoint yet.")
+    metrics, unreadable = figures.read_metrics(run.metrics)
+    if unreadable:
+        missing.append(f"{unreadable} lines of metrics.jsonl cannot be read and are left out.")
+    skipped = run.skipped.read_text(encoding="utf-8", errors="replace").splitlines() if run.skipped.exists() else []
+    return pages.Run(
+        name=str(run.path),
+        recipe=flatten(recipe),
+        recipe_differences=differences(load_recipe("dinov2")[0], recipe),
+        base="dinov2",
+        info=info,
+        summary=run.read_summary(),
+        metrics=metrics,
+        skipped=skipped,
+        data=training_data,
+        backbone=backbone,
+        missing=tuple(missing),
+    )
 
 
 def _flat_keys(keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -118,6 +118,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_keys(compare, "recipe keys that are laid over both")
     compare.set_defaults(run=_compare, parser=compare)
 
+    report = commands.add_parser(
+        "report",
+        help="a page that shows what a run sees and learns",
+        description="Writes RUN/report.html, one file that needs no network; of several runs, RUN/comparison.html "
+        "with their curves and recipes side by side.",
+        epilog="example: dinoforge report runs/photos --open",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
+    report.add_argument("--data", metavar="DIR", help="the images, if they are no longer where the run had them")
+    report.add_argument("--open", action="store_true", help="open the page in the browser")
+    report.set_defaults(run=_report, parser=report)
+
     evaluate = commands.add_parser("eval", help="measure a backbone on labelled images")
     evaluate.set_defaults(run=partial(_help, evaluate), parser=evaluate)
     methods = evaluate.add_subparsers(metavar="METHOD")
@@ -237,6 +249,18 @@ def _compare(options: argparse.Namespace) -> int:
     rows = compare.compare(first, second)
     _say_ignored(ignored | also_ignored)
     print(json.dumps(compare.as_json(rows, names)) if options.json else compare.render(rows, names))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from dinoforge.api import report
+
+    path = report(*options.runs, data=options.data)
+    print(path)
+    if options.open:
+        import webbrowser
+
+        webbrowser.open(path.resolve().as_uri())
     return 0
 
 

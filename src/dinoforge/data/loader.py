@@ -168,7 +168,7 @@ class TrainingData(Dataset[Batch | Failure]):
         skipped: list[Skipped] = []
         with _one_thread():
             for place in range(share):
-                sample = self._sample(first + self.rank * share + place, skipped)
+                sample = self.sample(first + self.rank * share + place, skipped)
                 if sample is None:
                     reasons = "; ".join(f"{name}: {reason}" for _, name, reason in skipped[-3:])
                     message = f"{MAX_ATTEMPTS} images in a row could not be read, the last ones: {reasons}"
@@ -191,7 +191,7 @@ class TrainingData(Dataset[Batch | Failure]):
             photometry=None if self.photometry else collate_photometry(drawn, global_number=2),
         )
 
-    def _sample(
+    def sample(
         self, position: int, skipped: list[Skipped]
     ) -> tuple[int, npt.NDArray[np.uint8], list[CropParameters]] | None:
         """Find the image of one position and draw its crops; unreadable images are noted and replaced."""

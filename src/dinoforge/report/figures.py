@@ -1,0 +1,150 @@
+"""The data behind each figure of a report: arrays in, arrays out."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinoforge.data.loader import Skipped, TrainingData, sample_rng
+from dinoforge.models.layers import Block
+from dinoforge.models.vit import VisionTransformer
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the network saw of one image at one step."""
+
+    index: int
+    before: list[Tensor]  # crops before their colours change, uint8 [C, h, w]: two global ones, then the local ones
+    after: list[Tensor]  # the same crops as the network got them
+    masks: Tensor  # [2, rows, columns] bool, of the global crops
+
+
+def seen_crops(data: TrainingData, step: int, place: int) -> Seen | None:
+    """Crops and masks of the image at ``place`` of the global batch of ``step``; None if none could be read."""
+    skipped: list[Skipped] = []
+    first = step * data.batch_size
+    sample = data.sample(first + place, skipped)
+    if sample is None:
+        return None
+    index, image, parameters = sample
+    made = []
+    for photometry in (False, True):
+        global_crops, local_crops = data.crops.empty(1, image.shape[2])
+        data.crops.make(image, parameters, global_crops[:, 0], local_crops[:, 0], photometry=photometry)
+        made.append([*global_crops[:, 0], *local_crops[:, 0]])
+    masks = data.masks(2 * data.batch_size, data.grid, sample_rng(data.seed, first, "masks"))
+    of_image = torch.from_numpy(masks).view(2, data.batch_size, *data.grid)[:, place]
+    before, after = made
+    return Seen(index, before, after, of_image)
+
+
+@torch.no_grad()
+def tokens_and_attention(backbone: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Patch tokens [B, N, D], and the attention of the cls token in the last block [B, heads, 1 + R + N].
+
+    Args:
+        images: normalised [B, C, H, W].
+    """
+    block = backbone.blocks[-1]
+    assert isinstance(block, Block)
+    inputs: list[Tensor] = []
+    handle = block.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    try:
+        patches = backbone(images).patches
+    finally:
+        handle.remove()
+    x = inputs[0].view(len(images), -1, backbone.embed_dim)  # [B, T, D]
+    heads = block.attn.num_heads
+    q, k, _ = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    scores = q[:, :, :1] @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # [B, heads, 1, T]
+    return patches, scores[:, :, 0].softmax(-1)
+
+
+def principal_components(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean [D] and leading directions [count, D] of rows [N, D]; each direction's largest entry is positive.
+
+    Fewer than ``count`` come where the rows have fewer dimensions.
+    """
+    rows = rows.double()
+    mean = rows.mean(0)
+    # No randomised solver: a report made while training must not draw from the run's random numbers.
+    _, _, directions = torch.linalg.svd(rows - mean, full_matrices=False)
+    directions = directions[:count]
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    return mean.float(), (directions * largest.sign()).float()
+
+
+def pca_colours(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Colours of patches of several images in one common basis, as in the paper (section 7.6 and figure 1).
+
+    The first component parts foreground from background: the side with fewer patches is called foreground, for the
+    sign of a component means nothing. The foreground's own three leading components become red, green and blue, each
+    stretched to its 1st…99th percentile.
+
+    Args:
+        patches: [B, N, D].
+
+    Returns:
+        Colours [B, N, 3] in 0..1, and which patches are foreground [B, N] bool.
+    """
+    rows = patches.flatten(0, 1)
+    mean, (first,) = principal_components(rows, 1)
+    foreground = (rows - mean) @ first > 0
+    if foreground.float().mean() > 0.5:
+        foreground = ~foreground
+    if foreground.sum() < 4:
+        foreground = torch.ones_like(foreground)
+    mean, directions = principal_components(rows[foreground], 3)
+    colours = (rows - mean) @ directions.T  # [B·N, ≤3]
+    low, high = torch.quantile(colours[foreground], torch.tensor([0.01, 0.99]), dim=0)
+    colours = ((colours - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    missing = 3 - colours.shape[1]
+    colours = torch.nn.functional.pad(colours, (0, missing))
+    return colours.view(*patches.shape[:2], 3), foreground.view(patches.shape[:2])
+
+
+def similarity(patches: Tensor, image: int, patch: int) -> Tensor:
+    """Cosine similarity [B, N] of every patch in [B, N, D] to one of them."""
+    unit = torch.nn.functional.normalize(patches, dim=-1)
+    return unit @ unit[image, patch]
+
+
+def neighbours(features: Tensor, queries: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+    """Nearest rows of [N, D] to some of them by cosine, themselves left out: similarities and rows [Q, count]."""
+    unit = torch.nn.functional.normalize(features, dim=-1)
+    similarities = unit[list(queries)] @ unit.T  # [Q, N]
+    similarities[torch.arange(len(queries)), list(queries)] = -torch.inf
+    values, rows = similarities.topk(min(count, len(features) - 1), dim=1)
+    return values, rows
+
+
+def read_metrics(path: Path) -> tuple[dict[str, list[float | None]], int]:
+    """The numbers of a ``metrics.jsonl`` by name, None where a line has no such (finite) number.
+
+    Returns:
+        The columns, and how many lines could not be read (a killed run may leave a torn last one).
+    """
+    lines: list[dict[str, Any]] = []
+    unreadable = 0
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("step"), int | float):
+            lines.append(line)
+        else:
+            unreadable += 1
+
+    def number(value: Any) -> float | None:
+        return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
+
+    names = dict.fromkeys(name for line in lines for name in line)
+    columns = {name: [number(line.get(name)) for line in lines] for name in names}
+    return {k: v for k, v in columns.items() if any(x is not None for x in v)}, unreadable
