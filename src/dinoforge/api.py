@@ -19,14 +19,14 @@ from rich.console import Console
 
 from dinoforge import checkpoint, features, weights
 from dinoforge.config import Eval, Recipe, differences, dump, flatten, load_recipe
-from dinoforge.data.batch import Batch, prepare
+from dinoforge.data.batch import prepare
 from dinoforge.data.loader import STOP_SIGNALS, Skipped, inspect, make_loader
-from dinoforge.data.sources import Source, open_source, printable, read_labels
-from dinoforge.errors import DataError, DinoforgeError, RecipeError, RunError, TrainingError, WeightsError
+from dinoforge.data.sources import Source, open_source, read_labels
+from dinoforge.errors import DataError, DinoforgeError, RecipeError, RunError, WeightsError
 from dinoforge.evaluation.classifiers import ClassifierResult, Method, run_classifier
 from dinoforge.evaluation.knn import KnnResult, run_knn
 from dinoforge.files import write_text
-from dinoforge.models.vit import VisionTransformer, draw_kept_samples
+from dinoforge.models.vit import VisionTransformer
 from dinoforge.report import figures
 from dinoforge.report import page as pages
 from dinoforge.training import bench as benchmarks
@@ -35,6 +35,7 @@ from dinoforge.training import device as devices
 from dinoforge.training import plan as plans
 from dinoforge.training import replay as replays
 from dinoforge.training.metrics import Display, JsonLines, MetricsHook, Sink, TensorBoard, check_writable, duration
+from dinoforge.training.non_finite import NonFinitePolicy, RollBackError
 from dinoforge.training.run import DataIdentity, RunDirectory
 from dinoforge.training.saver import Saver
 
@@ -156,7 +157,7 @@ def _train(
             batch_size=plan.length.batch_size,
             device=device,
         )
-        faults = _NonFinite(run, state, plan, source, say)
+        on_non_finite = NonFinitePolicy(run, state, plan, source, say)
         try:
             while True:
                 batches = make_loader(
@@ -181,10 +182,10 @@ def _train(
                         hooks=[metrics_hook, saver],
                         should_stop=stop,
                         on_skipped=lambda new: _tell_skipped(run, say, new),
-                        on_non_finite=faults,
+                        on_non_finite=on_non_finite,
                     )
                     break
-                except _RollBackError:
+                except RollBackError:
                     saver.wait()
                     _roll_back(run, state, recipe, say)
                     for sink in (metrics_file, board):
@@ -281,16 +282,13 @@ def replay(
 
     length = build.run_length(recipe, images=images)
     schedules = build.build_schedules(recipe, length)
-    kept = None
-    if any(rates := build.build_drop_path_rates(recipe)):
-        sizes = [len(crops) for crops in state.student_teacher.student_crops(saved.batch)]
-        kept = draw_kept_samples(rates, sizes, loop.depth_generator(recipe.train.seed, saved.number))
+    rates = build.build_drop_path_rates(recipe)
     dtype = devices.resolve_precision(recipe.precision if precision == "recipe" else "fp32", device)
     findings = replays.find(
         state.student_teacher,
         saved.batch.to(device),
         schedules(min(saved.step, length.steps - 1)),
-        kept=kept,
+        kept=loop.kept_samples(state.student_teacher, saved.batch, rates, seed=recipe.train.seed, number=saved.number),
         autocast=partial(devices.autocast, device, dtype),
     )
     return findings, saved, steps[-1] if steps else 0
@@ -608,70 +606,3 @@ def _tell_skipped(run: RunDirectory, say: Any, new: list[Skipped]) -> None:
     for _, name, reason in new:
         say(f"skipped  {name}: {reason}")
     run.list_skipped((name, reason) for _, name, reason in new)
-
-
-class _RollBackError(Exception):
-    """Too many steps in a row whose loss or gradients are not finite."""
-
-
-class _NonFinite:
-    """What happens when a step was skipped since its loss or gradients are not finite.
-
-    The batch is kept; after ``train.max_skips`` in a row the run goes back; after ``train.max_rollbacks`` it ends.
-    """
-
-    def __init__(
-        self,
-        run: RunDirectory,
-        state: loop.TrainState,
-        plan: plans.Plan,
-        source: Source,
-        say: Callable[[str], object],
-    ) -> None:
-        self.run, self.state, self.plan, self.source, self.say = run, state, plan, source, say
-
-    def __call__(self, batch: Batch, terms: dict[str, float]) -> None:
-        state, train = self.state, self.plan.recipe.train
-        step, number = state.step - 1, state.next_batch - 1
-        told = f"loss or gradients are not finite at step {step:,} ({replays.describe_terms(terms)})"
-        path = self.run.non_finite / f"batch_{number:08d}.safetensors"
-        kept = len(list(self.run.non_finite.glob("*.safetensors"))) if self.run.non_finite.is_dir() else 0
-        names = tuple(printable(self.source.name(i)) for i in batch.indices.tolist())
-        if kept < _KEPT_BATCHES:
-            replays.save_batch(path, replays.SavedBatch(batch, step, number, names, terms))
-            told += f"; the batch is {path}"
-        self.say(f"skipped  {told}. Nothing was updated.")
-        if state.skipped_in_a_row < train.max_skips:
-            return
-        if state.rollbacks < train.max_rollbacks:
-            raise _RollBackError
-        findings = self._look(batch, step, number)
-        raise TrainingError(
-            f"{state.skipped_in_a_row} steps in a row, up to step {step:,}, gave losses or gradients that are not "
-            f"finite, and {state.rollbacks} rollbacks did not help. The last batch, looked at again:\n"
-            f"{replays.describe(findings, names)}\n"
-            f"{_advice(findings, len(names), self.plan)}\n"
-            f"The checkpoints are from before these steps; the batches are in {self.run.non_finite}, to be looked at "
-            f"by: dinoforge replay {self.run.path} --batch FILE"
-        )
-
-    def _look(self, batch: Batch, step: int, number: int) -> replays.Findings:
-        kept = None
-        if any(rates := build.build_drop_path_rates(self.plan.recipe)):
-            sizes = [len(crops) for crops in self.state.student_teacher.student_crops(batch)]
-            kept = draw_kept_samples(rates, sizes, loop.depth_generator(self.plan.recipe.train.seed, number))
-        autocast = partial(devices.autocast, self.plan.device, self.plan.precision)
-        return replays.find(self.state.student_teacher, batch, self.plan.schedules(step), kept=kept, autocast=autocast)
-
-
-_KEPT_BATCHES = 20
-
-
-def _advice(findings: replays.Findings, images: int, plan: plans.Plan) -> str:
-    """Which keys to try."""
-    if 0 < len(findings.images) < images:
-        return "Some images alone do it: look at them, or at data.mean and data.std."
-    lower = f"a lower optim.base_lr (now {plan.recipe.optim.base_lr:g}) or a longer optim.warmup_length"
-    if plan.precision is torch.float32:
-        return f"It is not single images: try {lower}."
-    return f"It is not single images: try precision=fp32, {lower}."

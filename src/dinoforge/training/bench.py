@@ -17,7 +17,6 @@ from dinoforge.data.batch import Batch, masked_patches, prepare
 from dinoforge.data.loader import Failure, make_loader, sample_rng
 from dinoforge.data.sources import Source
 from dinoforge.errors import DataError
-from dinoforge.models.vit import draw_kept_samples
 from dinoforge.training.build import (
     build_data,
     build_drop_path_rates,
@@ -28,6 +27,7 @@ from dinoforge.training.build import (
 )
 from dinoforge.training.device import autocast, keep_freed_memory, peak_memory_gib, usable_processors
 from dinoforge.training.explain import work_of_a_step
+from dinoforge.training.loop import kept_samples
 from dinoforge.training.plan import Plan
 from dinoforge.training.step import PHASES, train_step
 
@@ -121,10 +121,7 @@ class StepBench:
         r, networks = self._recipe, self._state.student_teacher
         prepared = prepare(batch, device=self._device, mean=r.data.mean, std=r.data.std)
         rates = build_drop_path_rates(r)
-        kept = None
-        if any(rates):
-            sizes = [len(crops) for crops in networks.student_crops(prepared)]
-            kept = draw_kept_samples(rates, sizes, self._generator)
+        kept = kept_samples(networks, prepared, rates, seed=r.train.seed, number=self._step)
         train_step(
             networks,
             self._state.optimizer,

@@ -12,7 +12,7 @@ from torch import Tensor
 from dinoforge import distributed
 from dinoforge.data.batch import Batch
 from dinoforge.data.loader import BadImages, Skipped
-from dinoforge.models.vit import draw_kept_samples
+from dinoforge.models.vit import KeptSamples, draw_kept_samples
 from dinoforge.optim.schedules import Hyperparameters, Schedules
 from dinoforge.student_teacher import StudentTeacher
 from dinoforge.training.step import NonFiniteError, StepResult, train_step
@@ -130,10 +130,7 @@ def train(
         on_skipped(state.bad_images.update(batch.skipped, (state.next_batch + 1) * samples_per_step))
 
         hyper = schedules(state.step)
-        kept = None
-        if any(drop_path_rates):
-            sizes = [len(crops) for crops in state.student_teacher.student_crops(batch)]
-            kept = draw_kept_samples(drop_path_rates, sizes, depth_generator(seed, state.next_batch))
+        kept = kept_samples(state.student_teacher, batch, drop_path_rates, seed=seed, number=state.next_batch)
         try:
             result = train_step(
                 state.student_teacher,
@@ -161,7 +158,20 @@ def train(
             hook(report)
 
 
-def depth_generator(seed: int, batch: int) -> torch.Generator:
-    """Random numbers of stochastic depth for one batch on one rank, whatever happened before."""
-    mixed = ((seed * 1_000_003 + batch) * 65_537 + distributed.rank()) % 2**63
-    return torch.Generator().manual_seed(mixed)
+def kept_samples(
+    student_teacher: StudentTeacher, batch: Batch, drop_path_rates: Sequence[float], *, seed: int, number: int
+) -> list[KeptSamples] | None:
+    """Stochastic depth of a batch on one rank, whatever happened before; None where no block has any.
+
+    Args:
+        student_teacher: the networks.
+        batch: on any device.
+        drop_path_rates: per block of the student.
+        seed: of the run.
+        number: of the batch; see ``TrainState.next_batch``.
+    """
+    if not any(drop_path_rates):
+        return None
+    mixed = ((seed * 1_000_003 + number) * 65_537 + distributed.rank()) % 2**63
+    sizes = [len(crops) for crops in student_teacher.student_crops(batch)]
+    return draw_kept_samples(drop_path_rates, sizes, torch.Generator().manual_seed(mixed))

@@ -1,0 +1,83 @@
+"""What a run does about losses and gradients that are not finite."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from dinoforge.data.batch import Batch
+from dinoforge.data.sources import Source, printable
+from dinoforge.errors import RunError, TrainingError
+from dinoforge.training import device as devices
+from dinoforge.training import loop, replay
+from dinoforge.training.build import build_drop_path_rates
+from dinoforge.training.plan import Plan
+from dinoforge.training.run import RunDirectory
+
+_KEPT_BATCHES = 20
+
+
+class RollBackError(Exception):
+    """Too many steps in a row whose loss or gradients are not finite."""
+
+
+class NonFinitePolicy:
+    """What happens when a step was skipped since its loss or gradients are not finite.
+
+    The batch is kept; after ``train.max_skips`` in a row the run goes back; after ``train.max_rollbacks`` it ends.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        state: loop.TrainState,
+        plan: Plan,
+        source: Source,
+        say: Callable[[str], object],
+    ) -> None:
+        self.run, self.state, self.plan, self.source, self.say = run, state, plan, source, say
+
+    def __call__(self, batch: Batch, terms: dict[str, float]) -> None:
+        state, train = self.state, self.plan.recipe.train
+        step, number = state.step - 1, state.next_batch - 1
+        told = f"loss or gradients are not finite at step {step:,} ({replay.describe_terms(terms)})"
+        path = self.run.non_finite / f"batch_{number:08d}.safetensors"
+        kept = len(list(self.run.non_finite.glob("*.safetensors"))) if self.run.non_finite.is_dir() else 0
+        names = tuple(printable(self.source.name(i)) for i in batch.indices.tolist())
+        if kept < _KEPT_BATCHES:
+            try:
+                replay.save_batch(path, replay.SavedBatch(batch, step, number, names, terms))
+                told += f"; the batch is {path}"
+            except RunError as error:
+                told += f"; its batch is not kept: {error}"
+        self.say(f"skipped  {told}. Nothing was updated.")
+        if state.skipped_in_a_row < train.max_skips:
+            return
+        if state.rollbacks < train.max_rollbacks:
+            raise RollBackError
+        findings = self._look(batch, step, number)
+        raise TrainingError(
+            f"{state.skipped_in_a_row} steps in a row, up to step {step:,}, gave losses or gradients that are not "
+            f"finite, and {state.rollbacks} rollbacks did not help. The last batch, looked at again:\n"
+            f"{replay.describe(findings, names)}\n"
+            f"{_advice(findings, len(names), self.plan)}\n"
+            f"The checkpoints are from before these steps; the batches are in {self.run.non_finite}, to be looked at "
+            f"by: dinoforge replay {self.run.path} --batch FILE"
+        )
+
+    def _look(self, batch: Batch, step: int, number: int) -> replay.Findings:
+        recipe, networks = self.plan.recipe, self.state.student_teacher
+        rates = build_drop_path_rates(recipe)
+        kept = loop.kept_samples(networks, batch, rates, seed=recipe.train.seed, number=number)
+        autocast = partial(devices.autocast, self.plan.device, self.plan.precision)
+        return replay.find(networks, batch, self.plan.schedules(step), kept=kept, autocast=autocast)
+
+
+def _advice(findings: replay.Findings, images: int, plan: Plan) -> str:
+    """Which keys to try."""
+    if 0 < len(findings.images) < images:
+        return "Some images alone do it: look at them, or at data.mean and data.std."
+    lower = f"a lower optim.base_lr (now {plan.recipe.optim.base_lr:g}) or a longer optim.warmup_length"
+    if plan.precision is torch.float32:
+        return f"It is not single images: try {lower}."
+    return f"It is not single images: try precision=fp32, {lower}."
