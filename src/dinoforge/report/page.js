@@ -53,7 +53,7 @@ function heat(x) {
   return STOPS[k].map((low, c) => low + (STOPS[k + 1][c] - low) * (place - k));
 }
 
-function chart(title, series) {
+function chart(title, series, exact) {
   const width = 320, height = 170, left = 48, bottom = 20;
   const card = element("div", { class: "card" }, element("strong", {}, title));
   const points = series.flatMap((s) => s.points);
@@ -76,7 +76,7 @@ function chart(title, series) {
   });
   const draw = (smooth) => series.forEach((s, i) => {
     let mean = s.points[0][1];
-    const shown = s.points.map(([x, y]) => [x, smooth ? (mean += 0.15 * (y - mean)) : y]);
+    const shown = s.points.map(([x, y]) => [x, smooth && !exact ? (mean += 0.15 * (y - mean)) : y]);
     lines[i].setAttribute("points", shown.map(([x, y]) => `${X(x).toFixed(1)},${Y(y).toFixed(1)}`).join(" "));
   });
   draw(true);
@@ -132,7 +132,7 @@ function seen(run) {
     const globals = [0, 1].flatMap((i) => [element("img", { class: "crop", src: s.before[i], alt: "global crop as cut" }), masked(s.after[i], s.masks[i])]);
     const locals = s.after.slice(2).map((src) => element("img", { class: "local", src, alt: "local crop" }));
     return element("div", { class: "card" }, element("div", { class: "name" }, s.name),
-      element("div", { class: "row" }, ...globals), element("div", { class: "row" }, ...locals));
+      element("div", { class: "pairs" }, ...globals), element("div", { class: "row" }, ...locals));
   });
   main.append(element("div", { class: "grid" }, ...cards));
 }
@@ -140,12 +140,15 @@ function seen(run) {
 function learned(run) {
   section("What it learned", `From the teacher at step ${run.step}, on ${run.sampled} evenly spaced images of ${run.images}.`);
   const side = run.side, count = side * side, width = run.patches.width;
+  const shares = run.maps.map((m) => m.foreground.reduce((a, b) => a + b, 0) / count);
+  const hides = shares.every((share) => share > 0.1); // or else the first component parts images, not their parts
   main.append(element("h3", {}, "Patch features as colours"),
-    element("p", { class: "hint" }, "Parts of one kind should have one colour in all images; the background by the first component is dark."));
+    element("p", { class: "hint" }, "Parts of one kind should have one colour in all images. " + (hides ? "The background by the first component is dark."
+      : "The first component tells whole images apart rather than background from foreground, so nothing is hidden.")));
   main.append(element("div", { class: "row" }, ...run.maps.map((m) => {
     const colours = bytes(m.pca);
     return figure(element("div", { class: "row" }, element("img", { class: "tile", src: m.image, alt: m.name }),
-      pixels(side, (i) => m.foreground[i] ? colours.subarray(3 * i, 3 * i + 3) : [24, 24, 30])), m.name);
+      pixels(side, (i) => !hides || m.foreground[i] ? colours.subarray(3 * i, 3 * i + 3) : [24, 24, 30])), m.name);
   })));
 
   main.append(element("h3", {}, "Similarity to a patch"),
@@ -217,20 +220,21 @@ function embeddingMap(run) {
   main.append(element("div", { class: "card" }, svg));
 }
 
-const GROUPS = [["Loss", ["total"]], ["Loss terms", ["dino_global", "dino_local", "ibot", "koleo"]], ["Learning rate", ["lr", "last_layer_lr"]],
-  ["Weight decay", ["weight_decay"]], ["Momentum", ["momentum"]], ["Teacher temperature", ["teacher_temp"]],
+// Titles and metrics; the third says that smoothing would only falsify: these are schedules, not measurements.
+const GROUPS = [["Loss", ["total"]], ["Loss terms", ["dino_global", "dino_local", "ibot", "koleo"]], ["Learning rate", ["lr", "last_layer_lr"], true],
+  ["Weight decay", ["weight_decay"], true], ["Momentum", ["momentum"], true], ["Teacher temperature", ["teacher_temp"], true],
   ["Images per second", ["images_per_second"]], ["Share of time waiting for data", ["data_wait_share"]], ["Memory, GiB", ["memory_gib"]]];
 function ran() {
   section("How it ran", "Losses should fall and stay apart from each other; jumps in gradient norms are worth a look. Point at a curve to read it.");
   const known = new Set(["step", "train_seconds", "skipped_images", ...GROUPS.flatMap((g) => g[1])]);
   const others = [...new Set(DATA.runs.flatMap((r) => Object.keys(r.curves)))].filter((k) => !known.has(k));
   const charts = [];
-  for (const [title, keys] of [...GROUPS, ...others.map((k) => [k, [k]])]) {
+  for (const [title, keys, exact] of [...GROUPS, ...others.map((k) => [k, [k]])]) {
     const series = DATA.runs.flatMap((run) => keys.filter((k) => run.curves[k]).map((k) => ({
       name: DATA.runs.length > 1 ? `${run.name} ${k}` : k,
       points: run.curves[k].map((y, i) => [run.curves.step[i], y]).filter((p) => p[1] !== null),
     })));
-    if (series.length) charts.push(chart(title, series));
+    if (series.length) charts.push(chart(title, series, exact));
   }
   const box = element("input", { type: "checkbox", checked: "" });
   box.addEventListener("change", () => charts.forEach((c) => c.draw(box.checked)));
