@@ -272,9 +272,14 @@ def test_files_that_may_not_be_read_any_more(open_folder):
 def test_a_folder_that_goes_away_ends_the_run_with_a_checkpoint(open_folder, tmp_path):
     """As when a network drive is lost."""
     images = Meanwhile(open_folder, 30, lambda: [path.unlink() for path in open_folder.iterdir()])
+    files = {path: path.read_bytes() for path in open_folder.iterdir()}
+    settings = SIZES | {"train.num_workers": 0}
     with pytest.raises(DataError, match="could not be read"):
-        dinoforge.train(images, "small", tmp_path / "run", **SIZES | {"train.num_workers": 0})
+        dinoforge.train(images, "small", tmp_path / "run", **settings)
     run = tmp_path / "run"
     (saved,) = (run / "checkpoints").iterdir()
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert int(saved.name.removeprefix("step_")) == len(lines) > 0
+    for path, data in files.items():  # the drive is back
+        path.write_bytes(data)
+    assert dinoforge.train(Meanwhile(open_folder, -1, None), "small", run, **settings).finished

@@ -158,6 +158,19 @@ def test_rollbacks_that_do_not_help_end_with_a_diagnosis(tmp_path):
     assert f"dinoforge replay {run}" in text
 
 
+def test_a_state_that_is_not_finite_is_no_checkpoint(tmp_path, capsys):
+    """Gradients may be finite and the weights that they make not: going back must not go there."""
+    images = list(np.random.default_rng(0).integers(0, 256, (64, 20, 20), dtype=np.uint8))
+    settings = SIZES | {"optim.base_lr": 3e38, "optim.scaling_rule": "none", "optim.warmup_length": "0 steps"}
+    settings |= {"optim.weight_decay": 10.0, "optim.weight_decay_end": 10.0, "checkpoint.every_steps": 1}
+    with pytest.raises(TrainingError, match="rollbacks did not help"):
+        dinoforge.train(images, "small", tmp_path / "run", **settings)
+    assert "not finite (student." in capsys.readouterr().out
+    for step in checkpoint.steps(tmp_path / "run"):
+        for file in checkpoint.path_of(tmp_path / "run", step).glob("*.safetensors"):
+            assert all(torch.isfinite(tensor).all() for tensor in load_file(file).values())
+
+
 def test_replay_finds_the_image(tmp_path, capsys):
     run = dinoforge.train(Images({7}), "small", tmp_path / "run", **SIZES | OVERFLOW).out
     batch = saved_batches(run)[-1]

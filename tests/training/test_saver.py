@@ -1,7 +1,7 @@
 """Saving while training goes on."""
 
 import threading
-import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -16,44 +16,70 @@ from faults.test_images import SIZES  # type: ignore[import-not-found]
 
 
 class Images:
+    """Noise; tells when the images of a step from 1 are read."""
+
+    def __init__(self, step=None):
+        self.told, self.left = threading.Event(), 16 + 4 * ((step or 99) - 1)  # 16 are looked at before the first step
+
     def __len__(self):
         return 64
 
     def __getitem__(self, index):
+        if self.left == 0:
+            self.told.set()
+        self.left -= 1
         return np.random.default_rng(index).integers(0, 256, (20, 20, 3), dtype=np.uint8)
 
 
-def train(run, **more):
+def train(run, images=None, **more):
     settings = SIZES | {"train.num_workers": 0, "train.steps": 6, "checkpoint.every_steps": 2} | more
-    return dinoforge.train(Images(), "small", run, **settings)
+    return dinoforge.train(images or Images(), "small", run, **settings)
 
 
 @pytest.fixture
 def slow(monkeypatch):
-    """Writing a checkpoint takes 0.6 s. Gives who wrote which, and how many steps were done by then."""
-    written = []
+    """Writing waits until ``slow.until`` happens, for a second at most. Notes each step, and whether it happened."""
+
+    class Slow:
+        until = threading.Event()
+        written: ClassVar = []
+        at_once = 0
+
     save = checkpoint.save
 
     def save_slowly(run, step, tensors, values):
-        time.sleep(0.6)
-        written.append((step, threading.current_thread() is threading.main_thread()))
-        return save(run, step, tensors, values)
+        Slow.at_once += 1
+        assert Slow.at_once == 1
+        Slow.written.append((step, Slow.until.wait(timeout=1.0)))
+        path = save(run, step, tensors, values)
+        Slow.at_once -= 1
+        return path
 
     monkeypatch.setattr(checkpoint, "save", save_slowly)
-    return written
+    return Slow
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, slow):
-    run = train(tmp_path / "run", **{"checkpoint.every_steps": 4})
-    assert slow == [(4, False), (6, False)]
-    # At step 4 only the copying was waited for; at the end both were.
-    assert 0.6 < run.summary["checkpoint_wait_seconds"] < 1.3
+    images = Images(step=4)
+    slow.until = images.told
+    run = train(tmp_path / "run", images)
+    assert slow.written == [(2, True), (4, True), (6, True)]
+    assert run.summary["checkpoint_wait_seconds"] >= 0
+
+
+def test_waiting_on_purpose(tmp_path, slow):
+    images = Images(step=4)
+    slow.until = images.told
+    run = train(tmp_path / "run", images, **{"checkpoint.asynchronous": False})
+    assert slow.written == [(2, False), (4, True), (6, True)]
+    assert run.summary["checkpoint_wait_seconds"] >= 1.0  # what the first took
 
 
 def test_one_checkpoint_is_written_at_a_time(tmp_path, slow):
+    """The next waits for it, and what it waits is counted."""
     run = train(tmp_path / "run")
-    assert [step for step, _ in slow] == [2, 4, 6]
-    assert run.summary["checkpoint_wait_seconds"] > 1.0
+    assert [step for step, _ in slow.written] == [2, 4, 6]
+    assert run.summary["checkpoint_wait_seconds"] >= 1.0
 
 
 def test_what_is_written_is_the_state_at_that_step(tmp_path, slow):
@@ -64,11 +90,6 @@ def test_what_is_written_is_the_state_at_that_step(tmp_path, slow):
         files = [checkpoint.path_of(r, step).glob("*.safetensors") for r in (quick, run)]
         ours, theirs = ({k: t for file in some for k, t in load_file(file).items()} for some in files)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_waiting_on_purpose(tmp_path, slow):
-    run = train(tmp_path / "run", **{"checkpoint.asynchronous": False})
-    assert run.summary["checkpoint_wait_seconds"] > 1.7
 
 
 def test_the_backbone_is_that_of_the_checkpoint(tmp_path):

@@ -407,18 +407,20 @@ class BadImages:
         Raises:
             DataError: The share of unreadable images is above the limit.
         """
+        known = dict(self.skipped)
         new = []
         for index, name, reason in skipped:
-            if index not in self.skipped:
-                self.skipped[index] = (name, reason)
+            if index not in known:
+                known[index] = (name, reason)
                 new.append((index, name, reason))
         seen = max(min(draws, self.length), min(self.length, 64))
-        if len(self.skipped) > self.max_share * seen:
-            examples = "; ".join(f"{name}: {reason}" for name, reason in list(self.skipped.values())[:3])
+        if len(known) > self.max_share * seen:
+            examples = "; ".join(f"{name}: {reason}" for name, reason in list(known.values())[:3])
             raise DataError(
-                f"{len(self.skipped)} of about {seen} images could not be read ({len(self.skipped) / seen:.1%}; "
+                f"{len(known)} of about {seen} images could not be read ({len(known) / seen:.1%}; "
                 f"data.max_bad_share allows {self.max_share:.1%}), such as {examples}"
             )
+        self.skipped = known  # what went too far is not held against a run that continues with mended images
         return new
 
     def state_dict(self) -> dict[str, Any]:

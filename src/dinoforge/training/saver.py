@@ -26,7 +26,8 @@ class Saver:
     longer than the time between two checkpoints: ``waited`` seconds in all.
 
     A checkpoint that cannot be written, as on a full disk, is told and tried again a minute later: those before it
-    are still there. Only the last one, when training ends, raises.
+    are still there. Nor is a state written that is not finite, so every checkpoint is worth going back to. Only the
+    last one, when training ends, raises.
 
     Args:
         run: where to.
@@ -75,7 +76,7 @@ class Saver:
         """Saves the state now, unless that is done for this step.
 
         Raises:
-            RunError: no space, or not writable.
+            RunError: no space, or not writable; or a state that is not finite.
         """
         started = time.monotonic()
         self.wait()
@@ -90,7 +91,7 @@ class Saver:
         """Until nothing is being written; tells what went wrong."""
         if error := self._ended():
             self._due = min(self._due, time.monotonic() + _RETRY_SECONDS)
-            self.say(f"not saved  {error}. Training goes on; the next try is in a minute.")
+            self.say(f"not saved  {error}. Training goes on, and tries again within a minute.")
 
     def _ended(self) -> RunError | None:
         if self._writing is None:
@@ -126,6 +127,8 @@ class Saver:
         path = self.run.path
 
         def write() -> None:
+            if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+                raise RunError(f"the state after step {step:,} is not finite ({bad[0]}), so it is no checkpoint")
             if step not in checkpoint.steps(path):  # a run that was killed right after writing it
                 checkpoint.save(path, step, tensors, values)
             checkpoint.prune(path, keep_last=self.settings.keep_last, keep_every=self.settings.keep_every)
