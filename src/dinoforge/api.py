@@ -205,7 +205,8 @@ def _train(
     result = RunResult(run.path, state.step, plan.length.steps, stop.reason, run.read_summary())
     trained = duration(state.seconds)
     if result.finished:
-        say(f"\nDone: {state.step:,} steps in {trained}. The backbone is {run.teacher}")
+        waited = f"{saver.waited:.1f} s of waiting for checkpoints"
+        say(f"\nDone: {state.step:,} steps in {trained} and {waited}. The backbone is {run.teacher}")
     else:
         why = f"after {limit:g} minutes (train.max_minutes)" if stop.reason == "max_minutes" else f"by {stop.reason}"
         say(
