@@ -32,6 +32,7 @@ from dinoforge.files import write_text
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.report import figures
 from dinoforge.report import page as pages
+from dinoforge.student_teacher import StudentTeacher
 from dinoforge.training import bench as benchmarks
 from dinoforge.training import build, loop
 from dinoforge.training import device as devices
@@ -101,6 +102,9 @@ def train(
     if ignored:
         say(f"ignored  {'; '.join(f'{key}: {reason}' for key, reason in ignored.items())}")
     if dry_run:
+        with torch.device("meta"):
+            networks = build.build_student_teacher(resolved)
+        _initialise(networks, resolved, say)
         say(f"\n{plans.render_schedules(plan)}\n\n{dump(resolved)}", end="")
         return RunResult(run.path, 0, plan.length.steps)
 
@@ -132,7 +136,7 @@ def _train(
     for sentence in damage:
         say(f"\n{sentence}. It is set aside; continuing from the one before it.")
     if saved is None:
-        _initialise(state, recipe, say)
+        _initialise(state.student_teacher, recipe, say)
     else:
         state.load_values(saved)
         say(f"\nContinuing at step {state.step:,} of {plan.length.steps:,}.")
@@ -218,13 +222,16 @@ def _train(
     return result
 
 
-def _initialise(state: loop.TrainState, recipe: Recipe, say: Callable[[str], object]) -> None:
-    """Puts the weights that the recipe names into a fresh state."""
-    if recipe.init.weights is not None:
-        given = load(recipe.init.weights)
-        reshaped = build.initialise(state.student_teacher, given.network, recipe.init.in_chans)
-        for note in (f"from {recipe.init.weights}", *given.notes, *reshaped):
-            say(f"init     {note}")
+def _initialise(networks: StudentTeacher, recipe: Recipe, say: Callable[[str], object]) -> None:
+    """Puts the weights that the recipe names into fresh networks; on the meta device, only checks that they fit."""
+    if recipe.init.weights is None:
+        return
+    given = load(recipe.init.weights)
+    if any(note.startswith("assumed num_heads") for note in given.notes):  # the recipe knows better than a rule
+        given = load(recipe.init.weights, num_heads=build.vit_arguments(recipe)["num_heads"])
+    reshaped = build.initialise(networks, given.network, recipe.init.in_chans)
+    for note in (f"from {recipe.init.weights}", *given.notes, *reshaped):
+        say(f"init     {note}")
 
 
 def _roll_back(run: RunDirectory, state: loop.TrainState, recipe: Recipe, say: Callable[[str], object]) -> None:
@@ -236,7 +243,7 @@ def _roll_back(run: RunDirectory, state: loop.TrainState, recipe: Recipe, say: C
     if values is None:
         device = next(state.student_teacher.parameters()).device
         fresh = build.build_state(recipe, device, images=state.bad_images.length)
-        _initialise(fresh, recipe, say)
+        _initialise(fresh.student_teacher, recipe, say)
         with torch.no_grad():
             for name, tensor in fresh.tensors().items():
                 tensors[name].copy_(tensor)
@@ -277,7 +284,7 @@ def replay(
     if steps:
         checkpoint.load(run.path, steps[-1], state.tensors())
     else:
-        _initialise(state, recipe, lambda text: None)
+        _initialise(state.student_teacher, recipe, lambda text: None)
     expected = (recipe.student.in_chans, recipe.crops.global_crops_size)
     came = tuple(saved.batch.global_crops.shape[1:3])
     if came != expected:
