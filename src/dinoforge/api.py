@@ -19,16 +19,20 @@ from rich.console import Console
 
 from dinoforge import checkpoint, features, weights
 from dinoforge.config import Eval, Recipe, differences, dump, flatten, load_recipe
-from dinoforge.data.batch import prepare
+from dinoforge.data.batch import normalize, prepare
+from dinoforge.data.crops import resize
+from dinoforge.data.decode import decode
 from dinoforge.data.loader import STOP_SIGNALS, Skipped, inspect, make_loader
 from dinoforge.data.sources import Source, open_source, read_labels
 from dinoforge.errors import DataError, DinoforgeError, RecipeError, RunError, WeightsError
 from dinoforge.evaluation.classifiers import ClassifierResult, Method, run_classifier
 from dinoforge.evaluation.knn import KnnResult, run_knn
+from dinoforge.export import make as exports
 from dinoforge.files import write_text
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.report import figures
 from dinoforge.report import page as pages
+from dinoforge.student_teacher import StudentTeacher
 from dinoforge.training import bench as benchmarks
 from dinoforge.training import build, loop
 from dinoforge.training import device as devices
@@ -98,6 +102,9 @@ def train(
     if ignored:
         say(f"ignored  {'; '.join(f'{key}: {reason}' for key, reason in ignored.items())}")
     if dry_run:
+        with torch.device("meta"):
+            networks = build.build_student_teacher(resolved)
+        _initialise(networks, resolved, say)
         say(f"\n{plans.render_schedules(plan)}\n\n{dump(resolved)}", end="")
         return RunResult(run.path, 0, plan.length.steps)
 
@@ -129,7 +136,7 @@ def _train(
     for sentence in damage:
         say(f"\n{sentence}. It is set aside; continuing from the one before it.")
     if saved is None:
-        _initialise(state, recipe, say)
+        _initialise(state.student_teacher, recipe, say)
     else:
         state.load_values(saved)
         say(f"\nContinuing at step {state.step:,} of {plan.length.steps:,}.")
@@ -216,13 +223,16 @@ def _train(
     return result
 
 
-def _initialise(state: loop.TrainState, recipe: Recipe, say: Callable[[str], object]) -> None:
-    """Puts the weights that the recipe names into a fresh state."""
-    if recipe.init.weights is not None:
-        given = load(recipe.init.weights)
-        reshaped = build.initialise(state.student_teacher, given.network, recipe.init.in_chans)
-        for note in (f"from {recipe.init.weights}", *given.notes, *reshaped):
-            say(f"init     {note}")
+def _initialise(networks: StudentTeacher, recipe: Recipe, say: Callable[[str], object]) -> None:
+    """Puts the weights that the recipe names into fresh networks; on the meta device, only checks that they fit."""
+    if recipe.init.weights is None:
+        return
+    given = load(recipe.init.weights)
+    if any(note.startswith("assumed num_heads") for note in given.notes):  # the recipe knows better than a rule
+        given = load(recipe.init.weights, num_heads=build.vit_arguments(recipe)["num_heads"])
+    reshaped = build.initialise(networks, given.network, recipe.init.in_chans)
+    for note in (f"from {recipe.init.weights}", *given.notes, *reshaped):
+        say(f"init     {note}")
 
 
 def _roll_back(run: RunDirectory, state: loop.TrainState, recipe: Recipe, say: Callable[[str], object]) -> None:
@@ -234,7 +244,7 @@ def _roll_back(run: RunDirectory, state: loop.TrainState, recipe: Recipe, say: C
     if values is None:
         device = next(state.student_teacher.parameters()).device
         fresh = build.build_state(recipe, device, images=state.bad_images.length)
-        _initialise(fresh, recipe, say)
+        _initialise(fresh.student_teacher, recipe, say)
         with torch.no_grad():
             for name, tensor in fresh.tensors().items():
                 tensors[name].copy_(tensor)
@@ -275,7 +285,7 @@ def replay(
     if steps:
         checkpoint.load(run.path, steps[-1], state.tensors())
     else:
-        _initialise(state, recipe, lambda text: None)
+        _initialise(state.student_teacher, recipe, lambda text: None)
     expected = (recipe.student.in_chans, recipe.crops.global_crops_size)
     came = tuple(saved.batch.global_crops.shape[1:3])
     if came != expected:
@@ -333,19 +343,91 @@ def _threads(number: int) -> Iterator[None]:
 def load(path: str | Path, **given: Any) -> weights.Backbone:
     """The backbone of a run directory, of its ``teacher.safetensors``, or of a file of another library.
 
-    ``load(path).network(images)`` takes normalised float32 images [B, C, H, W] and gives ``Tokens``.
+    A torch module: called on images [B, C, H, W] as its ``preprocess`` makes them, it gives cls tokens [B, D];
+    ``forward_features`` and ``get_intermediate_layers`` give the others. It is in evaluation mode, without gradients,
+    on the CPU.
 
     Args:
         path: a run; a file in the official, timm's or Hugging Face's layout; a Hugging Face folder.
-        given: arguments of ``VisionTransformer`` that a foreign file cannot say, such as ``num_heads=6``.
+        given: what a foreign file cannot say: arguments of ``VisionTransformer`` such as ``num_heads=6``, and ``mean``
+            and ``std``.
 
     Raises:
-        WeightsError: there is none, or it cannot be read.
+        WeightsError: there is none, it cannot be read, or it says otherwise.
     """
     path = Path(path)
     if path.is_dir() and (file := RunDirectory(path).teacher).exists():
         path = file
     return weights.load_backbone(path, given)
+
+
+def export(
+    model: str | Path | weights.Backbone,
+    to: str,
+    out: str | Path,
+    *,
+    size: tuple[int, int] | int | None = None,
+    bake: bool = False,
+    **keys: Any,
+) -> exports.Report:
+    """Writes a backbone for another library, and compares that library's outputs with ours before it is there.
+
+    Args:
+        model: a run directory, on whose images it is compared if they are still there; a weights file; or what
+            ``load`` gave. Those are compared on random images.
+        to: ``safetensors``, ``official``, ``timm``, ``hf`` or ``onnx``.
+        out: the file, or for ``hf`` the folder; it must not be there yet.
+        size: height and width, or both, in pixels: a size to compare at, and what ``bake`` is for.
+        bake: make position embeddings for ``size`` alone, so that no library resamples them by a rule of its own.
+        keys: what a foreign file cannot say, such as ``student={"num_heads": 6}`` and ``data={"mean": 0.5}``.
+
+    Raises:
+        ExportError: the format cannot hold it, a package is missing, or outputs differ.
+        WeightsError: no readable backbone.
+        RunError: ``out`` is there already or cannot be written.
+    """
+    backbone, other = _opened(model, keys)
+    if other:
+        raise RecipeError(f"{', '.join(other)}: export takes only {', '.join(_UNSAID)}")
+    images, shown = _examples(model, backbone)
+    size = (size, size) if isinstance(size, int) else size
+    return exports.make(backbone, to, Path(out), images, shown=shown, size=size, bake=bake)
+
+
+def _examples(
+    model: str | Path | weights.Backbone, backbone: weights.Backbone
+) -> tuple[Callable[[tuple[int, int]], torch.Tensor], str]:
+    """Two normalised images [2, C, H, W] of any size, and what they are: of the run, else random."""
+    image = backbone.image
+    run = None if isinstance(model, weights.Backbone) else RunDirectory(Path(model))
+    if run and run.exists:
+        try:
+            source = open_source(run.info()["data"]["path"])
+            pixels = [
+                decode(
+                    source.item(index).image,
+                    channels=image.in_chans,
+                    sixteen_bit=image.sixteen_bit,
+                    max_pixels=image.max_pixels,
+                )
+                for index in (0, len(source) // 2)
+            ]
+        except DataError as error:
+            shown = f"random images, because the run's are not found ({error})"
+        else:
+
+            def read(size: tuple[int, int]) -> torch.Tensor:
+                resized = torch.stack([torch.from_numpy(resize(p, *size)).permute(2, 0, 1) for p in pixels])
+                return normalize(resized, image.mean, image.std)
+
+            return read, "images of the run"
+    else:
+        shown = "random images"
+
+    def draw(size: tuple[int, int]) -> torch.Tensor:
+        return torch.randn(2, image.in_chans, *size, generator=torch.Generator().manual_seed(0))
+
+    return draw, shown
 
 
 def embed(model: str | Path | weights.Backbone, data: Any, **keys: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -359,7 +441,7 @@ def embed(model: str | Path | weights.Backbone, data: Any, **keys: Any) -> np.nd
     Raises:
         DataError: an image cannot be read; the row of each must be where it is expected.
     """
-    backbone = model if isinstance(model, weights.Backbone) else load(model)
+    backbone, keys = _opened(model, keys)
     source = open_source(data)
     reading = _reading(backbone, _eval_keys(Eval(), keys))
     found = features.extract(backbone.network, source, range(len(source)), **reading)
@@ -439,9 +521,7 @@ def _evaluation(
     """The run, if ``model`` is one, and the keywords of every evaluation."""
     if shots is not None and shots < 2:
         raise DataError(f"--shots {shots}: expected at least 2 labelled images of each class")
-    backbone = load(model)
-    for note in backbone.notes:
-        print(f"weights  {note}", file=sys.stderr)
+    backbone, keys = _opened(model, keys)
     run = RunDirectory(Path(model)) if Path(model).is_dir() else None
     run = run if run and run.exists else None
     settings = _eval_keys(run.recipe().eval if run else Eval(), keys)
@@ -520,6 +600,29 @@ def _open_run(run: RunDirectory, data: Any, *, pictures: bool) -> pages.Run:
     )
 
 
+_UNSAID = ("student.num_heads", "student.interpolate_antialias", "student.interpolate_offset", "data.mean", "data.std")
+"""Keys of what a foreign weights file cannot say."""
+
+
+def _opened(model: str | Path | weights.Backbone, keys: Mapping[str, Any]) -> tuple[weights.Backbone, dict[str, Any]]:
+    """The backbone, and the keys that say nothing about it; what was assumed about a file is printed."""
+    flat = _flat_keys(keys)
+    said = {key: flat.pop(key) for key in _UNSAID if key in flat}
+    if isinstance(model, weights.Backbone):
+        if said:
+            raise RecipeError(f"{', '.join(said)}: give it to load(), which made this backbone")
+        return model, flat
+    # Checked as part of a recipe that has as many channels as there are values.
+    plain = {"data.mean": 0.5, "data.std": 0.5}
+    values = [len(v) for key in plain if isinstance(v := said.get(key), list | tuple)]
+    checked, _ = load_recipe("dinov2", plain | {"student.in_chans": max(values, default=1)} | said)
+    known = flatten(checked)
+    backbone = load(model, **{key.split(".")[1]: known[key] for key in said})
+    for note in backbone.notes:
+        print(f"weights  {note}", file=sys.stderr)
+    return backbone, flat
+
+
 def _flat_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in keys.items():
@@ -530,7 +633,7 @@ def _flat_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
 def _eval_keys(settings: Eval, keys: Mapping[str, Any]) -> Eval:
     flat = _flat_keys(keys)
     if other := [key for key in flat if not key.startswith("eval.")]:
-        raise RecipeError(f"{', '.join(other)}: evaluation takes only eval.size and eval.crop")
+        raise RecipeError(f"{', '.join(other)}: expected eval.size, eval.crop, or one of {', '.join(_UNSAID)}")
     # Checked as part of a recipe whose patch divides every size; the backbone's own is checked on use.
     checked, _ = load_recipe("dinov2", flat | {"student.patch_size": 1})
     return replace(settings, **{key.removeprefix("eval."): getattr(checked.eval, key[5:]) for key in flat})

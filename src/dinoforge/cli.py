@@ -130,6 +130,21 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--open", action="store_true", help="open the page in the browser")
     report.set_defaults(run=_report, parser=report)
 
+    export = commands.add_parser(
+        "export",
+        help="write a backbone for another library, and compare its outputs there with ours",
+        description="Writes a backbone for another library, runs it there, and prints the largest difference from our "
+        "outputs. Nothing is written if they differ.",
+        epilog="example: dinoforge export runs/photos --to hf --out photos-backbone",
+    )
+    export.add_argument("model", metavar="RUN|FILE", help="run directory or weights file")
+    export.add_argument("--to", required=True, choices=("safetensors", "official", "timm", "hf", "onnx"))
+    export.add_argument("--out", required=True, metavar="PATH", help="file, or folder for hf; must not be there yet")
+    export.add_argument("--size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width, of images")
+    export.add_argument("--bake", action="store_true", help="make position embeddings for --size alone")
+    _add_keys(export, "what a foreign file cannot say, such as student.num_heads=6")
+    export.set_defaults(run=_export, parser=export)
+
     evaluate = commands.add_parser("eval", help="measure a backbone on labelled images")
     evaluate.set_defaults(run=partial(_help, evaluate), parser=evaluate)
     methods = evaluate.add_subparsers(metavar="METHOD")
@@ -153,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
             "--shots", type=int, metavar="N", help="at most N labelled images of each class; default: all"
         )
         method.add_argument("--json", action="store_true", help="print one line of JSON")
-        _add_keys(method, "eval.size=N, eval.crop=true")
+        _add_keys(method, "eval.size=N, eval.crop=true, student.num_heads=N")
         method.set_defaults(run=_eval_knn if name == "knn" else _eval_classifier, method=name, parser=method)
     return parser
 
@@ -261,6 +276,18 @@ def _report(options: argparse.Namespace) -> int:
         import webbrowser
 
         webbrowser.open(path.resolve().as_uri())
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    if options.size and len(options.size) > 2:
+        options.parser.error("--size takes a side, or height and width")
+    keys = _keys(options.keys)
+    from dinoforge.api import export
+    from dinoforge.export.make import render
+
+    size = (options.size[0], options.size[-1]) if options.size else None
+    print(render(export(options.model, options.to, options.out, size=size, bake=options.bake, **keys)))
     return 0
 
 

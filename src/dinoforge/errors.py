@@ -30,3 +30,7 @@ class WeightsError(DinoforgeError):
 
 class TrainingError(DinoforgeError):
     """Training that cannot go on, such as a loss that is not finite."""
+
+
+class ExportError(DinoforgeError):
+    """A backbone that another library's format cannot hold, or whose outputs differ there."""

@@ -3,8 +3,8 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -30,6 +30,35 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Gives a place for a file or folder of this name, and puts what is there at ``path`` if nothing was raised.
+
+    Files that are written beside it, such as the weights of a large ONNX file, come along. So does nothing else.
+
+    Raises:
+        RunError: something is at ``path``; no space, or not writable.
+    """
+    aside = path.with_name(f".{path.name}.partial")
+    if path.exists():
+        raise RunError(f"{path} exists: choose another place with --out, or delete it if you no longer need it")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside / path.name
+        for file in aside.rglob("*"):
+            if file.is_file():
+                sync(file)
+        for entry in sorted(aside.iterdir(), key=lambda entry: entry.name == path.name):  # it comes last
+            entry.rename(path.with_name(entry.name))
+        sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        reason = writing_error(path, error)  # before what was written is removed, or a full disk has room again
+        raise reason from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

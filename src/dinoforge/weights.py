@@ -1,7 +1,7 @@
 """Backbones as files: safetensors with official parameter names and everything needed to use them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from dinoforge import __version__
-from dinoforge.errors import WeightsError
+from dinoforge.data.batch import normalize
+from dinoforge.data.crops import whole
+from dinoforge.data.decode import MAX_PIXELS, decode
+from dinoforge.data.sources import RawImage
+from dinoforge.errors import ImageError, WeightsError
 from dinoforge.files import write_atomically
 from dinoforge.models.layouts import architecture_of, misfits, official_names
-from dinoforge.models.vit import VisionTransformer
+from dinoforge.models.vit import Tokens, VisionTransformer
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -31,15 +36,82 @@ class ImageInput:
     max_pixels: int
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """A network together with what has to be known to use it."""
+class Backbone(nn.Module):
+    """A network together with what has to be known to use it: cls tokens [B, D] of images [B, C, H, W].
 
-    network: VisionTransformer
-    architecture: dict[str, Any]  # the arguments of VisionTransformer
-    image: ImageInput
-    step: int  # of the training run; 0 for fresh weights
-    notes: tuple[str, ...] = ()  # of a foreign file: what was assumed, renamed or left out
+    Images are normalised, as ``preprocess`` makes them; their sides are multiples of the patch.
+
+    Args:
+        network: the vision transformer.
+        architecture: its arguments.
+        image: how an image has to be made for it.
+        step: of the training run; 0 for fresh weights and foreign files.
+        notes: of a foreign file: what was assumed, renamed or left out.
+        metadata: of the training run, as JSON has it: ``recipe``, ``images``, ``total_steps``; empty if unknown.
+    """
+
+    def __init__(
+        self,
+        network: VisionTransformer,
+        architecture: Mapping[str, Any],
+        image: ImageInput,
+        step: int,
+        notes: Sequence[str] = (),
+        *,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.architecture, self.image, self.step = dict(architecture), image, step
+        self.notes, self.metadata = tuple(notes), dict(metadata or {})
+        self.train(network.training)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_features(images).cls
+
+    def forward_features(self, images: Tensor) -> Tokens:
+        """Normalised cls, register and patch tokens of images [B, C, H, W]."""
+        tokens: Tokens = self.network(images)
+        return tokens
+
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        n: int | Sequence[int] = 1,
+        *,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+        """See ``VisionTransformer.get_intermediate_layers``."""
+        return self.network.get_intermediate_layers(
+            images, n, reshape=reshape, return_class_token=return_class_token, norm=norm
+        )
+
+    def preprocess(self, image: str | Path | RawImage, size: int | None = None, *, center_crop: bool = False) -> Tensor:
+        """An image as the network expects it, float32 [C, size, size] on the CPU.
+
+        Args:
+            image: a path, encoded bytes, a PIL image, an array [H, W, C] or a tensor [C, H, W]; it becomes pixels by
+                the rules of training, see ``dinoforge.data.decode``.
+            size: side in pixels; by default that of the training's global crops.
+            center_crop: the official rule of evaluation; else the whole image is resized to a square.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        if isinstance(image, str | Path):
+            path = Path(image)
+            try:
+                image = path.read_bytes()
+            except OSError as error:
+                raise ImageError(f"{path} cannot be read: {error.strerror}") from error
+        expected = self.image
+        pixels = decode(
+            image, channels=expected.in_chans, sixteen_bit=expected.sixteen_bit, max_pixels=expected.max_pixels
+        )
+        squared = whole(pixels, size or expected.size, center_crop=center_crop)
+        return normalize(squared[None], expected.mean, expected.std)[0]
 
 
 def save_backbone(path: Path, backbone: Backbone) -> None:
@@ -55,6 +127,7 @@ def save_backbone(path: Path, backbone: Backbone) -> None:
         "architecture": json.dumps(backbone.architecture),
         "image": json.dumps(asdict(backbone.image)),
         "step": str(backbone.step),
+        "metadata": json.dumps(backbone.metadata),
     }
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
@@ -68,17 +141,20 @@ def load_backbone(path: Path, given: Mapping[str, Any] | None = None) -> Backbon
 
     Args:
         path: safetensors or PyTorch file, or a Hugging Face folder.
-        given: arguments of ``VisionTransformer`` that are known; they win over what would be assumed.
+        given: arguments of ``VisionTransformer``, ``mean`` and ``std`` that are known; they win over what would be
+            assumed.
 
     Raises:
-        WeightsError: no such file, damaged, no known layout, or weights that do not fit.
+        WeightsError: no such file, damaged, no known layout, weights that do not fit, or a header that contradicts
+            what is given.
     """
+    given = given or {}
     if path.is_dir():
-        return _load_folder(path, given or {})
+        return _load_folder(path, given)
     header, state = _read(path)
     if "format" in header and header["format"].startswith("dinoforge-backbone"):
-        return _load_own(path, header, state)
-    return _load_foreign(path, state, given or {})
+        return _load_own(path, header, state, given)
+    return _load_foreign(path, state, given)
 
 
 def _load_folder(path: Path, given: Mapping[str, Any]) -> Backbone:
@@ -96,6 +172,14 @@ def _load_folder(path: Path, given: Mapping[str, Any]) -> Backbone:
             known["num_heads"] = int(config["num_attention_heads"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise WeightsError(f"{path / 'config.json'} is no configuration of a Dinov2 model: {error}") from error
+    if (path / "preprocessor_config.json").is_file():
+        try:
+            config = json.loads((path / "preprocessor_config.json").read_text(encoding="utf-8"))
+            known |= {key: tuple(map(float, config[f"image_{key}"])) for key in ("mean", "std")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise WeightsError(
+                f"{path / 'preprocessor_config.json'} does not say image_mean and image_std: {error}"
+            ) from error
     _, state = _read(file)
     return _load_foreign(file, state, known | dict(given))
 
@@ -129,7 +213,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     return state
 
 
-def _load_own(path: Path, header: Mapping[str, str], tensors: dict[str, Any]) -> Backbone:
+def _load_own(path: Path, header: Mapping[str, str], tensors: dict[str, Any], given: Mapping[str, Any]) -> Backbone:
     if header["format"] != "dinoforge-backbone-1":
         raise WeightsError(f"{path} has the format {header['format']}: a newer dinoforge wrote it")
     try:
@@ -137,15 +221,21 @@ def _load_own(path: Path, header: Mapping[str, str], tensors: dict[str, Any]) ->
         image = json.loads(header["image"])
         image = ImageInput(**image | {"mean": tuple(image["mean"]), "std": tuple(image["std"])})
         network = _network(path, architecture, tensors)
-        return Backbone(network, architecture, image, int(header["step"]))
+        metadata = json.loads(header.get("metadata", "{}"))
+        backbone = Backbone(network, architecture, image, int(header["step"]), metadata=metadata)
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise WeightsError(f"{path}: weights and header do not fit each other: {error}") from error
+    said = architecture | {"mean": image.mean, "std": image.std}
+    if wrong := [f"{key}={said[key]}, not {value}" for key, value in given.items() if said.get(key, value) != value]:
+        raise WeightsError(f"{path} says {'; '.join(wrong)}: what a file says cannot be given otherwise")
+    return backbone
 
 
 def _load_foreign(path: Path, state: dict[str, Any], given: Mapping[str, Any]) -> Backbone:
     try:
         tensors, notes = official_names(state)
-        architecture, assumed = architecture_of(tensors, given)
+        sizes = {key: value for key, value in given.items() if key not in ("mean", "std")}
+        architecture, assumed = architecture_of(tensors, sizes)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
     try:
@@ -155,10 +245,22 @@ def _load_foreign(path: Path, state: dict[str, Any], given: Mapping[str, Any]) -
     if kinds := {str(t.dtype).removeprefix("torch.") for t in tensors.values()} - {"float32"}:
         notes.append(f"converted to float32 from {', '.join(sorted(kinds))}")
     chans = architecture["in_chans"]
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if chans == 3 else ((0.5,), (0.25,))
-    assumed.append(f"assumed mean={mean}, std={std} ({'ImageNet' if chans == 3 else 'not three channels'})")
-    image = ImageInput(architecture["image_size"], chans, mean, std, "full", 178_956_970)
+    usual = (IMAGENET_MEAN, IMAGENET_STD) if chans == 3 else ((0.5,), (0.25,))
+    for key, value in zip(("mean", "std"), usual, strict=True):
+        if key not in given:
+            assumed.append(f"assumed {key}={value} ({'ImageNet' if chans == 3 else 'not three channels'})")
+    mean, std = (
+        _per_channel(path, key, given.get(key, v), chans) for key, v in zip(("mean", "std"), usual, strict=True)
+    )
+    image = ImageInput(architecture["image_size"], chans, mean, std, "full", MAX_PIXELS)
     return Backbone(network, architecture, image, 0, (*notes, *assumed))
+
+
+def _per_channel(path: Path, key: str, value: float | Sequence[float], chans: int) -> tuple[float, ...]:
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    if len(values) not in (1, chans):
+        raise WeightsError(f"{path}: {key}={values}: expected one value, or one for each of {chans} channels")
+    return values
 
 
 def _network(path: Path, architecture: Mapping[str, Any], tensors: Mapping[str, Any]) -> VisionTransformer:

@@ -67,13 +67,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, norm: nn.LayerNorm, groups: Groups) -> Tensor:
         """What each token of ``norm(x)`` [T, D] gathers from its image, before the last layer [T, D]."""
         qkv = norm_linear(x, norm, self.qkv)  # [T, 3D]
-        if qkv.device.type == "cpu":
+        if qkv.device.type == "cpu" and not torch.compiler.is_exporting():
             attended: Tensor = _AttentionOnCpu.apply(qkv, groups, self.num_heads)
             return attended
         parts = []
         for part, (images, tokens) in zip(_split(qkv, groups), groups, strict=True):
             out = F.scaled_dot_product_attention(*_heads(part, images, tokens, self.num_heads))
-            parts.append(out.transpose(1, 2).reshape(len(part), -1))
+            parts.append(out.transpose(1, 2).reshape(part.shape[0], -1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def project(self, x: Tensor, scale: Tensor | None) -> Tensor:

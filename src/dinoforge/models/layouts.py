@@ -52,7 +52,7 @@ def official_names(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[st
             notes.append(f"taken from the key {key!r}")
             state = inner
     named = {_WRAPPERS.sub("", name): t for name, t in state.items() if isinstance(t, Tensor)}
-    for prefix in ("teacher.", "backbone."):
+    for prefix in ("teacher.", "backbone.", "network."):  # the last is that of dinoforge.load's module
         if any(name.startswith(prefix) for name in named):
             rest = [name for name in named if not name.startswith(prefix)]
             named = {name.removeprefix(prefix): t for name, t in named.items() if name.startswith(prefix)}

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from types import TracebackType
 from typing import Self
 
@@ -124,6 +125,7 @@ class Saver:
             "checkpoint_wait_seconds": round(self.waited, 2),
         }
         architecture = build.vit_arguments(self.plan.recipe)
+        metadata = {"recipe": asdict(self.plan.recipe), "images": self.plan.data.count, "total_steps": total}
         path = self.run.path
 
         def write() -> None:
@@ -137,7 +139,9 @@ class Saver:
             with torch.device("meta"):
                 network = VisionTransformer(**architecture)
             network.load_state_dict(backbone, assign=True)
-            weights.save_backbone(self.run.teacher, weights.Backbone(network, architecture, self.image, step))
+            weights.save_backbone(
+                self.run.teacher, weights.Backbone(network, architecture, self.image, step, metadata=metadata)
+            )
             self.run.write_summary(summary)
 
         self._writing = self._thread.submit(write)

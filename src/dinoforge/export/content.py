@@ -1,0 +1,98 @@
+"""What every format is made of: weights under official names, for one size of images."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinoforge.errors import ExportError
+from dinoforge.models.vit import VisionTransformer
+from dinoforge.weights import Backbone
+
+Size = tuple[int, int]  # height and width in pixels
+Rule = tuple[bool, float]  # antialias and offset: how position embeddings are resampled for another size
+Outputs = tuple[Tensor, Tensor]  # cls tokens [B, D], patch tokens [B, N, D]
+
+
+@dataclass(frozen=True)
+class Content:
+    """A backbone as it is to be written."""
+
+    backbone: Backbone
+    tensors: dict[str, Tensor]  # official names, on the CPU
+    size: Size  # of the images that the position embeddings are for
+    fixed: bool  # whether they are meant for that size only
+
+    @property
+    def rule(self) -> Rule:
+        network = self.backbone.network
+        return network.interpolate_antialias, network.interpolate_offset
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a library's files are written, and read by that library.
+
+    Args:
+        name: of the library.
+        suffixes: of its files; none for a folder.
+        square: whether position embeddings have to be a square grid.
+        rule: by which it resamples position embeddings; None if its files are for one size.
+        write: makes the file or folder; returns what the user has to know.
+        open: the library's network on what was written, from normalised images [B, C, H, W].
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    square: bool
+    rule: Callable[[Content], Rule | None]
+    write: Callable[[Content, Path], list[str]]
+    open: Callable[[Content, Path], Callable[[Tensor], Outputs]]
+
+
+def make_content(backbone: Backbone, *, fixed: Size | None = None) -> Content:
+    """The backbone's weights; with ``fixed``, position embeddings resampled for images of that size."""
+    network = backbone.network
+    tensors = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
+    if fixed is None:
+        return Content(backbone, tensors, native_size(backbone), fixed=False)
+    rows, columns = (side // network.patch_size for side in fixed)
+    with torch.no_grad():
+        tensors["pos_embed"] = torch.cat(network.position_embeddings(rows, columns), dim=1).cpu()
+    return Content(backbone, tensors, fixed, fixed=True)
+
+
+def native_size(backbone: Backbone) -> Size:
+    """The size that needs no resampling."""
+    side = int(backbone.architecture["image_size"])
+    return side, side
+
+
+def completed(content: Content) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights with zeros for missing biases and ones for missing LayerScale, for libraries that know no others."""
+    whole = {"qkv_bias": True, "proj_bias": True, "ffn_bias": True, "layerscale": 1.0}
+    with torch.device("meta"):
+        expected = VisionTransformer(**content.backbone.architecture | whole).state_dict()
+    added = {
+        name: torch.ones(t.shape) if name.endswith(".gamma") else torch.zeros(t.shape)
+        for name, t in expected.items()
+        if name not in content.tensors
+    }
+    notes = ["added, since it always has them: zeros for biases, ones for LayerScale"] if added else []
+    return content.tensors | added, notes
+
+
+def library(name: str) -> Any:
+    """An optional package.
+
+    Raises:
+        ExportError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ExportError(f"this format needs the package {name}: pip install 'dinoforge[export]'") from error

@@ -1,0 +1,169 @@
+"""Hugging Face's layout: a folder for ``AutoModel.from_pretrained`` and ``AutoImageProcessor.from_pretrained``."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dinoforge import __version__
+from dinoforge.errors import ExportError
+from dinoforge.export.content import Content, Format, Outputs, Rule, completed, library
+
+_RENAMED = (
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("cls_token", "embeddings.cls_token"),
+    ("mask_token", "embeddings.mask_token"),
+    ("register_tokens", "embeddings.register_tokens"),
+    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+    ("blocks.", "encoder.layer."),
+    (".attn.proj.", ".attention.output.dense."),
+    (".ls1.gamma", ".layer_scale1.lambda1"),
+    (".ls2.gamma", ".layer_scale2.lambda1"),
+    (".mlp.w12.", ".mlp.weights_in."),
+    (".mlp.w3.", ".mlp.weights_out."),
+)
+
+
+def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Official names to those of Hugging Face's files, which every version of transformers reads."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("norm."):
+            result[f"layer{name}"] = tensor
+            continue
+        for official, theirs in _RENAMED:
+            name = name.replace(official, theirs)
+        if ".attn.qkv." in name:
+            for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                result[name.replace(".attn.qkv.", f".attention.attention.{part}.")] = rows.contiguous()
+        else:
+            result[name] = tensor
+    return result
+
+
+def _config(content: Content) -> dict[str, Any]:
+    a, network = content.backbone.architecture, content.backbone.network
+    swiglu = "blocks.0.mlp.w3.weight" in content.tensors
+    hidden = content.tensors[f"blocks.0.mlp.{'w3' if swiglu else 'fc2'}.weight"].shape[1]
+
+    def width(ratio: int) -> int:
+        return (int(a["embed_dim"] * ratio * 2 / 3) + 7) // 8 * 8 if swiglu else a["embed_dim"] * ratio
+
+    ratio = next((ratio for ratio in range(1, 65) if width(ratio) == hidden), None)
+    if ratio is None:
+        raise ExportError(
+            f"Hugging Face's Dinov2 has hidden layers of a whole multiple of the width {a['embed_dim']}; this "
+            f"network's have {hidden} channels: choose another format"
+        )
+    registers = {"num_register_tokens": network.num_register_tokens} if network.num_register_tokens else {}
+    return {
+        "hidden_size": a["embed_dim"],
+        "num_hidden_layers": a["depth"],
+        "num_attention_heads": a["num_heads"],
+        "mlp_ratio": ratio,
+        "use_swiglu_ffn": swiglu,
+        "image_size": content.size[0],
+        "patch_size": a["patch_size"],
+        "num_channels": network.in_chans,
+        **registers,
+    }
+
+
+def _write(content: Content, path: Path) -> list[str]:
+    transformers = library("transformers")
+    name = "Dinov2WithRegisters" if content.backbone.network.num_register_tokens else "Dinov2"
+    tensors, notes = completed(content)
+    config = getattr(transformers, f"{name}Config")(**_config(content), architectures=[f"{name}Model"])
+    path.mkdir()
+    config.save_pretrained(path)
+    save_file(renamed(tensors), path / "model.safetensors", metadata={"format": "pt"})
+    image = content.backbone.image
+    side = content.size[0] if content.fixed else image.size
+    preprocessor = {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": image.in_chans == 3,
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 3,  # bicubic
+        "do_center_crop": False,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(image.mean),
+        "image_std": list(image.std),
+    }
+    (path / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
+    (path / "README.md").write_text(_card(content, side), encoding="utf-8")
+    return [f"transformers.AutoModel.from_pretrained({path.name!r})", *notes]
+
+
+def _card(content: Content, side: int) -> str:
+    a, b = content.backbone.architecture, content.backbone
+    trained = [f"- Training steps: {b.step:,}"] if b.step else []
+    if images := b.metadata.get("images"):
+        trained.append(f"- Training images: {images:,}, without labels")
+    if recipe := b.metadata.get("recipe"):
+        settings = json.dumps(recipe, indent=2)
+        trained.append(f"\n<details><summary>Recipe</summary>\n\n```json\n{settings}\n```\n\n</details>")
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: image-feature-extraction",
+            "tags: [dinov2, dinoforge]",
+            "---",
+            "",
+            "# Image features",
+            "",
+            "A vision transformer that was pretrained without labels by the method of "
+            "[DINOv2](https://arxiv.org/abs/2304.07193). It turns an image into one feature (the cls token) and one "
+            "for each patch; it classifies nothing by itself.",
+            "",
+            "```python",
+            "from transformers import AutoImageProcessor, AutoModel",
+            "",
+            'processor = AutoImageProcessor.from_pretrained("path/of/this/folder")',
+            'model = AutoModel.from_pretrained("path/of/this/folder")',
+            'tokens = model(**processor(image, return_tensors="pt")).last_hidden_state',
+            f"cls, patches = tokens[:, 0], tokens[:, {1 + b.network.num_register_tokens}:]",
+            "```",
+            "",
+            f"- Width {a['embed_dim']}, {a['depth']} blocks, {a['num_heads']} heads, patches of {a['patch_size']} × "
+            f"{a['patch_size']} pixels, {b.network.num_register_tokens} register tokens",
+            f"- Images: {b.image.in_chans} channels, the whole image resized to {side} × {side} pixels, mean "
+            f"{list(b.image.mean)}, standard deviation {list(b.image.std)}",
+            *trained,
+            f"- Written by dinoforge {__version__}",
+            "",
+            "Say here what images it was trained on, what it may be used for, and under which licence.",
+            "",
+        ]
+    )
+
+
+def _open(content: Content, path: Path) -> Callable[[Tensor], Outputs]:
+    transformers = library("transformers")
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModel.from_pretrained(path, local_files_only=True).eval()
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    first_patch = 1 + content.backbone.network.num_register_tokens
+
+    def run(images: Tensor) -> Outputs:
+        tokens = model(images).last_hidden_state  # [B, 1+R+N, D]
+        return tokens[:, 0], tokens[:, first_patch:]
+
+    return run
+
+
+def _rule(content: Content) -> Rule:
+    return bool(content.backbone.network.num_register_tokens), 0.0
+
+
+HUGGING_FACE = Format("transformers", (), True, _rule, _write, _open)
