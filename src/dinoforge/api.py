@@ -1,5 +1,6 @@
 """dinoforge in Python: what the command line calls."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -702,6 +703,8 @@ class _Stop:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.reason is not None and number == signal.SIGINT:
+            for worker in multiprocessing.active_children():  # or else they would complain of being left
+                worker.kill()
             os._exit(130)  # files are written aside and renamed, so nothing is left half-written
         self.reason = signal.Signals(number).name
 

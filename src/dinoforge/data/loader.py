@@ -9,7 +9,6 @@ import hashlib
 import math
 import multiprocessing
 import os
-import re
 import signal
 import threading
 import time
@@ -290,23 +289,20 @@ def _checked(
                 batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                text = str(error)
-                if text.startswith("DataLoader worker"):
-                    killed = {int(pid) for pid in re.findall(r"\d+", text)}
-                    at = [index for pid, index in whereabouts.tolist() if pid in killed]
-                    raise DataError(
-                        f"a data-loading worker was killed{_naming(source, at)}. Most often the system does that for "
-                        "lack of memory or of shared memory (/dev/shm): use fewer train.num_workers or a smaller "
-                        "train.batch_size_per_gpu. If it is always the same image, take that out"
-                    ) from error
-                if text.startswith("DataLoader timed out"):
+            except (RuntimeError, OSError, EOFError) as error:  # the last two: a batch whose maker is gone
+                if str(error).startswith("DataLoader timed out"):
                     if time.monotonic() - waited_since < timeout:
                         continue
                     _, index = whereabouts[number % len(whereabouts)].tolist()
                     raise DataError(
                         f"no batch came within {timeout:g} s (data.timeout): a data-loading worker "
                         f"hangs{_naming(source, [index])}. The storage may be stuck, or the image too much work"
+                    ) from error
+                if dead := _dead(whereabouts):
+                    raise DataError(
+                        f"a data-loading worker was killed{_naming(source, dead)}. Most often the system does that for "
+                        "lack of memory or of shared memory (/dev/shm): use fewer train.num_workers or a smaller "
+                        "train.batch_size_per_gpu. If it is always the same image, take that out"
                     ) from error
                 raise
             if isinstance(batch, Failure):
@@ -317,6 +313,16 @@ def _checked(
     finally:
         del batches  # asks the workers to leave, and waits a few seconds for each
         _kill({pid for pid, _ in whereabouts.tolist()})
+
+
+def _dead(whereabouts: torch.Tensor) -> list[int]:
+    """Where the workers were that are no more: indices of images, -1 for between two."""
+    for _ in range(10):  # one that was just killed takes a moment to be gone
+        alive = {process.pid for process in multiprocessing.active_children()}
+        if dead := [index for pid, index in whereabouts.tolist() if pid >= 0 and pid not in alive]:
+            break
+        time.sleep(0.1)
+    return dead
 
 
 def _naming(source: Source, indices: list[int]) -> str:
