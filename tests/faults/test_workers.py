@@ -76,9 +76,12 @@ def test_worker_that_stalls(action, num_workers):
     raise AssertionError("workers are left, which Python would wait for when it ends")
 
 
-def test_worker_that_is_stopped_between_two_images():
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_worker_that_is_stopped_between_two_images(seconds):
+    """Also when batches of it wait to be fetched, for which a stopped process gives no answer."""
     batches = stream(lambda: None, num_workers=1, timeout=1.0)
     next(batches)
+    time.sleep(seconds)  # makes batches ahead
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGSTOP)
     with pytest.raises(DataError, match="a data-loading worker hangs"):

@@ -269,8 +269,8 @@ def make_loader(
         collate_fn=_unchanged,
         pin_memory=pin_memory,
         prefetch_factor=prefetch if num_workers else None,
-        # Only at a timeout does the loader look whether its workers live.
-        timeout=min(timeout, _LOOK_SECONDS) if num_workers else 0.0,
+        # Only at a timeout does the loader look whether its workers live; see `_Watch` for the user's.
+        timeout=_LOOK_SECONDS if num_workers else 0.0,
         worker_init_fn=partial(_start_worker, whereabouts=whereabouts),
         generator=torch.Generator(),  # or else torch would draw from the global generator
     )
@@ -282,22 +282,23 @@ def make_loader(
 def _checked(
     batches: Iterator[Batch | Failure], timeout: float, source: Source, whereabouts: torch.Tensor
 ) -> Generator[Batch]:
-    number, waited_since = 0, time.monotonic()
+    watch = _Watch(timeout, whereabouts)
+    if len(whereabouts):
+        watch.start()
     try:
         while True:
             try:
-                batch = next(batches)
+                batch = watch.wait_for(batches)
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:  # the last two: a batch whose maker is gone
-                if str(error).startswith("DataLoader timed out"):
-                    if time.monotonic() - waited_since < timeout:
-                        continue
-                    _, index = whereabouts[number % len(whereabouts)].tolist()
+                if watch.hung is not None:
                     raise DataError(
                         f"no batch came within {timeout:g} s (data.timeout): a data-loading worker "
-                        f"hangs{_naming(source, [index])}. The storage may be stuck, or the image too much work"
+                        f"hangs{_naming(source, [watch.hung])}. The storage may be stuck, or the image too much work"
                     ) from error
+                if str(error).startswith("DataLoader timed out"):
+                    continue
                 if dead := _dead(whereabouts):
                     raise DataError(
                         f"a data-loading worker was killed{_naming(source, dead)}. Most often the system does that for "
@@ -307,12 +308,52 @@ def _checked(
                 raise
             if isinstance(batch, Failure):
                 raise DataError(batch.message)
-            number += 1
             yield batch
-            waited_since = time.monotonic()
     finally:
+        watch.stop()
         del batches  # asks the workers to leave, and waits a few seconds for each
         _kill({pid for pid, _ in whereabouts.tolist()})
+
+
+class _Watch(threading.Thread):
+    """Kills the workers when a batch is waited for too long.
+
+    A thread of its own, because a batch's memory is fetched from its worker in a read that has no timeout: only the
+    worker's death ends it if the worker is stopped. It counts looks and not time, so that a run that was stopped
+    itself, such as by Ctrl-Z, has not waited.
+    """
+
+    def __init__(self, timeout: float, whereabouts: torch.Tensor) -> None:
+        super().__init__(name="watch over data-loading workers", daemon=True)
+        self.hung: int | None = None
+        """Index of the image at which a worker hung, -1 for between two, None while none did."""
+        self._timeout = timeout
+        self._whereabouts = whereabouts
+        self._number = 0  # of the next batch
+        self._waiting = False
+        self._stopped = threading.Event()
+
+    def wait_for(self, batches: Iterator[Batch | Failure]) -> Batch | Failure:
+        self._waiting = True  # until the batch comes, through any number of calls
+        batch = next(batches)
+        self._waiting = False
+        self._number += 1
+        return batch
+
+    def run(self) -> None:
+        interval = min(self._timeout, _LOOK_SECONDS)
+        waited, number = 0.0, 0
+        while not self._stopped.wait(interval):
+            waited = waited + interval if self._waiting and self._number == number else 0.0
+            number = self._number
+            if waited >= self._timeout:
+                # Batches are made in turn, so it is this worker's.
+                self.hung = int(self._whereabouts[number % len(self._whereabouts), 1])
+                _kill({pid for pid, _ in self._whereabouts.tolist()})
+                return
+
+    def stop(self) -> None:
+        self._stopped.set()
 
 
 def _dead(whereabouts: torch.Tensor) -> list[int]:
