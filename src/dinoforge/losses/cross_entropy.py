@@ -6,11 +6,13 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinoforge.losses.targets import Targets
 from dinoforge.losses.tiles import Scratch, add_product, columns_at_once, effective_weight, product_dtype, tiles
+from dinoforge.products import padded
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,11 @@ def _accumulate(
     first: bool,
 ) -> None:
     """Adds what a chunk gives to the values of its terms, to their gradients [C, G, d] and to ``grad_w`` [K, d]."""
+    filled = chunk[-1].columns.stop
+    unused = padded(filled, w.dtype) - filled
     z = torch.cat([piece.embeddings(piece.term.embeddings) / piece.term.temp for piece in chunk])  # [n, d]
-    weights = torch.cat([piece.weights for piece in chunk])  # [n]
+    z = F.pad(z, (0, 0, 0, unused))
+    weights = F.pad(torch.cat([piece.weights for piece in chunk]), (0, unused))  # [n]
     loss, exponentials, scales = _forward(chunk, z, w, scratch)
     loss *= weights
     for piece in chunk:
@@ -233,7 +238,9 @@ def _forward(
             exponentials[tile] = logits
         tops.append((tile, new_top))
         top = new_top
-    targets = torch.cat([z.new_full((p.columns.stop - p.columns.start,), len(p.term.sources)) for p in chunk])
+    targets = torch.zeros_like(top)  # of each column
+    for piece in chunk:
+        targets[piece.columns] = len(piece.term.sources)
     loss = targets * (top + mass.log()) - agreement  # targets sum to one
     scales = [(tile, targets * (tile_top - top).exp_() / mass) for tile, tile_top in tops]
     return loss, exponentials, scales

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dinoforge import distributed
 from dinoforge.losses.tiles import Scratch, effective_weight, product_dtype, tiles
+from dinoforge.products import padded
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,14 @@ def teacher_logits(
     """
     dtype = product_dtype(embeddings)
     w, _ = effective_weight(weight_g, weight_v, dtype, scratch)
-    z = (embeddings / temp).to(dtype).T.contiguous()  # [d, N]
-    logits = scratch.take(name, (len(w), len(embeddings)), dtype, w.device)
+    count = padded(len(embeddings), dtype)
+    z = w.new_zeros(w.shape[1], count)
+    z[:, : len(embeddings)] = (embeddings / temp).T
+    logits = scratch.take(name, (len(w), count), dtype, w.device)
     with torch.autocast(w.device.type, enabled=False):
-        for tile in tiles(len(w), len(embeddings), w.device):
+        for tile in tiles(len(w), count, w.device):
             torch.mm(w[tile], z, out=logits[tile])
-    return logits
+    return logits[:, : len(embeddings)]
 
 
 @torch.no_grad()

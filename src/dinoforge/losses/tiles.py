@@ -45,7 +45,7 @@ def columns_at_once(prototypes: int, dtype: torch.dtype, device: torch.device) -
 def tiles(prototypes: int, columns: int, device: torch.device) -> Iterator[slice]:
     """Slices of the prototypes of a matrix [prototypes, columns]."""
     elements, _ = _ON_CPU if device.type == "cpu" else _ON_ACCELERATOR
-    size = max(1, elements // max(columns, 1))
+    size = 1 << max(0, (elements // max(columns, 1)).bit_length() - 1)  # a power of two: few shapes of products
     for start in range(0, prototypes, size):
         yield slice(start, min(start + size, prototypes))
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dinoforge.products import padded
+
 Groups = tuple[tuple[int, int], ...]  # (images, tokens per image) of each resolution
 
 
@@ -225,7 +227,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), initial))
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """In which precision a linear layer multiplies ``x``."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -239,7 +241,7 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
         norm: over D.
         linear: from D to D'.
     """
-    dtype = _product_dtype(x)
+    dtype = product_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         out: Tensor = _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias, dtype)
     return out
@@ -290,7 +292,7 @@ def scaled_linear(x: Tensor, linear: nn.Linear, scale: Tensor | None, *, gelu: b
     """
     if scale is None:
         return F.linear(F.gelu(x) if gelu else x, linear.weight, linear.bias)
-    dtype = _product_dtype(x)
+    dtype = product_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         out: Tensor = _ScaledLinear.apply(x.to(dtype), linear.weight, linear.bias, scale, gelu)
     return out
@@ -426,7 +428,13 @@ class Narrowing:
 
 
 def narrowing_to(
-    wanted: Tensor, groups: Groups, attn: list[Tensor] | None, ffn: list[Tensor] | None, device: torch.device
+    wanted: Tensor,
+    groups: Groups,
+    attn: list[Tensor] | None,
+    ffn: list[Tensor] | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Narrowing:
     """What the last block does for the rows ``wanted`` [W].
 
@@ -434,9 +442,11 @@ def narrowing_to(
         wanted: packed rows, on the CPU.
         groups: all tokens.
         attn, ffn: images that the branches keep, as for ``subset_of``; None for all.
+        dtype: of the products.
+        device: where to.
     """
-    attn_rows, attn_places, attn_scales = _kept_among(wanted, groups, attn)
-    _, ffn_places, ffn_scales = _kept_among(wanted, groups, ffn)
+    attn_rows, attn_places, attn_scales = _padded(_kept_among(wanted, groups, attn), dtype)
+    _, ffn_places, ffn_scales = _padded(_kept_among(wanted, groups, ffn), dtype)
     parts = (wanted, attn_rows, attn_places, attn_scales, ffn_places, ffn_scales)
     return Narrowing(*(part.to(device, non_blocking=True) for part in parts))
 
@@ -457,6 +467,13 @@ def _kept_among(wanted: Tensor, groups: Groups, kept: list[Tensor] | None) -> tu
     places = (row_of[wanted] >= 0).nonzero()[:, 0]
     hit = wanted[places]
     return row_of[hit], places, scale_of[hit, None]
+
+
+def _padded(kept: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, places and factors with, where the product wants more, first rows that add nothing to the first place."""
+    unused = padded(len(kept[0]), dtype) - len(kept[0])
+    rows, places, factors = kept
+    return F.pad(rows, (0, unused)), F.pad(places, (0, unused)), F.pad(factors, (0, 0, 0, unused))
 
 
 class _Take(torch.autograd.Function):
