@@ -227,10 +227,10 @@ def _curves(run: Run, part: str, smooth: bool) -> Figure:
     columns = min(2, len(charts))
     rows = -(-len(charts) // columns)
     figure = _figure(4 * columns, 2.4 * rows)
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, chart in zip(grid, charts, strict=False):
         _curve(axes, run, chart, smooth and not chart.exact)
-    for axes in list(grid)[len(charts) :]:
+    for axes in grid[len(charts) :]:
         axes.set_axis_off()
     return figure
 
@@ -241,9 +241,8 @@ def _curve(axes: Axes, run: Run, chart: Chart, smooth: bool) -> None:
         steps, values = curve(run.metrics, key)
         lowest += values
         smooth_this = smooth and len(values) > 3
-        axes.plot(steps, values, color=colour, linewidth=1.2, alpha=0.35 if smooth_this else 1, label=_plain(key))
-        if smooth_this:
-            axes.plot(steps, smoothed(values), color=colour, linewidth=1.5)
+        axes.plot(steps, values, color=colour, linewidth=1.2, alpha=0.35 if smooth_this else 1)
+        axes.plot(steps, smoothed(values) if smooth_this else values, color=colour, linewidth=1.5, label=_plain(key))
     if chart.axis == "log" and min(lowest) > 0:
         axes.set_yscale("log")
     if chart.axis == "zero":
@@ -252,7 +251,7 @@ def _curve(axes: Axes, run: Run, chart: Chart, smooth: bool) -> None:
         axes.set_ylim(0, 1)
     axes.set_title(_plain(chart.title), fontsize=9, loc="left")
     axes.set_xlabel("step", fontsize=8)
-    axes.tick_params(labelsize=7)
+    axes.tick_params(which="both", labelsize=7)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if len(chart.keys) > 1:
