@@ -243,8 +243,9 @@ function learned(run) {
   })));
   similarity(found);
   part("Attention of the cls token, per head", "Heads that look at different parts are a good sign. Last block; in each map the brightest 2 % of the patches are yellow.");
-  main.append(element("div", { class: "columns", id: "attention" }, ...found.maps.map((m) => element("div", { class: "row" }, photo(m, 5.5),
-    ...m.attention.map((head) => { const a = bytes(head); return pixels(m, 5.5, (i) => heat(a[i] / 255)); })))));
+  const rem = innerWidth < 600 ? 4.6 : 5.5;
+  main.append(element("div", { class: "columns", id: "attention" }, ...found.maps.map((m) => element("div", { class: "row" }, photo(m, rem),
+    ...m.attention.map((head) => { const a = bytes(head); return pixels(m, rem, (i) => heat(a[i] / 255)); })))));
   if (found.neighbours.length) neighbours(found);
   if (found.positions) embeddingMap(found);
 }

@@ -57,7 +57,7 @@ def crops(run: Run) -> Figure:
     """What the network saw of images of the first step: crops as cut, and as it got them, with the masked patches."""
     seen = run.seen
     count = len(seen[0].before)
-    figure = _figure(0.9 * count, 1.9 * len(seen))
+    figure = _figure(0.9 * count, 1.9 * len(seen), pictures=True)
     grid = figure.subplots(2 * len(seen), count, squeeze=False)
     for i, one in enumerate(seen):
         rows = masks = one.masks.shape[1]
@@ -75,7 +75,7 @@ def crops(run: Run) -> Figure:
 def pca(run: Run) -> Figure:
     """Images, and their patch features as colours in one common basis."""
     found = run.learned
-    figure = _figure(1.6 * len(found.maps), 3.2)
+    figure = _figure(1.6 * len(found.maps), 3.2, pictures=True)
     grid = figure.subplots(2, len(found.maps), squeeze=False)
     colours = found.colours.clone()
     if found.hides:
@@ -90,7 +90,7 @@ def attention(run: Run) -> Figure:
     """Attention of the cls token in the last block, per head."""
     maps = run.learned.maps
     heads = len(maps[0].attention)
-    figure = _figure(1.3 * (1 + heads), 1.3 * len(maps))
+    figure = _figure(1.3 * (1 + heads), 1.3 * len(maps), pictures=True)
     for row, m in zip(figure.subplots(len(maps), 1 + heads, squeeze=False), maps, strict=True):
         _picture(row[0], figures.displayed(m.image))
         for axes, head in zip(row[1:], m.attention, strict=True):
@@ -118,7 +118,7 @@ def similarity(run: Run, image: int = 0, row: int | None = None, column: int | N
         raise DataError(f"patch {row}, {column}: the image has {rows} × {columns} patches")
     before = sum(len(m.tokens) for m in found.maps[:image])
     values = figures.similarity(found.tokens, before + row * columns + column)
-    figure = _figure(1.6 * len(found.maps), 3.2)
+    figure = _figure(1.6 * len(found.maps), 3.2, pictures=True)
     grid = figure.subplots(2, len(found.maps), squeeze=False)
     for i, (m, part) in enumerate(zip(found.maps, _parts(found, values), strict=True)):
         _picture(grid[0, i], figures.displayed(m.image))
@@ -134,7 +134,8 @@ def neighbours(run: Run) -> Figure:
     if not found.neighbours:
         raise DataError(f"{run.name}: neighbours need at least four readable images")
     count = 1 + len(found.neighbours[0].rows)
-    figure = _figure(1.1 * count, 1.3 * len(found.neighbours))
+    figure = _figure(1.1 * count, 1.4 * len(found.neighbours), pictures=True)
+    figure.subplots_adjust(hspace=0.25)
     for row, n in zip(figure.subplots(len(found.neighbours), count, squeeze=False), found.neighbours, strict=True):
         for axes, i, value in zip(row, [n.query, *n.rows], [None, *n.similarities], strict=True):
             _picture(axes, figures.displayed(found.shown[i]))
@@ -211,13 +212,21 @@ def write(run: Run, folder: Path) -> tuple[list[Path], list[str]]:
     return written, missing
 
 
-def _figure(width: float, height: float) -> Figure:
-    """Inches."""
+def _figure(width: float, height: float, *, pictures: bool = False) -> Figure:
+    """An empty figure.
+
+    Args:
+        width, height: inches.
+        pictures: it gets a grid of pictures, close together; else axes with labels.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise DinoforgeError("figures need matplotlib: pip install 'dinoforge[plot]'") from error
-    return Figure(figsize=(max(width, 3), max(height, 2)), layout="constrained")
+    figure = Figure(figsize=(max(width, 3), max(height, 2)), layout=None if pictures else "constrained")
+    if pictures:
+        figure.subplots_adjust(0.01, 0.01, 0.99, 0.96, wspace=0.04, hspace=0.08)
+    return figure
 
 
 def _curves(run: Run, part: str, smooth: bool) -> Figure:
