@@ -56,7 +56,9 @@ def test_the_page_says_what_the_run_was(run, path, show):
     text = text_of(show(path))
     info = json.loads((run / "run.json").read_text())
     assert info["data"]["fingerprint"] in text
-    assert "60 to 99 × 40 pixels" in text
+    low, high = info["data"]["look"]["widths"]
+    assert 60 <= low < high <= 99
+    assert f"{low} to {high} × 40 pixels" in text
     assert "what differs from small" in text  # the recipe that the run was made from
     assert f"dinoforge export '{run}' --to hf" in text
     assert "of 512 global crops" in text  # masks, measured

@@ -71,6 +71,8 @@ def test_the_best_checkpoint_is_named_if_it_is_kept_and_else_the_nearest() -> No
         "The best k-NN result was 84.0 %, at step 30. A checkpoint of that step is kept. "
         "teacher.safetensors is of step 40."
     )
+    saved = judge(PROBES, {"best": {"step": 30, "file": "best.safetensors"}}, checkpoints=[30]).best
+    assert "Its backbone is best.safetensors." in str(saved)
     assert "The nearest checkpoint that is kept is of step 40" in str(judge(PROBES, {}, checkpoints=[40]).best)
     assert "There is no checkpoint yet" in str(judge(PROBES, {}).best)
 

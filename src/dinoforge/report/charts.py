@@ -76,6 +76,7 @@ CHARTS = (
         "Time spent waiting for data", ("data_wait_share",), "Above a fifth, data limits the speed.", "speed", "share"
     ),
     Chart("Memory, GiB", ("memory_gib",), "The peak; it should not grow for ever.", "speed", "zero", exact=True),
+    Chart("Seconds of a probe", ("probe.seconds",), "Training waits so long for one.", "speed", "zero", exact=True),
     Chart(
         "Left out",
         ("skipped_images", "skipped_steps", "rollbacks"),

@@ -68,7 +68,7 @@ def judge(
         answer,
         sentence,
         (*measured, *([evaluated] if evaluated else [])),
-        _best(measured, checkpoints, teacher_step),
+        _best(measured, summary.get("best"), checkpoints, teacher_step),
         _speed(rate, wait),
         limits,
         rate,
@@ -146,13 +146,16 @@ def _answer(m: Measured | None) -> tuple[Answer, str]:
     return answer, f"By {m.by} it is right on {_percent(m.trained)} of the images{at}{compared}.{noise}"
 
 
-def _best(measured: Sequence[Measured], checkpoints: Sequence[int], teacher_step: int | None) -> str | None:
+def _best(measured: Sequence[Measured], saved: Any, checkpoints: Sequence[int], teacher_step: int | None) -> str | None:
+    """A sentence on the best probe and where its weights are; ``saved`` is what the summary says of a best backbone."""
     if not measured:
         return None
     m = measured[0]
     best, at = m.best or 0.0, m.best_step or 0
     sentence = f"The best {m.by} result was {_percent(best)}, at step {at:,}."
-    if at in checkpoints:
+    if isinstance(saved, Mapping) and saved.get("step") == at and saved.get("file"):
+        kept = f"Its backbone is {saved['file']}."
+    elif at in checkpoints:
         kept = "A checkpoint of that step is kept."
     elif checkpoints:
         nearest = min(checkpoints, key=lambda step: abs(step - at))
