@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from dinoforge import checkpoint, features, weights
+from dinoforge import checkpoint, distributed, features, weights
 from dinoforge.config import Eval, Recipe, base_of, differences, dump, flatten, load_recipe
 from dinoforge.data.batch import normalize, prepare
 from dinoforge.data.crops import resize
@@ -240,7 +240,7 @@ def _train(
 def _live_report(run: RunDirectory, recipe: Recipe, source: Source, say: Callable[[str], object]) -> Live | None:
     """What writes the report while the run trains; None if the recipe does not want it."""
     minutes = recipe.report.every_minutes
-    if minutes is None:
+    if minutes is None or distributed.rank() != 0:
         return None
 
     def write() -> None:

@@ -84,7 +84,7 @@ def test_what_limits_the_speed() -> None:
     slow, fast = judge(metrics(0.5), {}), judge(metrics(0.05), {})
     assert (slow.limits, fast.limits, judge({}, {}).limits) == ("data", "step", None)
     assert slow.speed == (
-        "105 images per second. 50 % of the time goes into waiting for data: data limits the speed: "
+        "105 images per second. 50 % of the time goes into waiting for data, which limits the speed: "
         "`dinoforge bench` says which keys to change."
     )
     assert "the step itself limits" in str(fast.speed)

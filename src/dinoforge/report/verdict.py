@@ -183,7 +183,7 @@ def _speed(rate: float | None, wait: float | None) -> str | None:
     if wait is None:
         return speed
     if wait > DATA_LIMITS:
-        why = "data limits the speed: `dinoforge bench` says which keys to change."
+        why = ", which limits the speed: `dinoforge bench` says which keys to change."
     else:
-        why = "the step itself limits the speed."
-    return f"{speed} {100 * wait:.0f} % of the time goes into waiting for data: {why}"
+        why = "; the step itself limits the speed."
+    return f"{speed} {100 * wait:.0f} % of the time goes into waiting for data{why}"
