@@ -1,12 +1,13 @@
 """dinoforge in Python: what the command line calls."""
 
+import importlib.util
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 
 from dinoforge import checkpoint, distributed, features, weights
-from dinoforge.config import Eval, Recipe, base_of, differences, dump, flatten, load_recipe
+from dinoforge.config import Eval, Recipe, base_of, differences, dump, flatten, load_recipe, recipe_names
 from dinoforge.data.batch import normalize, prepare
 from dinoforge.data.crops import resize
 from dinoforge.data.decode import decode
@@ -174,7 +175,7 @@ def _train(
             device=device,
         )
         on_non_finite = NonFinitePolicy(run, state, plan, source, say)
-        live = _live_report(run, recipe, source, say)
+        live = _live_report(run, plan, source, say)
         try:
             while True:
                 batches = make_loader(
@@ -226,25 +227,25 @@ def _train(
     if result.finished:
         waited = f"{saver.waited:.1f} s of waiting for checkpoints"
         say(f"\nDone: {state.step:,} steps in {trained} and {waited}. The backbone is {run.teacher}")
-        if reported:
-            say(f"A page that shows the run: {run.report}")
     else:
         why = f"after {limit:g} minutes (train.max_minutes)" if stop.reason == "max_minutes" else f"by {stop.reason}"
         say(
             f"\nStopped {why} at step {state.step:,} of {plan.length.steps:,}, with a checkpoint. "
             "Run the same command again to continue."
         )
+    if reported:
+        say(f"A page that shows the run: {run.report}")
     return result
 
 
-def _live_report(run: RunDirectory, recipe: Recipe, source: Source, say: Callable[[str], object]) -> Live | None:
+def _live_report(run: RunDirectory, plan: plans.Plan, source: Source, say: Callable[[str], object]) -> Live | None:
     """What writes the report while the run trains; None if the recipe does not want it."""
-    minutes = recipe.report.every_minutes
+    minutes = plan.recipe.report.every_minutes
     if minutes is None or distributed.rank() != 0:
         return None
 
     def write() -> None:
-        opened = open_run(run.path, data=source, seconds=_LIVE_REPORT_SECONDS)
+        opened = open_run(run.path, data=source, device=plan.device, seconds=_LIVE_REPORT_SECONDS)
         write_text(run.report, pages.page([opened]))
 
     return Live(write, every_minutes=minutes, say=say)
@@ -610,6 +611,7 @@ def open_run(
     data: Any = None,
     labels: str | Path | None = None,
     pictures: bool = True,
+    device: torch.device | None = None,
     seconds: float | None = None,
 ) -> reports.Run:
     """A run as ``dinoforge.report.plots`` draws it: its recipe, metrics, verdict, images and network.
@@ -618,6 +620,7 @@ def open_run(
         path: the run directory.
         data, labels: as for ``report``.
         pictures: look for images and network, too.
+        device: where the network runs; by default CUDA, then MPS, then the CPU.
         seconds: that reading images may take; by default as long as it takes.
 
     Raises:
@@ -647,8 +650,16 @@ def open_run(
     if unreadable:
         missing.append(f"{unreadable} lines of metrics.jsonl cannot be read and are left out.")
     skipped = run.skipped.read_text(encoding="utf-8", errors="replace").splitlines() if run.skipped.exists() else []
-    base = info.get("base", "dinov2")
-    groups, masks = explain.tables(recipe, images=info["data"]["images"], batch=run.read_summary().get("batch_size"))
+    base = str(info.get("base"))
+    if base not in recipe_names():  # a run of another version
+        base = "dinov2"
+    groups: tuple[dict[str, str], ...] = ()
+    masks: dict[str, str] = {}
+    try:
+        batch = run.read_summary().get("batch_size")
+        groups, masks = explain.tables(recipe, images=info["data"]["images"], batch=batch)
+    except DinoforgeError as error:
+        missing.append(f"Parameter groups and masks are left out: {error}.")
     return reports.Run(
         name=str(run.path),
         recipe=flatten(recipe),
@@ -658,16 +669,25 @@ def open_run(
         summary=run.read_summary(),
         metrics=metrics,
         checkpoints=tuple(checkpoint.steps(run.path)),
+        findings=_findings(metrics, recipe),
         groups=groups,
         masks=masks,
         skipped=tuple(skipped),
         data=None if source is None else build.build_data(recipe, source),
         labels=None if labels is None or source is None else read_labels(labels, source),
         backbone=backbone,
-        device=devices.resolve_device("auto"),
+        device=device or devices.resolve_device("auto"),
         seconds=seconds,
         missing=tuple(missing),
     )
+
+
+def _findings(metrics: Mapping[str, Sequence[float | None]], recipe: Recipe) -> tuple[tuple[int, str], ...] | None:
+    """Step and sentence of each thing that is wrong; None where there is no diagnosis."""
+    if importlib.util.find_spec("dinoforge.diagnosis") is None:
+        return None
+    diagnosis = importlib.import_module("dinoforge.diagnosis")
+    return tuple((found.step, found.sentence) for found in diagnosis.diagnose(metrics, flatten(recipe)))
 
 
 _UNSAID = ("student.num_heads", "student.interpolate_antialias", "student.interpolate_offset", "data.mean", "data.std")

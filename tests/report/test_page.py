@@ -205,13 +205,16 @@ def test_a_run_of_which_much_is_missing(run, tmp_path, show):
     assert f"dinoforge train {tmp_path / 'gone'} --recipe {bare}/recipe.yaml --out {bare}" in text
 
 
-def test_a_run_of_an_earlier_version_lacks_only_what_it_did_not_write(run, tmp_path, show):
+def test_a_run_of_an_earlier_version_and_a_damaged_network_cost_only_what_they_lack(run, tmp_path, show):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     info = json.loads((copy / "run.json").read_text())
     del info["base"], info["data"]["look"]
+    (copy / "teacher.safetensors").write_bytes(b"damaged")
     (copy / "run.json").write_text(json.dumps(info))
-    assert "what differs from dinov2" in text_of(show(api.report(copy).page))
+    text = text_of(show(api.report(copy).page))
+    assert "what differs from dinov2" in text
+    assert "There are no maps of features" in text
 
 
 def test_a_killed_run(images, tmp_path, show):
