@@ -2,10 +2,15 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from queue import Empty, Queue
+from threading import Thread
+from typing import TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,14 +21,14 @@ from dinoforge.data.sources import Source, printable
 from dinoforge.errors import DataError, ImageError
 from dinoforge.features import embed
 from dinoforge.report import figures
-from dinoforge.weights import Backbone
+from dinoforge.weights import Backbone, ImageInput
 
 SAMPLE = 300  # images that are looked at
 EXAMPLES = 6  # of them with maps
 ENLARGED = 4  # maps are of so many times the resolution of training, in patches along a side,
 MOST_PATCHES = 32  # up to that many: attention's memory grows with their fourth power
 NEIGHBOURS = 5
-_BATCH = 32
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,10 +100,11 @@ def study(
         source: the images.
         labels: one for each image; by default those that the source gives with the images.
         device: where to compute; by default the CPU.
-        seconds: after which no further image is read; by default all of the sample are.
+        seconds: after which no further image is read, and one that takes as long is given up; by default all of the
+            sample are read, however long that takes.
 
     Raises:
-        DataError: no image can be read.
+        DataError: no image can be read, or the storage hangs.
         WeightsError: the backbone's features are not finite.
     """
     device = device or torch.device("cpu")
@@ -108,45 +114,20 @@ def study(
     order = [chosen[i] for i in sorted(range(len(chosen)), key=lambda i: i * 0.6180339887 % 1)]
     trained = image.size // network.patch_size
     side = min(ENLARGED * trained, max(MOST_PATCHES, min(trained, 2 * MOST_PATCHES)))
-    started, reasons = time.monotonic(), []
     rows: list[tuple[int, str, str | None, Tensor]] = []
-    cls: list[Tensor] = []
     maps: list[PatchMap] = []
+    reasons: list[str] = []
     looked = 0
-    while looked < len(order) and (seconds is None or looked == 0 or time.monotonic() - started < seconds):
-        batch = []
-        for index in order[looked : looked + _BATCH]:
-            looked += 1
-            try:
-                item = source.item(index)
-                pixels = decode(
-                    item.image,
-                    channels=image.in_chans,
-                    sixteen_bit=image.sixteen_bit,
-                    max_pixels=image.max_pixels,
-                )
-            except ImageError as error:
-                reasons.append(f"{printable(source.name(index))}: {error}")
-                continue
-            name, label = printable(source.name(index)), item.label if labels is None else labels[index]
-            batch.append((index, name, None if label is None else printable(label), whole(pixels, image.size)))
-            if len(maps) < EXAMPLES:
-                maps.append(_map(backbone, name, pixels, side, device))
-        if batch:
-            cls.append(
-                embed(
-                    network,
-                    torch.stack([shown for *_, shown in batch]),
-                    size=image.size,
-                    channels=image.in_chans,
-                    mean=image.mean,
-                    std=image.std,
-                    sixteen_bit=image.sixteen_bit,
-                    max_pixels=image.max_pixels,
-                    device=device,
-                )
-            )
-            rows += batch
+    for index, name, read in _read(source, order, image, seconds):
+        looked += 1
+        if isinstance(read, ImageError):
+            reasons.append(f"{name}: {read}")
+            continue
+        pixels, label = read
+        label = label if labels is None else labels[index]
+        rows.append((index, name, None if label is None else printable(label), whole(pixels, image.size)))
+        if len(maps) < EXAMPLES:
+            maps.append(_map(backbone, name, pixels, side, device))
     missing = []
     if looked < len(order):
         missing.append(f"In {seconds:g} seconds only {looked} of the {len(order)} sampled images were read.")
@@ -156,7 +137,18 @@ def study(
         raise DataError(f"none of {looked} sampled images can be read, such as {reasons[0]}")
     found = [label for _, _, label, _ in rows if label is not None]
     known = found if len(found) == len(rows) else None
-    features = torch.cat(cls)
+    shown = torch.stack([pixels for *_, pixels in rows])  # [n, C, S, S]
+    features = embed(
+        network,
+        shown,
+        size=image.size,
+        channels=image.in_chans,
+        mean=image.mean,
+        std=image.std,
+        sixteen_bit=image.sixteen_bit,
+        max_pixels=image.max_pixels,
+        device=device,
+    )
     tokens = torch.cat([m.tokens for m in maps])
     colours, foreground = figures.pca_colours(tokens, [len(m.tokens) for m in maps])
     neighbours: list[Neighbours] = []
@@ -174,7 +166,7 @@ def study(
         indices=[index for index, *_ in rows],
         names=[name for _, name, *_ in rows],
         labels=known,
-        shown=torch.stack([shown for *_, shown in rows]),
+        shown=shown,
         cls=features,
         maps=maps,
         colours=colours,
@@ -186,6 +178,53 @@ def study(
         by_chance=_chance(known) if known and same is not None else None,
         missing=tuple(missing),
     )
+
+
+def _read(
+    source: Source, indices: Sequence[int], image: ImageInput, seconds: float | None
+) -> Iterator[tuple[int, str, tuple[npt.NDArray[np.uint8], str | None] | ImageError]]:
+    """Index, name, and pixels [H, W, C] with label, or why there are none; ends when the time is over."""
+
+    def read(index: int) -> tuple[npt.NDArray[np.uint8], str | None]:
+        item = source.item(index)
+        pixels = decode(item.image, channels=image.in_chans, sixteen_bit=image.sixteen_bit, max_pixels=image.max_pixels)
+        return pixels, item.label
+
+    started = time.monotonic()
+    for number, index in enumerate(indices):
+        if seconds is not None and number and time.monotonic() - started > seconds:
+            return
+        name = printable(source.name(index))
+        try:
+            yield index, name, within(seconds, partial(read, index), f"{name} was")
+        except ImageError as error:
+            yield index, name, error
+
+
+def within(seconds: float | None, work: Callable[[], T], what: str) -> T:
+    """The result of ``work``.
+
+    Raises:
+        DataError: it takes longer than ``seconds``: a read that storage never answers must not stop a run.
+    """
+    if seconds is None:
+        return work()
+    done: Queue[tuple[T, None] | tuple[None, Exception]] = Queue()
+
+    def run() -> None:
+        try:
+            done.put((work(), None))
+        except Exception as error:  # raised again below
+            done.put((None, error))
+
+    Thread(target=run, daemon=True, name="report").start()
+    try:
+        result, error = done.get(timeout=seconds)
+    except Empty:
+        raise DataError(f"{what} not read within {seconds:g} seconds") from None
+    if error is not None:
+        raise error
+    return cast(T, result)
 
 
 def bright(row: Tensor) -> Tensor:

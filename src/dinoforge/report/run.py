@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from dinoforge.data.loader import TrainingData
 from dinoforge.errors import DataError
 from dinoforge.report import figures
-from dinoforge.report.learned import EXAMPLES, Learned, study
+from dinoforge.report.learned import EXAMPLES, Learned, study, within
 from dinoforge.report.verdict import Verdict, judge
 from dinoforge.weights import Backbone
 
@@ -85,7 +85,9 @@ class Run:
         data = self.data
         if data is None:
             raise DataError(f"{self.name}: the images are not there")
-        found = [figures.seen_crops(data, 0, place) for place in range(min(EXAMPLES, data.batch_size))]
+        places = range(min(EXAMPLES, data.batch_size))
+        look = partial(figures.seen_crops, data, 0)
+        found = within(self.seconds, lambda: [look(place) for place in places], "images of the first step were")
         kept = [seen for seen in found if seen is not None]
         if not kept:
             raise DataError("the images of the first step cannot be read")
