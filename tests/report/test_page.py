@@ -182,8 +182,10 @@ def test_probes_and_findings_are_the_first_to_be_seen(run, tmp_path, show, monke
     for line, accuracy in zip(metrics[1::2], (0.3, 0.8, 0.7), strict=True):
         line |= {"probe.knn": accuracy, "probe.pixels.knn": 0.5, "probe.untrained.knn": 0.4}
     (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics) + '{"step": 7, "tot')
+    monkeypatch.setattr(api, "_findings", lambda metrics, recipe: ((4, "Targets are <b>uniform</b>."),))
     page = show(api.report(copy).page)
     text = text_of(page)
+    assert "Step 4: Targets are <b>uniform</b>." in text
     assert "Yes, it is learning. By k-NN it is right on 70.0 % of the images at step 6" in text
     assert "The best k-NN result was 80.0 %, at step 4." in text
     assert "1 lines of metrics.jsonl cannot be read" in text
