@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import dinoforge
-from dinoforge.api import evaluate_knn
+from dinoforge.api import evaluate_knn, report
 from dinoforge.config import parse_override
 from dinoforge.errors import DinoforgeError
 from dinoforge.evaluation.knn import render
@@ -49,6 +49,7 @@ def main() -> int:
     print("\nMeasuring: are cells of one kind neighbours?\n")
     knn, _ = evaluate_knn(RUN, data / "images", labels=labels)
     print(render(knn))
+    page = report(RUN, labels=labels).page  # once more: with labels, and with this measurement
     print(
         f"""
 The network saw the test images in training, but never a label.
@@ -58,7 +59,9 @@ In {RUN}: teacher.safetensors is the backbone, summary.json has these numbers, m
 Next, your own images, from a folder of any depth:
 
     .venv/bin/dinoforge train path/to/images
-    .venv/bin/dinoforge eval knn runs/images-small --data path/to/images    # if sub-folders are classes"""
+    .venv/bin/dinoforge eval knn runs/images-small --data path/to/images    # if sub-folders are classes
+
+What it saw, learned and did, to open in a browser: {page}"""
     )
     return 0
 

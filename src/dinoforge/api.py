@@ -1,12 +1,13 @@
 """dinoforge in Python: what the command line calls."""
 
+import importlib.util
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,8 +19,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from dinoforge import checkpoint, features, weights
-from dinoforge.config import Eval, Recipe, differences, dump, flatten, load_recipe
+from dinoforge import checkpoint, distributed, features, weights
+from dinoforge.config import Eval, Recipe, base_of, differences, dump, flatten, load_recipe, recipe_names
 from dinoforge.data.batch import normalize, prepare
 from dinoforge.data.crops import resize
 from dinoforge.data.decode import decode
@@ -31,11 +32,14 @@ from dinoforge.evaluation.knn import KnnResult, run_knn
 from dinoforge.export import make as exports
 from dinoforge.files import write_text
 from dinoforge.models.vit import VisionTransformer
-from dinoforge.report import figures
+from dinoforge.report import figures as report_figures
 from dinoforge.report import page as pages
+from dinoforge.report import plots
+from dinoforge.report import run as reports
+from dinoforge.report.live import Live
 from dinoforge.student_teacher import StudentTeacher
 from dinoforge.training import bench as benchmarks
-from dinoforge.training import build, loop
+from dinoforge.training import build, explain, loop
 from dinoforge.training import device as devices
 from dinoforge.training import plan as plans
 from dinoforge.training import replay as replays
@@ -43,6 +47,8 @@ from dinoforge.training.metrics import Display, JsonLines, MetricsHook, Sink, Te
 from dinoforge.training.non_finite import NonFinitePolicy, RollBackError
 from dinoforge.training.run import DataIdentity, RunDirectory
 from dinoforge.training.saver import Saver
+
+_LIVE_REPORT_SECONDS = 20.0  # for reading images: training waits
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ def train(
         say(f"\nThis run is finished: the backbone is {run.teacher}. For another one, choose another --out.")
         return result
     with _threads(plan.threads):
-        return _train(plan, source, run, identity, console)
+        return _train(plan, source, run, identity, base_of(recipe), console)
 
 
 def _train(
@@ -123,6 +129,7 @@ def _train(
     source: Source,
     run: RunDirectory,
     identity: DataIdentity,
+    base: str,
     console: Console,
 ) -> RunResult:
     recipe, device = plan.recipe, plan.device
@@ -142,7 +149,9 @@ def _train(
         state.load_values(saved)
         say(f"\nContinuing at step {state.step:,} of {plan.length.steps:,}.")
     run.list_skipped(state.bad_images.skipped.values(), first=True)
-    run.record_start(recipe, identity, device=device, precision=plan.precision, step=state.step)
+    run.record_start(
+        recipe, identity, base=base, look=plan.data, device=device, precision=plan.precision, step=state.step
+    )
 
     limit = recipe.train.max_minutes
     first_step = state.step
@@ -166,6 +175,7 @@ def _train(
             device=device,
         )
         on_non_finite = NonFinitePolicy(run, state, plan, source, say)
+        live = _live_report(run, plan, source, say)
         try:
             while True:
                 batches = make_loader(
@@ -187,7 +197,7 @@ def _train(
                         clip_grad=recipe.optim.clip_grad,
                         prepare=partial(prepare, device=device, mean=image.mean, std=image.std),
                         autocast=partial(devices.autocast, device, plan.precision),
-                        hooks=[metrics_hook, saver],
+                        hooks=[metrics_hook, saver, *([live] if live else [])],
                         should_stop=stop,
                         on_skipped=lambda new: _tell_skipped(run, say, new),
                         on_non_finite=on_non_finite,
@@ -205,6 +215,8 @@ def _train(
                 finally:
                     batches.close()  # ends the workers
             saver.finish()
+            stopped = stop.reason not in (None, "max_minutes")  # whoever sent a signal is in a hurry
+            reported = live is not None and not stopped and live.make()
         finally:
             metrics_file.close()
             if board:
@@ -221,7 +233,22 @@ def _train(
             f"\nStopped {why} at step {state.step:,} of {plan.length.steps:,}, with a checkpoint. "
             "Run the same command again to continue."
         )
+    if reported:
+        say(f"A page that shows the run: {run.report}")
     return result
+
+
+def _live_report(run: RunDirectory, plan: plans.Plan, source: Source, say: Callable[[str], object]) -> Live | None:
+    """What writes the report while the run trains; None if the recipe does not want it."""
+    minutes = plan.recipe.report.every_minutes
+    if minutes is None or distributed.rank() != 0:
+        return None
+
+    def write() -> None:
+        opened = open_run(run.path, data=source, device=plan.device, seconds=_LIVE_REPORT_SECONDS)
+        write_text(run.report, pages.page([opened]))
+
+    return Live(write, every_minutes=minutes, say=say)
 
 
 def _initialise(networks: StudentTeacher, recipe: Recipe, say: Callable[[str], object]) -> None:
@@ -550,55 +577,117 @@ def _evaluation(
     }
 
 
-def report(*paths: str | Path, data: Any = None) -> Path:
-    """Writes ``report.html`` into the first run; several runs come side by side, as curves and tables.
+def report(
+    *paths: str | Path, data: Any = None, labels: str | Path | None = None, figures: str | Path | None = None
+) -> reports.Written:
+    """Writes ``report.html`` into a run, or ``comparison.html`` into the first of several.
 
     Args:
         paths: run directories.
         data: the images, where the run does not find them any more.
+        labels: a CSV file with names and labels; by default the names of sub-folders.
+        figures: a folder for the figures as PNG and SVG; of one run.
 
     Raises:
         RunError: a folder that is no run, or cannot be written.
+        DataError: labels that do not fit the images.
+        DinoforgeError: figures, but matplotlib is missing.
     """
     if not paths:
         raise RunError("a report needs at least one run directory")
-    runs = [_open_run(RunDirectory(Path(path)), data, pictures=len(paths) == 1) for path in paths]
-    out = Path(paths[0]) / ("report.html" if len(paths) == 1 else "comparison.html")
+    alone = len(paths) == 1
+    if figures is not None and not alone:
+        raise RunError("figures are those of one run: give one run directory")
+    runs = [open_run(path, data=data, labels=labels, pictures=alone) for path in paths]
+    out = RunDirectory(Path(paths[0])).report if alone else Path(paths[0]) / "comparison.html"
     write_text(out, pages.page(runs))
-    return out
+    written, missing = plots.write(runs[0], Path(figures)) if figures is not None else ([], [])
+    return reports.Written(out, written, missing)
 
 
-def _open_run(run: RunDirectory, data: Any, *, pictures: bool) -> pages.Run:
+def open_run(
+    path: str | Path,
+    *,
+    data: Any = None,
+    labels: str | Path | None = None,
+    pictures: bool = True,
+    device: torch.device | None = None,
+    seconds: float | None = None,
+) -> reports.Run:
+    """A run as ``dinoforge.report.plots`` draws it: its recipe, metrics, verdict, images and network.
+
+    Args:
+        path: the run directory.
+        data, labels: as for ``report``.
+        pictures: look for images and network, too.
+        device: where the network runs; by default CUDA, then MPS, then the CPU.
+        seconds: that reading images may take; by default as long as it takes.
+
+    Raises:
+        RunError: no run.
+        DataError: labels that do not fit the images.
+    """
+    run = RunDirectory(Path(path))
     if not run.exists:
         raise RunError(f"{run.path} holds no run: expected a folder with recipe.yaml and run.json, as train makes it")
     recipe, info = run.recipe(), run.info()
-    missing, training_data, backbone = [], None, None
+    missing: list[str] = []
+    source: Source | None = None
     if pictures:
         try:
-            training_data = build.build_data(recipe, open_source(info["data"]["path"] if data is None else data))
+            source = open_source(info["data"]["path"] if data is None else data)
         except DinoforgeError as error:
             missing.append(f"There are no pictures, because the images are not found: {error}.")
-        if run.teacher.exists():
+    backbone = None
+    if pictures and run.teacher.exists():
+        try:
             backbone = load(run.path)
-        else:
-            missing.append("There are no maps of features: the run has no checkpoint yet.")
-    metrics, unreadable = figures.read_metrics(run.metrics)
+        except WeightsError as error:
+            missing.append(f"There are no maps of features: {error}.")
+    elif pictures:
+        missing.append("There are no maps of features: the run has no checkpoint yet.")
+    metrics, unreadable = report_figures.read_metrics(run.metrics)
     if unreadable:
         missing.append(f"{unreadable} lines of metrics.jsonl cannot be read and are left out.")
     skipped = run.skipped.read_text(encoding="utf-8", errors="replace").splitlines() if run.skipped.exists() else []
-    return pages.Run(
+    base = str(info.get("base"))
+    if base not in recipe_names():  # a run of another version
+        base = "dinov2"
+    groups: tuple[dict[str, str], ...] = ()
+    masks: dict[str, str] = {}
+    try:
+        batch = run.read_summary().get("batch_size")
+        groups, masks = explain.tables(recipe, images=info["data"]["images"], batch=batch)
+    except DinoforgeError as error:
+        missing.append(f"Parameter groups and masks are left out: {error}.")
+    return reports.Run(
         name=str(run.path),
         recipe=flatten(recipe),
-        recipe_differences=differences(load_recipe("dinov2")[0], recipe),
-        base="dinov2",
+        base=base,
+        differences=differences(load_recipe(base)[0], recipe, ignore=("report.",)),
         info=info,
         summary=run.read_summary(),
         metrics=metrics,
-        skipped=skipped,
-        data=training_data,
+        checkpoints=tuple(checkpoint.steps(run.path)),
+        findings=_findings(metrics, recipe),
+        groups=groups,
+        masks=masks,
+        skipped=tuple(skipped),
+        data=None if source is None else build.build_data(recipe, source),
+        labels=None if labels is None or source is None else read_labels(labels, source),
         backbone=backbone,
+        device=device or devices.resolve_device("auto"),
+        seconds=seconds,
         missing=tuple(missing),
     )
+
+
+def _findings(metrics: Mapping[str, Sequence[float | None]], recipe: Recipe) -> tuple[tuple[int, str], ...] | None:
+    """Step and sentence of each thing that is wrong; None where there is no diagnosis."""
+    if importlib.util.find_spec("dinoforge.diagnosis") is None:
+        return None
+    diagnosis = importlib.import_module("dinoforge.diagnosis")
+    return tuple((found.step, found.sentence) for found in diagnosis.diagnose(metrics, flatten(recipe)))
 
 
 _UNSAID = ("student.num_heads", "student.interpolate_antialias", "student.interpolate_offset", "data.mean", "data.std")

@@ -127,6 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
     report.add_argument("--data", metavar="DIR", help="the images, if they are no longer where the run had them")
+    report.add_argument("--labels", metavar="FILE.csv", help="file name, label; default: names of sub-folders")
+    report.add_argument("--figures", metavar="DIR", help="also write each figure of one run, as PNG and SVG")
     report.add_argument("--open", action="store_true", help="open the page in the browser")
     report.set_defaults(run=_report, parser=report)
 
@@ -270,12 +272,17 @@ def _compare(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from dinoforge.api import report
 
-    path = report(*options.runs, data=options.data)
-    print(path)
+    written = report(*options.runs, data=options.data, labels=options.labels, figures=options.figures)
+    print(written.page)
+    for path in written.figures:
+        print(path)
+    for reason in written.missing:
+        print(f"left out  {reason}", file=sys.stderr)
     if options.open:
         import webbrowser
 
-        webbrowser.open(path.resolve().as_uri())
+        if not webbrowser.open(written.page.resolve().as_uri()):
+            print("no browser was found: open the page yourself", file=sys.stderr)
     return 0
 
 

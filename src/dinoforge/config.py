@@ -207,6 +207,13 @@ class Log:
 
 
 @dataclass(frozen=True)
+class Report:
+    """Ours: the page that a run writes about itself, RUN/report.html."""
+
+    every_minutes: float | None = 5.0  # and at the end; null: only by ``dinoforge report``
+
+
+@dataclass(frozen=True)
 class Recipe:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device multiplies faster in it
     device: str = "auto"  # auto: cuda, then mps, then cpu
@@ -223,6 +230,7 @@ class Recipe:
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
+    report: Report = field(default_factory=Report)
 
 
 # Keys of official files that mean nothing here: accepted, and listed once with the reason.
@@ -247,6 +255,7 @@ FREE_KEYS = (
     "data.timeout",
     "checkpoint.",
     "log.",
+    "report.",
     "eval.",
 )
 
@@ -325,6 +334,15 @@ def load_recipe(
     result = _build(values)
     _validate(result)
     return result, ignored
+
+
+def base_of(recipe: str | Path | Recipe) -> str:
+    """Which recipe of ``recipe_names()`` a readable one is, or its file names as ``base``; without, the defaults."""
+    if isinstance(recipe, Recipe):
+        return "dinov2"
+    if str(recipe) in recipe_names():
+        return str(recipe)
+    return str((yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}).get("base", "dinov2"))
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
@@ -537,6 +555,7 @@ def _validate(recipe: Recipe) -> None:
         "train.epochs",
         "train.max_minutes",
         "checkpoint.every_minutes",
+        "report.every_minutes",
         "student.mlp_ratio",
         "optim.epochs",
         "data.timeout",

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dinoforge.data.crops import resize
 from dinoforge.data.loader import Skipped, TrainingData, sample_rng
 from dinoforge.models.layers import Block
 from dinoforge.models.vit import VisionTransformer
@@ -20,6 +22,8 @@ class Seen:
     """What the network saw of one image at one step."""
 
     index: int
+    image: npt.NDArray[np.uint8]  # [H, W, C] that the crops were cut from
+    boxes: list[tuple[int, int, int, int]]  # of each crop in it: top, left, height, width
     before: list[Tensor]  # crops before their colours change, uint8 [C, h, w]: two global ones, then the local ones
     after: list[Tensor]  # the same crops as the network got them
     masks: Tensor  # [2, rows, columns] bool, of the global crops
@@ -41,7 +45,18 @@ def seen_crops(data: TrainingData, step: int, place: int) -> Seen | None:
     masks = data.masks(2 * data.batch_size, data.grid, sample_rng(data.seed, first, "masks"))
     of_image = torch.from_numpy(masks).view(2, data.batch_size, *data.grid)[:, place]
     before, after = made
-    return Seen(index, before, after, of_image)
+    return Seen(index, image, [p.box for p in parameters], before, after, of_image)
+
+
+def resized(image: npt.NDArray[np.uint8], height: int, width: int) -> Tensor:
+    """An image [H, W, C] in another size, as a tensor [C, height, width]."""
+    return torch.from_numpy(resize(image, height, width)).permute(2, 0, 1).contiguous()
+
+
+def displayed(pixels: Tensor) -> npt.NDArray[np.uint8]:
+    """uint8 [C, h, w] as a picture: [h, w] grey of one or two channels, else [h, w, 3] of the first three."""
+    array: npt.NDArray[np.uint8] = pixels.permute(1, 2, 0).numpy()
+    return array[:, :, :3] if array.shape[2] >= 3 else array[:, :, 0]
 
 
 @torch.no_grad()
@@ -73,46 +88,49 @@ def principal_components(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     rows = rows.double()
     mean = rows.mean(0)
+    rows = rows - mean
+    if len(rows) > rows.shape[1]:
+        rows = torch.linalg.qr(rows, mode="r").R  # [D, D] of the same directions
     # No randomised solver: a report made while training must not draw from the run's random numbers.
-    _, _, directions = torch.linalg.svd(rows - mean, full_matrices=False)
+    _, _, directions = torch.linalg.svd(rows, full_matrices=False)
     directions = directions[:count]
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
     return mean.float(), (directions * largest.sign()).float()
 
 
-def pca_colours(patches: Tensor) -> tuple[Tensor, Tensor]:
+def pca_colours(rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Colours of patches of several images in one common basis, as in the paper (section 7.6 and figure 1).
 
     The first component parts foreground from background: the side with fewer patches is called foreground, for the
-    sign of a component means nothing. The foreground's own three leading components become red, green and blue, each
-    stretched to its 1st…99th percentile.
+    sign of a component means nothing. Where it rather tells whole images apart, so that some image is (nearly) all
+    fore- or background, every patch is foreground. The foreground's own three leading components become red, green
+    and blue, each stretched to its 1st…99th percentile.
 
     Args:
-        patches: [B, N, D].
+        rows: patch tokens of all images, [N, D].
+        sizes: how many of them each image has.
 
     Returns:
-        Colours [B, N, 3] in 0..1, and which patches are foreground [B, N] bool.
+        Colours [N, 3] in 0..1, and which patches are foreground [N] bool.
     """
-    rows = patches.flatten(0, 1)
     mean, (first,) = principal_components(rows, 1)
     foreground = (rows - mean) @ first > 0
     if foreground.float().mean() > 0.5:
         foreground = ~foreground
-    if foreground.sum() < 4:
+    shares = torch.stack([part.float().mean() for part in foreground.split(list(sizes))])
+    if shares.min() < 0.05 or shares.max() > 0.95:
         foreground = torch.ones_like(foreground)
     mean, directions = principal_components(rows[foreground], 3)
-    colours = (rows - mean) @ directions.T  # [B·N, ≤3]
+    colours = (rows - mean) @ directions.T  # [N, ≤3]
     low, high = torch.quantile(colours[foreground], torch.tensor([0.01, 0.99]), dim=0)
     colours = ((colours - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-    missing = 3 - colours.shape[1]
-    colours = torch.nn.functional.pad(colours, (0, missing))
-    return colours.view(*patches.shape[:2], 3), foreground.view(patches.shape[:2])
+    return torch.nn.functional.pad(colours, (0, 3 - colours.shape[1])), foreground
 
 
-def similarity(patches: Tensor, image: int, patch: int) -> Tensor:
-    """Cosine similarity [B, N] of every patch in [B, N, D] to one of them."""
-    unit = torch.nn.functional.normalize(patches, dim=-1)
-    return unit @ unit[image, patch]
+def similarity(rows: Tensor, row: int) -> Tensor:
+    """Cosine similarity [N] of every patch token in [N, D] to one of them."""
+    unit = torch.nn.functional.normalize(rows, dim=-1)
+    return unit @ unit[row]
 
 
 def neighbours(features: Tensor, queries: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
@@ -122,6 +140,29 @@ def neighbours(features: Tensor, queries: Sequence[int], count: int) -> tuple[Te
     similarities[torch.arange(len(queries)), list(queries)] = -torch.inf
     values, rows = similarities.topk(min(count, len(features) - 1), dim=1)
     return values, rows
+
+
+def project(features: Tensor) -> tuple[Tensor, str]:
+    """Places rows of [N, D] in the plane, near where they are alike: positions [N, 2], and how that was done.
+
+    t-SNE (van der Maaten and Hinton 2008) of scikit-learn, on unit vectors and with a random state of its own; two
+    principal components where that package is missing or the rows are few.
+    """
+    unit = torch.nn.functional.normalize(features, dim=-1)
+    few = len(unit) < 12
+    try:
+        from sklearn.manifold import TSNE  # type: ignore[import-untyped]
+    except ImportError:
+        few, why = True, "two principal components; pip install 'dinoforge[eval]' gives t-SNE"
+    else:
+        why = f"two principal components, since t-SNE means nothing for {len(unit)} images"
+    if few:
+        mean, directions = principal_components(unit, 2)
+        placed = (unit - mean) @ directions.T
+        return torch.nn.functional.pad(placed, (0, 2 - placed.shape[1])), why
+    perplexity = min(30.0, (len(unit) - 1) / 3)
+    placed = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(unit.numpy())
+    return torch.from_numpy(placed), f"t-SNE of scikit-learn, perplexity {perplexity:.0f}"
 
 
 def read_metrics(path: Path) -> tuple[dict[str, list[float | None]], int]:

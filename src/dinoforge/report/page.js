@@ -2,7 +2,9 @@
 // Text reaches the page as text nodes and attributes only; nothing here parses markup.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const COLOURS = ["#3b82c4", "#d9822b", "#3f9b5b", "#b5485d", "#8466b8", "#80756b", "#c06aa8", "#7f8c28"];
+const GREY = "#8a919b";
 const SVG = "http://www.w3.org/2000/svg";
+const SEVERAL = DATA.runs.length > 1;
 
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -10,42 +12,53 @@ function element(tag, attributes = {}, ...children) {
   made.append(...children);
   return made;
 }
-function shape(tag, attributes, text = "") {
-  const made = document.createElementNS(SVG, tag);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.textContent = text;
-  return made;
-}
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-const number = (x) => x === 0 || (Math.abs(x) >= 0.01 && Math.abs(x) < 1e5) ? String(+x.toPrecision(4)) : x.toExponential(2);
-const figure = (content, caption) =>
-  element("figure", {}, content, element("figcaption", { class: "name", title: caption }, caption));
-const table = (rows) =>
-  element("div", { class: "scroll" }, element("table", {},
-    ...rows.map((row) => element("tr", {}, ...row.map((cell) => element("td", {}, String(cell)))))));
+const number = (x) => x === 0 || (Math.abs(x) >= 0.001 && Math.abs(x) < 1e5) ? String(+x.toPrecision(4)) : x.toExponential(1);
+const percent = (x) => x === null || x === undefined ? "–" : `${(100 * x).toFixed(1)} %`;
+const whole = (x) => Math.round(x).toLocaleString("en");
+const figure = (content, ...captions) =>
+  element("figure", {}, content, ...captions.map((c) => element("figcaption", { class: "name", title: c }, c)));
+function table(rows, headed = false) {
+  return element("div", { class: "scroll" }, element("table", {}, ...rows.map((row, i) =>
+    element("tr", {}, ...row.map((cell) => element(headed && i === 0 ? "th" : "td", {}, String(cell)))))));
+}
 
 const main = document.querySelector("main");
 function section(title, hint) {
   main.append(element("h2", {}, title), element("p", { class: "hint" }, hint));
+}
+function part(title, hint) {
+  main.append(element("h3", {}, title), element("p", { class: "hint" }, hint));
 }
 const tip = element("div", { id: "tip", hidden: "" });
 document.body.append(tip);
 function showTip(event, ...content) {
   tip.replaceChildren(...content);
   tip.hidden = false;
-  tip.style.left = `${Math.min(event.clientX + 12, innerWidth - tip.offsetWidth - 4)}px`;
-  tip.style.top = `${Math.min(event.clientY + 12, innerHeight - tip.offsetHeight - 4)}px`;
+  const left = event.clientX + 14 + tip.offsetWidth > innerWidth ? event.clientX - 14 - tip.offsetWidth : event.clientX + 14;
+  tip.style.left = `${Math.max(4, left)}px`;
+  tip.style.top = `${Math.max(4, Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 4))}px`;
 }
 const hideTip = () => { tip.hidden = true; };
+addEventListener("scroll", hideTip);
 
-function pixels(side, colourOf) {
-  const canvas = element("canvas", { width: side, height: side, class: "tile" });
-  const context = canvas.getContext("2d");
-  const image = context.createImageData(side, side);
-  for (let i = 0; i < side * side; i++) image.data.set([...colourOf(i), 255], 4 * i);
-  context.putImageData(image, 0, 0);
-  return canvas;
+// ---- pictures of patches
+
+/** Gives a picture of rows × columns patches its size: the longer side is `rem` long. */
+function sized(node, { rows, columns }, rem) {
+  const longer = Math.max(rows, columns);
+  node.style.width = `${rem * columns / longer}rem`;
+  node.style.height = `${rem * rows / longer}rem`;
+  return node;
 }
+function pixels(map, rem, colourOf) {
+  const canvas = element("canvas", { width: map.columns, height: map.rows, class: "patches" });
+  const context = canvas.getContext("2d"), image = context.createImageData(map.columns, map.rows);
+  for (let i = 0; i < map.rows * map.columns; i++) image.data.set([...colourOf(i), 255], 4 * i);
+  context.putImageData(image, 0, 0);
+  return sized(canvas, map, rem);
+}
+const photo = (map, rem, alt = map.name) => sized(element("img", { src: map.image, alt }), map, rem);
 // Dark blue over green to yellow: rises in lightness, so that it also reads in grey print.
 const STOPS = [[35, 20, 75], [45, 95, 140], [50, 165, 125], [245, 225, 70]];
 function heat(x) {
@@ -53,217 +66,366 @@ function heat(x) {
   return STOPS[k].map((low, c) => low + (STOPS[k + 1][c] - low) * (place - k));
 }
 
-function chart(title, series, exact) {
-  const width = 320, height = 170, left = 48, bottom = 20;
-  const card = element("div", { class: "card" }, element("strong", {}, title));
-  const points = series.flatMap((s) => s.points);
-  const [x0, x1] = [Math.min(...points.map((p) => p[0])), Math.max(...points.map((p) => p[0]))];
-  let [y0, y1] = [Math.min(...points.map((p) => p[1])), Math.max(...points.map((p) => p[1]))];
-  if (y0 === y1) [y0, y1] = [y0 - Math.abs(y0) / 10 - 1e-9, y1 + Math.abs(y1) / 10 + 1e-9];
-  const X = (x) => left + (width - left - 8) * (x1 > x0 ? (x - x0) / (x1 - x0) : 0.5);
-  const Y = (y) => 8 + (height - bottom - 8) * (y1 - y) / (y1 - y0);
-  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title });
-  for (const y of [y0, (y0 + y1) / 2, y1]) {
-    svg.append(shape("line", { x1: left, x2: width - 8, y1: Y(y), y2: Y(y), stroke: "var(--line)" }),
-      shape("text", { x: left - 4, y: Y(y) + 4, "text-anchor": "end" }, number(y)));
-  }
-  svg.append(shape("text", { x: left, y: height - 4 }, `step ${x0}`),
-    shape("text", { x: width - 8, y: height - 4, "text-anchor": "end" }, String(x1)));
-  const lines = series.map((s, i) => {
-    const line = shape("polyline", { fill: "none", stroke: COLOURS[i % COLOURS.length], "stroke-width": 1.6 });
-    svg.append(line);
-    return line;
-  });
-  const draw = (smooth) => series.forEach((s, i) => {
-    let mean = s.points[0][1];
-    const shown = s.points.map(([x, y]) => [x, smooth && !exact ? (mean += 0.15 * (y - mean)) : y]);
-    lines[i].setAttribute("points", shown.map(([x, y]) => `${X(x).toFixed(1)},${Y(y).toFixed(1)}`).join(" "));
-  });
-  draw(true);
-  svg.addEventListener("pointermove", (event) => {
-    const box = svg.getBoundingClientRect();
-    const x = (event.clientX - box.left) * width / box.width;
-    const text = series.map((s) => {
-      const near = s.points.reduce((a, b) => Math.abs(X(b[0]) - x) < Math.abs(X(a[0]) - x) ? b : a);
-      return `${s.name} ${number(near[1])} (step ${near[0]})`;
-    });
-    showTip(event, ...text.map((t) => element("div", {}, t)));
-  });
-  svg.addEventListener("pointerleave", hideTip);
-  card.append(svg);
-  if (series.length > 1) card.append(element("div", { class: "row hint" }, ...series.map((s, i) => {
-    const mark = element("span", {}, `● ${s.name}`);
-    mark.style.color = COLOURS[i % COLOURS.length];
-    return mark;
-  })));
-  return { card, draw };
+// ---- curves, by uPlot
+
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const charts = [];
+let smooth = true;
+const UNITS = { share: percent, percent };
+
+/** As ``smoothed`` of charts.py. */
+function running(values) {
+  const weight = Math.min(0.5, Math.max(0.05, 15 / values.length));
+  let mean = values[0];
+  return values.map((value) => (mean += weight * (value - mean)));
 }
+/** The place nearest to `at` where the series has a value: not every metric has one at every step. */
+function nearest(plot, series, at) {
+  const values = plot.data[series];
+  for (let d = 0; d < values.length; d++) {
+    if (values[at - d] != null) return at - d;
+    if (values[at + d] != null) return at + d;
+  }
+  return at;
+}
+function chart(spec) {
+  const lines = DATA.runs.flatMap((run, r) => spec.keys.map((key, k) => ({ run, r, key, k, points: run.curves[key] })))
+    .filter((line) => line.points && line.points[0].length);
+  if (!lines.length) return null;
+  const card = element("div", { class: "card chart", "data-title": spec.title }, element("strong", {}, spec.title));
+  if (spec.hint) card.append(element("div", { class: "hint" }, spec.hint));
+  const smoothing = !spec.exact && lines.some((line) => line.points[0].length > 3);
+  const unit = UNITS[spec.axis] ?? number;
+  const noun = (line) => [SEVERAL && line.run.name, spec.keys.length > 1 && line.key].filter(Boolean).join(" · ") || line.key;
+  const tables = [], series = [{ label: "step", value: (_, x) => x === null ? "–" : whole(x) }];
+  for (const line of lines) {
+    const colour = COLOURS[(SEVERAL ? line.r : line.k) % COLOURS.length], dash = SEVERAL && line.k ? [2 + 4 * line.k, 3] : undefined;
+    const few = line.points[0].length < 30;
+    tables.push(line.points);
+    series.push({
+      label: noun(line), dash, spanGaps: true, width: 1.5, points: { show: few, size: 5 },
+      stroke: () => smoothing && smooth ? colour + "59" : colour,
+      value: (_, y) => y == null ? "–" : unit(y),
+    });
+    if (smoothing) {
+      tables.push([line.points[0], running(line.points[1])]);
+      series.push({ label: "", class: "running", stroke: colour, dash, spanGaps: true, width: 2, show: smooth, points: { show: false } });
+    }
+  }
+  const values = lines.flatMap((line) => line.points[1]);
+  const scale = { range: undefined };
+  if (spec.axis === "share") scale.range = [0, 1];
+  if (spec.axis === "zero") scale.range = (_, low, high) => [Math.min(0, low), high > 0 ? 1.08 * high : 1];
+  if (spec.axis === "log" && values.every((v) => v > 0)) scale.distr = 3;
+  const axis = { stroke: () => css("--soft"), grid: { stroke: () => css("--line"), width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
+  const place = element("div");
+  card.append(place);
+  const width = () => Math.max(160, place.clientWidth);
+  charts.push({ card, place, spec, make: () => {
+    const plot = new uPlot({
+      width: width(), height: 180, series, padding: [8, 8, 0, 0],
+      scales: { x: { time: false }, y: scale },
+      axes: [{ ...axis, space: 60, size: 28, values: (_, marks) => marks.map(whole) },
+        { ...axis, size: 56, values: (_, marks) => marks.map((y) => y === null ? "" : unit(y)) }],
+      cursor: { drag: { x: true, y: false }, dataIdx: (u, s, at) => s ? nearest(u, s, at) : at, y: false },
+      legend: { live: true },
+    }, uPlot.join(tables.map(([x, y]) => [x, y])), place);
+    new ResizeObserver(() => plot.setSize({ width: width(), height: 180 })).observe(place);
+    return plot;
+  } });
+  return card;
+}
+function drawCharts() {
+  for (const c of charts) c.plot ??= c.make();
+}
+function setSmooth(on) {
+  smooth = on;
+  for (const { plot } of charts) {
+    plot.series.forEach((s, i) => { if (s.class === "running") plot.setSeries(i, { show: on }); });
+    plot.redraw(false);
+  }
+}
+for (const query of ["(prefers-color-scheme: dark)", "print"]) {
+  matchMedia(query).addEventListener("change", () => charts.forEach((c) => c.plot.redraw(false, true)));
+}
+const grid = (cards) => element("div", { class: "grid" }, ...cards.filter(Boolean));
+const chartsOf = (name) => DATA.charts.filter((c) => c.part === name).map(chart).filter(Boolean);
+
+// ---- 1
+
+const ANSWERS = { yes: "Yes, it is learning", partly: "Partly", no: "Not by this measure", unknown: "Not known yet" };
 
 function verdict() {
   section("Is it learning?", "Look for probes that rise above raw pixels and the untrained network.");
-  const rows = [["", ...DATA.runs.map((r) => r.name)]];
-  const scalars = new Set(DATA.runs.flatMap((r) => Object.keys(r.summary).filter((k) => typeof r.summary[k] !== "object")));
-  for (const key of scalars) rows.push([key.replaceAll("_", " "), ...DATA.runs.map((r) => r.summary[key] ?? "–")]);
-  main.append(table(rows));
-  for (const run of DATA.runs) {
-    for (const sentence of [].concat(run.summary.diagnosis ?? [])) main.append(element("p", { class: "note" }, String(sentence)));
-    for (const sentence of run.missing) main.append(element("p", { class: "note missing" }, `${run.name}: ${sentence}`));
-    const wait = run.curves.data_wait_share?.filter((x) => x !== null).at(-1);
-    if (wait !== undefined) main.append(element("p", {}, `${run.name}: ${(100 * wait).toFixed(0)} % of the time goes into waiting for data` +
-      (wait > 0.2 ? "; data limits the speed." : "; computing limits the speed.")));
+  if (SEVERAL) {
+    const row = (name, of) => [name, ...DATA.runs.map((run) => of(run) ?? "–")];
+    const first = (run) => run.verdict.measured[0];
+    main.append(table([
+      row("", (run) => run.name),
+      row("learning?", (run) => ANSWERS[run.verdict.answer]),
+      row("measured by", (run) => first(run)?.by),
+      row("trained", (run) => first(run) && percent(first(run).trained)),
+      row("raw pixels", (run) => first(run) && percent(first(run).pixels)),
+      row("untrained", (run) => first(run) && percent(first(run).untrained)),
+      row("best", (run) => first(run)?.best && `${percent(first(run).best)} at step ${whole(first(run).best_step)}`),
+      row("steps", (run) => run.summary.steps === undefined ? null : `${whole(run.summary.steps)} of ${whole(run.summary.total_steps)}`),
+      row("images per second", (run) => run.verdict.rate && whole(run.verdict.rate)),
+      row("limited by", (run) => run.verdict.limits),
+      row("diagnosis", (run) => run.findings && (run.findings.map(([, sentence]) => sentence).join(" ") || "nothing wrong was noticed")),
+    ], true));
   }
+  for (const run of DATA.runs) {
+    const { answer, sentence, measured, best, speed } = run.verdict;
+    if (SEVERAL) main.append(element("h3", {}, run.name));
+    main.append(element("p", { class: `verdict ${answer}` }, element("strong", {}, `${ANSWERS[answer]}. `), sentence));
+    if (measured.length && !SEVERAL) main.append(table([["measured by", "trained", "raw pixels", "untrained"],
+      ...measured.map((m) => [m.step === null ? m.by : `${m.by}, step ${whole(m.step)}`, percent(m.trained), percent(m.pixels), percent(m.untrained)])], true));
+    for (const text of [best, speed].filter(Boolean)) main.append(element("p", {}, text));
+    if (run.findings?.length) main.append(...run.findings.map(([step, text]) =>
+      element("p", { class: "note finding" }, element("strong", {}, `Step ${whole(step)}: `), text)));
+    else if (run.findings && run.logged) main.append(element("p", {}, "Diagnosis: nothing wrong was noticed in the metrics."));
+    main.append(...run.missing.map((text) => element("p", { class: "note missing" }, text)));
+  }
+  main.append(grid(chartsOf("probes")));
 }
 
+// ---- 2
+
 function seen(run) {
-  section("What the network saw", "Crops should still show what matters in your images. Left: as cut; right: after colour changes, masked patches grey.");
+  section("What the network saw", "Crops should still show what matters in your images, and the two global crops share something. " +
+    "First the image with where it was cut: solid the global, dashed the local crops. Then the crops as cut, and below them as " +
+    "the network got them: colours changed, masked patches of the student's global crops grey.");
   const cards = run.seen.map((s) => {
+    const [height, width] = s.size;
+    const place = element("div", { class: "boxes" }, element("img", { src: s.image, alt: s.name }));
+    place.style.aspectRatio = `${width} / ${height}`;
+    place.style.width = `${9 * width / Math.max(width, height)}rem`;
+    s.boxes.forEach(([top, left, h, w], i) => {
+      const box = element("div", { class: i < 2 ? `box global${i}` : "box" });
+      Object.assign(box.style, { top: `${100 * top / height}%`, left: `${100 * left / width}%`, height: `${100 * h / height}%`, width: `${100 * w / width}%` });
+      place.append(box);
+    });
     const masked = (source, mask) => {
-      const canvas = element("canvas", { class: "crop", width: 192, height: 192 });
-      const image = new Image();
+      const side = 192, canvas = element("canvas", { class: "crop", width: side, height: side }), image = new Image();
+      const edge = side / s.columns;
       image.onload = () => {
-        const context = canvas.getContext("2d"), edge = 192 / s.side;
-        context.drawImage(image, 0, 0, 192, 192);
-        context.fillStyle = "rgb(128 128 128 / .85)";
-        mask.forEach((on, i) => on && context.fillRect((i % s.side) * edge, Math.floor(i / s.side) * edge, edge, edge));
+        const context = canvas.getContext("2d");
+        context.drawImage(image, 0, 0, side, side);
+        context.fillStyle = "rgb(128 128 128 / .88)";
+        mask.forEach((on, i) => on && context.fillRect((i % s.columns) * edge, Math.floor(i / s.columns) * edge, edge, edge));
       };
       image.src = source;
       return canvas;
     };
-    const globals = [0, 1].flatMap((i) => [element("img", { class: "crop", src: s.before[i], alt: "global crop as cut" }), masked(s.after[i], s.masks[i])]);
-    const locals = s.after.slice(2).map((src) => element("img", { class: "local", src, alt: "local crop" }));
+    const row = (title, crops, globalOf) => element("div", { class: "row" }, element("span", { class: "hint label" }, title),
+      ...crops.slice(0, 2).map(globalOf),
+      ...crops.slice(2).map((src) => element("img", { class: "local", src, alt: `local crop ${title}` })));
     return element("div", { class: "card" }, element("div", { class: "name" }, s.name),
-      element("div", { class: "pairs" }, ...globals), element("div", { class: "row" }, ...locals));
+      element("div", { class: "crops" }, place, element("div", { class: "cuts" },
+        row("as cut", s.before, (src) => element("img", { class: "crop", src, alt: "global crop as cut" })),
+        row("as seen", s.after, (src, i) => masked(src, s.masks[i])))));
   });
-  main.append(element("div", { class: "grid" }, ...cards));
+  main.append(element("div", { class: "wide grid" }, ...cards));
 }
 
-function learned(run) {
-  section("What it learned", `From the teacher at step ${run.step}, on ${run.sampled} evenly spaced images of ${run.images}.`);
-  const side = run.side, count = side * side, width = run.patches.width;
-  const shares = run.maps.map((m) => m.foreground.reduce((a, b) => a + b, 0) / count);
-  const hides = shares.every((share) => share > 0.1); // or else the first component parts images, not their parts
-  main.append(element("h3", {}, "Patch features as colours"),
-    element("p", { class: "hint" }, "Parts of one kind should have one colour in all images. " + (hides ? "The background by the first component is dark."
-      : "The first component tells whole images apart rather than background from foreground, so nothing is hidden.")));
-  main.append(element("div", { class: "row" }, ...run.maps.map((m) => {
-    const colours = bytes(m.pca);
-    return figure(element("div", { class: "row" }, element("img", { class: "tile", src: m.image, alt: m.name }),
-      pixels(side, (i) => !hides || m.foreground[i] ? colours.subarray(3 * i, 3 * i + 3) : [24, 24, 30])), m.name);
-  })));
+// ---- 3
 
-  main.append(element("h3", {}, "Similarity to a patch"),
-    element("p", { class: "hint" }, `Click a patch: yellow is similar to it, in all images. Cosine similarity, from ${width} directions that hold ${(100 * run.patches.kept).toFixed(1)} % of the features.`));
-  const values = Float32Array.from(bytes(run.patches.values), (b) => b - 128);
+function learned(run) {
+  const found = run.learned;
+  section("What it learned", `Made by the teacher (the average of the student over time) of step ${whole(found.step)}, on ` +
+    (found.sampled === found.images ? `all ${whole(found.images)} images.` : `a sample of ${whole(found.sampled)} images, evenly spaced among ${whole(found.images)}.`));
+  part("Patch features as colours", "Parts of one kind should have one colour in all images: three principal components, common to all of them, as red, green and blue. " +
+    (found.hides ? "The background by the first component is dark." : "The first component tells whole images apart rather than background from foreground, so nothing is hidden."));
+  main.append(element("div", { class: "row", id: "pca" }, ...found.maps.map((m) => {
+    const colours = bytes(m.pca), foreground = bytes(m.foreground);
+    return figure(element("div", { class: "row" }, photo(m, 9),
+      pixels(m, 9, (i) => !found.hides || foreground[i] ? colours.subarray(3 * i, 3 * i + 3) : [24, 24, 30])), m.name);
+  })));
+  similarity(found);
+  part("Attention of the cls token, per head", "Heads that look at different parts are a good sign. Last block; in each map the brightest 2 % of the patches are yellow.");
+  const rem = innerWidth < 600 ? 4.6 : 5.5;
+  main.append(element("div", { class: "columns", id: "attention" }, ...found.maps.map((m) => element("div", { class: "row" }, photo(m, rem),
+    ...m.attention.map((head) => { const a = bytes(head); return pixels(m, rem, (i) => heat(a[i] / 255)); })))));
+  if (found.neighbours.length) neighbours(found);
+  if (found.positions) embeddingMap(found);
+}
+
+function similarity(found) {
+  const width = found.patches.width;
+  part("Similarity to a patch", `Click a patch, in a photo or a map: yellow is similar to it, in all images. It should light up what is alike, not what is near. ` +
+    `Cosine similarity, scaled to its range here, from ${width} directions that hold ${percent(found.patches.kept)} of the features.`);
+  const values = Float32Array.from(bytes(found.patches.values), (b) => b - 128);
   for (let i = 0; i < values.length; i += width) {
     const row = values.subarray(i, i + width), norm = Math.hypot(...row) || 1;
     row.forEach((v, j) => { row[j] = v / norm; });
   }
   const maps = element("div", { class: "row", id: "similarity" });
   function select(image, patch) {
-    const chosen = values.subarray((image * count + patch) * width, (image * count + patch + 1) * width);
-    maps.replaceChildren(...run.maps.map((m, b) => {
-      const similarity = (i) => chosen.reduce((sum, v, j) => sum + v * values[(b * count + i) * width + j], 0);
-      const canvas = pixels(side, (i) => b === image && i === patch ? [255, 60, 60] : heat(similarity(i)));
-      const patchAt = (event) => {
-        const box = canvas.getBoundingClientRect();
-        const place = (at, from, size) => Math.min(side - 1, Math.max(0, Math.floor((at - from) / size * side)));
-        return place(event.clientY, box.top, box.height) * side + place(event.clientX, box.left, box.width);
+    const at = found.maps[image].start + patch, chosen = values.subarray(at * width, (at + 1) * width);
+    const all = new Float32Array(values.length / width);
+    for (let i = 0; i < all.length; i++) {
+      let sum = 0;
+      for (let j = 0; j < width; j++) sum += chosen[j] * values[i * width + j];
+      all[i] = sum;
+    }
+    const low = Math.min(...all);
+    maps.replaceChildren(...found.maps.map((m, b) => {
+      const canvas = pixels(m, 9, (i) => heat((all[m.start + i] - low) / (1 - low || 1)));
+      const view = element("div", { class: "boxes" }, photo(m, 9, `choose a patch of ${m.name}`));
+      const patchAt = (target, event) => {
+        const box = target.getBoundingClientRect();
+        const place = (from, start, size, count) => Math.min(count - 1, Math.max(0, Math.floor((from - start) / size * count)));
+        return place(event.clientY, box.top, box.height, m.rows) * m.columns + place(event.clientX, box.left, box.width, m.columns);
       };
-      const photo = element("img", { class: "tile click", src: m.image, alt: `choose a patch of ${m.name}` });
-      for (const target of [canvas, photo]) {
+      const cells = element("div", { class: "boxes" }, canvas);
+      for (const target of [view, cells]) {
+        if (b === image) {
+          const mark = element("div", { class: "mark" });
+          Object.assign(mark.style, { left: `${100 * (patch % m.columns) / m.columns}%`, top: `${100 * Math.floor(patch / m.columns) / m.rows}%`, width: `${100 / m.columns}%`, height: `${100 / m.rows}%` });
+          target.append(mark);
+        }
         target.classList.add("click");
-        target.addEventListener("click", (event) => {
-          const box = target.getBoundingClientRect();
-          const place = (at, from, size) => Math.min(side - 1, Math.max(0, Math.floor((at - from) / size * side)));
-          select(b, place(event.clientY, box.top, box.height) * side + place(event.clientX, box.left, box.width));
-        });
+        target.addEventListener("click", (event) => select(b, patchAt(target, event)));
+        target.addEventListener("pointermove", (event) => showTip(event, all[m.start + patchAt(target, event)].toFixed(3)));
+        target.addEventListener("pointerleave", hideTip);
       }
-      canvas.addEventListener("pointermove", (event) => showTip(event, similarity(patchAt(event)).toFixed(3)));
-      canvas.addEventListener("pointerleave", hideTip);
-      return figure(element("div", { class: "row" }, photo, canvas), m.name);
+      return figure(element("div", { class: "row" }, view, cells), m.name);
     }));
   }
-  select(0, Math.floor(count / 2 + side / 2));
+  const { rows, columns } = found.maps[0];
+  select(0, Math.floor(rows / 2) * columns + Math.floor(columns / 2));
   main.append(maps);
-
-  main.append(element("h3", {}, "Attention of the cls token, per head"),
-    element("p", { class: "hint" }, "Heads that look at different parts are a good sign; each map is scaled to its largest value."));
-  for (const m of run.maps.slice(0, 3)) main.append(element("div", { class: "row" },
-    element("img", { class: "crop", src: m.image, alt: m.name }),
-    ...m.attention.map((head) => { const a = bytes(head), c = pixels(side, (i) => heat(a[i] / 255)); c.className = "crop"; return c; })));
-
-  if (run.neighbours) {
-    main.append(element("h3", {}, "Nearest neighbours"),
-      element("p", { class: "hint" }, "First of each row: the image; then its neighbours with their similarity. Above the closest pairs, below the images with the most distant neighbours."));
-    for (const n of run.neighbours) main.append(element("div", { class: "row neighbours" },
-      ...[n.query, ...n.rows].map((i, k) => figure(element("img", { src: run.thumbnails[i], alt: run.names[i], title: run.names[i] }), k ? String(n.similarities[k - 1]) : "image"))));
-    embeddingMap(run);
-  }
 }
 
-function embeddingMap(run) {
-  main.append(element("h3", {}, "Map of the images"),
-    element("p", { class: "hint" }, "Two principal components of the cls tokens" + (run.labels ? ", coloured by label" : "") + ". Point at a dot to see its image."));
-  const classes = [...new Set(run.labels ?? [])];
-  const svg = shape("svg", { viewBox: "0 0 640 400", id: "map" });
-  const range = (k) => [Math.min(...run.map.map((p) => p[k])), Math.max(...run.map.map((p) => p[k]))];
-  const place = (v, [low, high], size) => 10 + (size - 20) * (high > low ? (v - low) / (high - low) : 0.5);
-  const [rx, ry] = [range(0), range(1)];
-  run.map.forEach(([x, y], i) => {
-    const colour = COLOURS[run.labels ? classes.indexOf(run.labels[i]) % COLOURS.length : 0];
-    const dot = shape("circle", { cx: place(x, rx, 640), cy: place(y, ry, 400), r: 5, fill: colour, "fill-opacity": 0.75 });
-    dot.addEventListener("pointerenter", (event) => showTip(event,
-      element("img", { src: run.thumbnails[i], alt: "" }), element("div", {}, run.names[i]), ...(run.labels ? [element("div", {}, run.labels[i])] : [])));
-    dot.addEventListener("pointerleave", hideTip);
+function neighbours(found) {
+  const share = found.sameLabel === null ? "" : ` Of the nearest neighbours ${percent(found.sameLabel)} have the image's label; of images drawn blindly ${percent(found.byChance)} would.`;
+  part("Nearest neighbours", "First of each row: the image, then its neighbours among the sample, with their cosine similarity. Neighbours should show the same kind of thing." + share);
+  const columns = element("div", { class: "columns" });
+  for (const [good, title] of [[true, found.sameLabel === null ? "The closest" : "Good ones: the same label, and close"],
+    [false, found.sameLabel === null ? "The loneliest: odd images, or mistakes" : "Bad ones: neighbours of other labels"]]) {
+    const column = element("div", {}, element("h4", {}, title));
+    columns.append(column);
+    for (const n of found.neighbours.filter((one) => one.good === good)) column.append(element("div", { class: "row neighbours" },
+      ...[n.query, ...n.rows].map((i, k) => {
+        const image = element("img", { src: found.thumbnails[i], alt: found.names[i], title: found.names[i] });
+        if (found.labels && found.labels[i] !== found.labels[n.query]) image.classList.add("other");
+        return figure(image, ...(found.labels ? [found.labels[i]] : []), k ? n.similarities[k - 1].toFixed(3) : "image");
+      })));
+  }
+  main.append(columns);
+}
+
+function embeddingMap(found) {
+  part("Map of the images", `Point at a dot to see its image. Near dots are images with like features (${found.projection})` +
+    (found.labels ? "; colours are labels, which the network never saw. Labels that keep together are a good sign." : "."));
+  const counts = new Map();
+  for (const label of found.labels ?? []) counts.set(label, (counts.get(label) ?? 0) + 1);
+  const shown = [...counts.keys()].sort((a, b) => counts.get(b) - counts.get(a)).slice(0, COLOURS.length);
+  const colourOf = (label) => COLOURS[shown.indexOf(label)] ?? GREY;
+  const card = element("div", { class: "card" }), svg = document.createElementNS(SVG, "svg");
+  const [width, height] = innerWidth < 600 ? [360, 320] : [900, 460];
+  for (const [key, value] of Object.entries({ viewBox: `0 0 ${width} ${height}`, id: "map", role: "img", "aria-label": "map of the images" })) svg.setAttribute(key, value);
+  const spread = [0, 1].map((k) => { const all = found.positions.map((p) => p[k]); return [Math.min(...all), Math.max(...all)]; });
+  const place = (v, [low, high], size) => 12 + (size - 24) * (high > low ? (v - low) / (high - low) : 0.5);
+  const dots = found.positions.map(([x, y], i) => {
+    const dot = document.createElementNS(SVG, "circle");
+    const [cx, cy] = [place(x, spread[0], width), place(y, spread[1], height)];
+    for (const [key, value] of Object.entries({ cx, cy, r: 5, fill: found.labels ? colourOf(found.labels[i]) : COLOURS[0], "fill-opacity": 0.8 })) dot.setAttribute(key, value);
     svg.append(dot);
+    return { dot, cx, cy };
   });
-  main.append(element("div", { class: "card" }, svg));
+  let active = null;
+  const leave = () => { active?.dot.setAttribute("r", 5); active = null; hideTip(); };
+  function point(event) {
+    const box = svg.getBoundingClientRect(), scale = width / box.width;
+    const [x, y] = [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
+    const gap = (d) => Math.hypot(d.cx - x, d.cy - y);
+    const near = dots.reduce((a, b) => gap(b) < gap(a) ? b : a);
+    if (active !== near) leave();
+    if (gap(near) > 24 * scale) return leave();
+    active = near;
+    near.dot.setAttribute("r", 8);
+    const i = dots.indexOf(near);
+    showTip(event, element("img", { src: found.thumbnails[i], alt: "" }), element("div", {}, found.names[i]), ...(found.labels ? [element("div", {}, found.labels[i])] : []));
+  }
+  for (const kind of ["pointermove", "pointerdown"]) svg.addEventListener(kind, point);
+  svg.addEventListener("pointerleave", leave);
+  card.append(svg);
+  if (shown.length) card.append(element("div", { class: "row hint" }, ...shown.map((label) => {
+    const mark = element("span", { class: "key" }, `${label} (${counts.get(label)})`);
+    mark.style.setProperty("--dot", colourOf(label));
+    return mark;
+  }), ...(counts.size > shown.length ? [`grey: ${counts.size - shown.length} further labels`] : [])));
+  main.append(card);
 }
 
-// Titles and metrics; the third says that smoothing would only falsify: these are schedules, not measurements.
-const GROUPS = [["Loss", ["total"]], ["Loss terms", ["dino_global", "dino_local", "ibot", "koleo"]], ["Learning rate", ["lr", "last_layer_lr"], true],
-  ["Weight decay", ["weight_decay"], true], ["Momentum", ["momentum"], true], ["Teacher temperature", ["teacher_temp"], true],
-  ["Images per second", ["images_per_second"]], ["Share of time waiting for data", ["data_wait_share"]], ["Memory, GiB", ["memory_gib"]]];
+// ---- 4 and 5
+
 function ran() {
-  section("How it ran", "Losses should fall and stay apart from each other; jumps in gradient norms are worth a look. Point at a curve to read it.");
-  const known = new Set(["step", "train_seconds", "skipped_images", ...GROUPS.flatMap((g) => g[1])]);
-  const others = [...new Set(DATA.runs.flatMap((r) => Object.keys(r.curves)))].filter((k) => !known.has(k));
-  const charts = [];
-  for (const [title, keys, exact] of [...GROUPS, ...others.map((k) => [k, [k]])]) {
-    const series = DATA.runs.flatMap((run) => keys.filter((k) => run.curves[k]).map((k) => ({
-      name: DATA.runs.length > 1 ? `${run.name} ${k}` : k,
-      points: run.curves[k].map((y, i) => [run.curves.step[i], y]).filter((p) => p[1] !== null),
-    })));
-    if (series.length) charts.push(chart(title, series, exact));
-  }
+  section("How it ran", "Losses should fall and stay apart from each other; schedules should be what you planned. Point at a curve to read its numbers; drag over a stretch to enlarge it, double-click to go back.");
   const box = element("input", { type: "checkbox", checked: "" });
-  box.addEventListener("change", () => charts.forEach((c) => c.draw(box.checked)));
-  main.append(element("label", { class: "hint" }, box, " smooth (running mean)"), element("div", { class: "grid" }, ...charts.map((c) => c.card)));
+  box.addEventListener("change", () => setSmooth(box.checked));
+  main.append(element("label", { class: "hint" }, box, " smooth (running mean; numbers are always those measured)"));
+  const longest = Math.max(...DATA.runs.map((run) => run.logged));
+  const drawn = Math.max(0, ...DATA.runs.flatMap((run) => Object.values(run.curves).map(([x]) => x.length)));
+  if (drawn < longest) main.append(element("p", { class: "hint" }, `Of ${whole(longest)} points of a curve at most ${whole(drawn)} are drawn: the smallest and the largest of each stretch.`));
+  for (const [name, title] of [["losses", "Losses and gradients"], ["health", "Health of the features"], ["schedules", "Schedules"], ["speed", "Speed and memory"], ["other", "Other metrics"]]) {
+    const cards = chartsOf(name);
+    if (cards.length) main.append(element("h3", {}, title), grid(cards));
+  }
+  if (SEVERAL) return;
+  const run = DATA.runs[0];
+  if (run.groups.length) {
+    part("Parameter groups", "At the last step. Which parameters share a learning rate and weight decay, and by which rule.");
+    const columns = Object.keys(run.groups[0]);
+    main.append(table([columns, ...run.groups.map((group) => columns.map((c) => group[c]))], true));
+  }
+  if (Object.keys(run.masks).length) {
+    part("Masks", "What the student did not see of its global crops, measured on masks that this run's seed draws.");
+    main.append(table(Object.entries(run.masks)));
+  }
 }
 
 function was() {
-  section("What it was", "Everything needed to repeat or continue the run.");
-  if (DATA.runs.length > 1) {
-    const keys = Object.keys(DATA.runs[0].recipe).filter((k) => new Set(DATA.runs.map((r) => r.recipe[k])).size > 1);
-    main.append(element("h3", {}, "Recipe differences"), table([["key", ...DATA.runs.map((r) => r.name)], ...keys.map((k) => [k, ...DATA.runs.map((r) => r.recipe[k] ?? "–")])]));
+  section("What it was", "Everything needed to repeat, continue and use the run.");
+  if (SEVERAL) {
+    const keys = [...new Set(DATA.runs.flatMap((r) => Object.keys(r.recipe)))].filter((k) => new Set(DATA.runs.map((r) => r.recipe[k])).size > 1);
+    main.append(element("h3", {}, "Recipe differences"), keys.length
+      ? table([["key", ...DATA.runs.map((r) => r.name)], ...keys.map((k) => [k, ...DATA.runs.map((r) => r.recipe[k] ?? "–")])], true)
+      : element("p", {}, "The recipes are equal."));
   }
   for (const run of DATA.runs) {
-    const start = run.info.starts?.at(-1) ?? {}, data = run.info.data ?? {};
+    const start = run.info.starts?.at(-1) ?? {}, data = run.info.data ?? {}, look = data.look;
+    const range = ([low, high]) => low === high ? String(low) : `${low} to ${high}`;
     main.append(element("h3", {}, run.name), table([
-      ["data", data.path ?? "–"], ["images", data.images ?? "–"], ["fingerprint", data.fingerprint ?? "–"], ["skipped", run.skippedCount],
-      ["device", start.device ?? "–"], ["precision", start.precision ?? "–"],
-      ["versions", Object.entries(start.versions ?? {}).map(([k, v]) => `${k} ${v}`).join(", ")]]));
-    main.append(element("h3", {}, `Differences from the recipe ${run.base}`), table([["key", run.base, "here"], ...run.differences]));
-    if (run.skipped.length) main.append(element("h3", {}, "Skipped images"), table(run.skipped.map((s) => [s])));
-    main.append(element("h3", {}, "Next"), table([["evaluate", `dinoforge eval knn ${run.name} --data DIR`]]));
+      ["data", data.path ?? "–"], ["images", data.images === undefined ? "–" : whole(data.images)],
+      ["sizes", look ? `${range(look.widths)} × ${range(look.heights)} pixels (width × height, of ${look.sampled} images looked at)` : "–"],
+      ["channels", look ? `${Object.keys(look.modes).join(", ")}; the network gets ${run.recipe["student.in_chans"]}` : run.recipe["student.in_chans"]],
+      ["fingerprint", data.fingerprint ?? "–"], ["skipped files", run.skippedCount],
+      ["seed", run.info.seed ?? "–"],
+      ["started", (run.info.starts ?? []).map((s) => `${s.time} at step ${whole(s.step)}`).join("; ") || "–"],
+      ["device", start.device ? `${start.device}, ${start.precision}, ${start.threads} threads` : "–"],
+      ["versions", Object.entries(start.versions ?? {}).map(([k, v]) => `${k} ${v}`).join(", ") || "–"],
+      ["checkpoints kept", run.checkpoints.map(whole).join(", ") || "none"]]));
+    if (!SEVERAL) {
+      main.append(element("h3", {}, `Recipe: what differs from ${run.base}`), run.differences.length
+        ? table([["key", run.base, "here"], ...run.differences], true) : element("p", {}, "Nothing."));
+      const rest = element("details", {}, element("summary", {}, "The whole recipe"), table(Object.entries(run.recipe)));
+      main.append(rest);
+      if (run.skipped.length) main.append(element("h3", {}, "Skipped files"), table(run.skipped.map((s) => [s])),
+        ...(run.skippedCount > run.skipped.length ? [element("p", { class: "hint" }, `and ${whole(run.skippedCount - run.skipped.length)} more in skipped.txt`)] : []));
+      main.append(element("h3", {}, "Next"), element("div", { class: "scroll" }, element("table", { class: "commands" }, ...run.commands.map(([what, command]) =>
+        element("tr", {}, element("td", {}, what), element("td", {}, element("code", {}, command)))))));
+    }
   }
 }
 
 main.append(element("h1", {}, DATA.runs.map((r) => r.name).join(" · ")), element("p", { class: "hint" }, `dinoforge report of ${DATA.made}`));
 verdict();
-if (DATA.runs.length === 1) {
+if (!SEVERAL) {
   if (DATA.runs[0].seen) seen(DATA.runs[0]);
-  if (DATA.runs[0].maps) learned(DATA.runs[0]);
+  if (DATA.runs[0].learned) learned(DATA.runs[0]);
 }
 ran();
 was();
+drawCharts();

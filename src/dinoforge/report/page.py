@@ -1,99 +1,103 @@
-"""A run as one self-contained HTML page."""
+"""Runs as one self-contained HTML page."""
 
 import base64
 import html
 import io
 import json
 import math
+import re
+import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dinoforge.data.batch import normalize
-from dinoforge.data.crops import whole
-from dinoforge.data.decode import decode
-from dinoforge.data.loader import TrainingData
 from dinoforge.data.sources import Source, printable
-from dinoforge.errors import DataError, ImageError
-from dinoforge.features import embed
+from dinoforge.errors import DinoforgeError
 from dinoforge.report import figures
-from dinoforge.weights import Backbone
+from dinoforge.report.charts import charts_of, curve
+from dinoforge.report.learned import Learned, bright
+from dinoforge.report.run import Run
+from dinoforge.report.verdict import Measured
 
-EXAMPLES = 6  # images with crops and with maps
-SAMPLE = 300  # images among which neighbours are looked for
-MAX_SIDE = 24  # patches along an image: what bounds attention's memory
 DIRECTIONS = 64  # of the patch features that the page keeps for similarity maps
-MAX_POINTS = 1000  # of a curve
+LISTED = 50  # skipped images
+_SHOWN = 256  # pixels along the longer side of a shown image
+_THUMBNAIL = 56
 
 Json = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a report is made from. None, or an empty mapping, is what the run does not have (yet)."""
-
-    name: str
-    recipe: Mapping[str, Any]
-    recipe_differences: Mapping[str, tuple[Any, Any]]  # from the recipe called ``base``: (there, here)
-    base: str
-    info: Json
-    summary: Json
-    metrics: dict[str, list[float | None]]
-    skipped: list[str] = field(default_factory=list)
-    data: TrainingData | None = None
-    backbone: Backbone | None = None
-    missing: tuple[str, ...] = ()  # sentences
 
 
 def page(runs: Sequence[Run]) -> str:
     """The HTML of one run, or of several side by side."""
     content = {
-        "runs": [_content(run, pictures=len(runs) == 1) for run in runs],
+        "runs": [_content(run, alone=len(runs) == 1) for run in runs],
+        "charts": [asdict(chart) for chart in charts_of([run.metrics for run in runs])],
         "made": time.strftime("%Y-%m-%d %H:%M"),
     }
-    # "<" cannot then end the script, whatever a file is called.
-    data = json.dumps(content, allow_nan=False).replace("<", "\\u003c")
     here = files("dinoforge.report")
-    text = (here / "page.html").read_text(encoding="utf-8")
-    title = " and ".join(run.name for run in runs)
-    for mark, value in (
-        ("STYLE", (here / "page.css").read_text(encoding="utf-8")),
-        ("SCRIPT", (here / "page.js").read_text(encoding="utf-8")),
-        ("TITLE", html.escape(title)),
-        ("DATA", data),  # last: nothing in it is replaced
-    ):
-        text = text.replace(f"@{mark}@", value, 1)
-    return text
+
+    def text(*place: str) -> str:
+        return here.joinpath(*place).read_text(encoding="utf-8")
+
+    values = {
+        "TITLE": html.escape(" and ".join(printable(run.name) for run in runs)),
+        "STYLE": text("uplot", "uPlot.min.css") + text("page.css"),
+        "PLOTS": text("uplot", "uPlot.iife.min.js"),
+        "PLOTS_LICENSE": text("uplot", "LICENSE"),
+        "SCRIPT": text("page.js"),
+        # "<" cannot then end the script, whatever a file is called.
+        "DATA": json.dumps(_finite(content), allow_nan=False).replace("<", "\\u003c"),
+    }
+    return re.sub(r"@([A-Z_]+)@", lambda mark: values[mark[1]], text("page.html"))  # nothing put in is replaced again
 
 
-def _content(run: Run, *, pictures: bool) -> Json:
+def _content(run: Run, *, alone: bool) -> Json:
     missing = list(run.missing)
+    verdict = run.verdict
     result: Json = {
         "name": printable(run.name),
-        "recipe": {k: str(v) for k, v in run.recipe.items()},
-        "differences": [[k, str(old), str(new)] for k, (old, new) in run.recipe_differences.items()],
+        "recipe": {key: _value(value) for key, value in run.recipe.items()},
         "base": run.base,
-        "info": _finite(run.info),
-        "summary": _finite(run.summary),
-        "curves": _thinned(run.metrics),
-        "skipped": run.skipped[:50],
+        "differences": [[key, _value(there), _value(here)] for key, (there, here) in run.differences.items()],
+        "info": run.info,
+        "summary": {k: v for k, v in run.summary.items() if not isinstance(v, dict | list)},
+        "curves": {key: curve(run.metrics, key) for key in run.metrics if key != "step"},
+        "logged": len(run.metrics.get("step", ())),
+        "verdict": {
+            "answer": verdict.answer,
+            "sentence": verdict.sentence,
+            "measured": [_row(m) for m in verdict.measured],
+            "best": verdict.best,
+            "speed": verdict.speed,
+            "limits": verdict.limits,
+            "rate": verdict.images_per_second,
+            "wait": verdict.data_wait,
+        },
+        "findings": run.findings,
+        "groups": list(run.groups),
+        "masks": run.masks,
+        "checkpoints": list(run.checkpoints),
+        "skipped": list(run.skipped[:LISTED]),
         "skippedCount": len(run.skipped),
+        "commands": _commands(run),
     }
     if not run.metrics:
         missing.append("There are no curves: the run has not logged a step yet.")
-    if pictures and run.data is not None:
+    if alone and run.data is not None:
         try:
-            result["seen"] = _seen(run.data)
+            result["seen"] = [_seen(seen, run.data.source, run.data.grid[1]) for seen in run.seen]
             if run.backbone is not None:
-                result |= _learned(run.backbone, run.data.source, missing)
-        except DataError as error:
+                result["learned"] = _learned(run.learned)
+                missing += run.learned.missing
+        except DinoforgeError as error:
             missing.append(f"Pictures are left out: {error}.")
         if run.data.channels > 3:
             missing.append(f"Of the {run.data.channels} channels, pictures show the first three as red, green, blue.")
@@ -101,118 +105,100 @@ def _content(run: Run, *, pictures: bool) -> Json:
     return result
 
 
-def _seen(data: TrainingData) -> list[Json]:
-    """The first images of the run's first step."""
-    found = (figures.seen_crops(data, 0, place) for place in range(min(EXAMPLES, data.batch_size)))
+def _value(value: Any) -> str:
+    """A value of a recipe as YAML has it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _row(m: Measured) -> Json:
+    return {name: getattr(m, name) for name in ("by", "trained", "step", "best", "best_step", "pixels", "untrained")}
+
+
+def _commands(run: Run) -> list[list[str]]:
+    """What to do next, each with its command."""
+    name, data = (shlex.quote(printable(text)) for text in (run.name, run.info.get("data", {}).get("path", "DATA")))
+    go_on = ["continue", f"dinoforge train {data} --recipe {name}/recipe.yaml --out {name}"]
     return [
-        {
-            "name": printable(data.source.name(seen.index)),
-            "before": [picture(crop) for crop in seen.before],
-            "after": [picture(crop) for crop in seen.after],
-            "masks": seen.masks.flatten(1).int().tolist(),
-            "side": data.grid[0],
-        }
-        for seen in found
-        if seen is not None
+        *([] if run.summary.get("finished") else [go_on]),
+        ["evaluate", f"dinoforge eval knn {name} --data {data}"],
+        ["", f"dinoforge eval linear {name} --data {data} --labels labels.csv"],
+        ["export", f"dinoforge export {name} --to hf --out backbone"],
+        ["figures for a paper", f"dinoforge report {name} --figures figures"],
     ]
 
 
-def _learned(backbone: Backbone, source: Source, missing: list[str]) -> Json:
-    network, image = backbone.network, backbone.image
-    chosen = np.unique(np.linspace(0, len(source) - 1, min(SAMPLE, len(source))).round().astype(int)).tolist()
-    side = min(2 * image.size // network.patch_size, MAX_SIDE)
-    kept: list[int] = []
-    small: list[Tensor] = []
-    large: list[Tensor] = []
-    unreadable = 0
-    for index in chosen:
-        try:
-            pixels = decode(
-                source.item(index).image,
-                channels=image.in_chans,
-                sixteen_bit=image.sixteen_bit,
-                max_pixels=image.max_pixels,
-            )
-        except ImageError:
-            unreadable += 1
-            continue
-        kept.append(index)
-        small.append(whole(pixels, image.size))
-        if len(large) < EXAMPLES:
-            large.append(whole(pixels, side * network.patch_size))
-    if unreadable:
-        missing.append(f"{unreadable} of the {len(chosen)} sampled images cannot be read.")
-    if not kept:
-        raise DataError(f"none of {len(chosen)} sampled images can be read")
-    cls = embed(
-        network,
-        torch.stack(small),
-        size=image.size,
-        channels=image.in_chans,
-        mean=image.mean,
-        std=image.std,
-        sixteen_bit=image.sixteen_bit,
-        max_pixels=image.max_pixels,
-        batch_size=32,
-    )
-    pairs = [figures.tokens_and_attention(network, normalize(pixels[None], image.mean, image.std)) for pixels in large]
-    patches = torch.cat([tokens for tokens, _ in pairs])  # [B, N, D]
-    colours, foreground = figures.pca_colours(patches)
-    first_patch = 1 + network.num_register_tokens
-    labels = source.labels()
-    result: Json = {
-        "step": backbone.step,
-        "sampled": len(kept),
-        "images": len(source),
-        "side": side,
-        "maps": [
-            {
-                "name": printable(source.name(kept[i])),
-                "image": picture(pixels, 256),
-                "pca": _bytes((colours[i] * 255).round()),
-                "foreground": foreground[i].int().tolist(),
-                "attention": [_bytes(255 * row / row.max()) for row in pairs[i][1][0, :, first_patch:]],
-            }
-            for i, pixels in enumerate(large)
-        ],
-        "patches": _compact(patches),
-        "thumbnails": [picture(pixels, 56) for pixels in small],
-        "names": [printable(source.name(i)) for i in kept],
-        "labels": None if labels is None else [printable(labels[i]) for i in kept],
+def _seen(seen: figures.Seen, source: Source, columns: int) -> Json:
+    height, width, _ = seen.image.shape
+    return {
+        "name": printable(source.name(seen.index)),
+        "image": picture(_fitted(seen.image)),
+        "size": [height, width],
+        "boxes": seen.boxes,
+        "before": [picture(crop) for crop in seen.before],
+        "after": [picture(crop) for crop in seen.after],
+        "masks": seen.masks.flatten(1).int().tolist(),
+        "columns": columns,
     }
-    if len(kept) > 3:
-        mean, directions = figures.principal_components(cls, 2)
-        result["map"] = ((cls - mean) @ directions.T).tolist()
-        values, rows = figures.neighbours(cls, range(len(kept)), 5)
-        by_closeness = values[:, 0].argsort(descending=True).tolist()
-        shown = dict.fromkeys([*by_closeness[:3], *by_closeness[-3:]])  # the closest pairs, and the loneliest images
-        result["neighbours"] = [
-            {"query": q, "rows": rows[q].tolist(), "similarities": [round(v, 3) for v in values[q].tolist()]}
-            for q in shown
-        ]
-    else:
-        missing.append("Neighbours and the map of the data set need at least four readable images.")
-    return result
 
 
-def _compact(patches: Tensor) -> Json:
-    """Patch features as bytes, in the leading directions of all of them, which keeps their cosines nearly."""
-    unit = torch.nn.functional.normalize(patches, dim=-1)
-    _, spread, directions = torch.linalg.svd(unit.flatten(0, 1), full_matrices=False)
-    kept = unit @ directions[:DIRECTIONS].T
+def _fitted(image: npt.NDArray[np.uint8]) -> Tensor:
+    """The whole image, its longer side at most ``_SHOWN`` pixels: uint8 [C, h, w]."""
+    height, width, _ = image.shape
+    scale = min(1.0, _SHOWN / max(height, width))
+    return figures.resized(image, max(1, round(height * scale)), max(1, round(width * scale)))
+
+
+def _learned(learned: Learned) -> Json:
+    maps, start = [], 0
+    for m in learned.maps:
+        own = slice(start, start + len(m.tokens))
+        start = own.stop
+        maps.append(
+            {
+                "name": m.name,
+                "image": picture(_fitted(m.image.permute(1, 2, 0).numpy())),
+                "rows": m.grid[0],
+                "columns": m.grid[1],
+                "start": own.start,
+                "pca": _bytes((learned.colours[own] * 255).round()),
+                "foreground": _bytes(learned.foreground[own]),
+                "attention": [_bytes((255 * row / bright(row)).clamp(max=255)) for row in m.attention],
+            }
+        )
+    return {
+        "step": learned.step,
+        "sampled": len(learned.indices),
+        "images": learned.images,
+        "hides": learned.hides,
+        "maps": maps,
+        "patches": _compact(learned.tokens),
+        "thumbnails": [picture(shown, _THUMBNAIL) for shown in learned.shown],
+        "names": learned.names,
+        "labels": learned.labels,
+        "positions": None if learned.positions is None else learned.positions.tolist(),
+        "projection": learned.projection,
+        "neighbours": [asdict(n) for n in learned.neighbours],
+        "sameLabel": learned.same_label,
+        "byChance": learned.by_chance,
+    }
+
+
+def _compact(tokens: Tensor) -> Json:
+    """Patch features [N, D] as bytes, in the leading directions of all of them, which keeps their cosines nearly."""
+    unit = torch.nn.functional.normalize(tokens, dim=-1)
+    spread, directions = torch.linalg.eigh(unit.T.double() @ unit.double())  # ascending
+    kept = unit @ directions[:, -DIRECTIONS:].float()
     scale = float(kept.abs().max()) / 127
-    share = float((spread[:DIRECTIONS] ** 2).sum() / (spread**2).sum())
+    share = float(spread[-DIRECTIONS:].sum() / spread.sum())
     return {"width": kept.shape[-1], "kept": share, "values": _bytes((kept / scale).round() + 128)}
 
 
 def picture(pixels: Tensor, side: int | None = None) -> str:
     """uint8 [C, h, w] as a JPEG data address; one channel is grey, of more than three the first three are shown."""
-    channels = pixels if len(pixels) >= 3 else pixels[:1]
-    array = channels[:3].permute(1, 2, 0).numpy()
-    shown = Image.fromarray(array if array.shape[2] == 3 else array[:, :, 0])
+    file = io.BytesIO()
+    shown = Image.fromarray(figures.displayed(pixels))
     if side is not None:
         shown = shown.resize((side, side))
-    file = io.BytesIO()
     shown.save(file, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
@@ -221,17 +207,10 @@ def _bytes(values: Tensor) -> str:
     return base64.b64encode(values.to(torch.uint8).contiguous().numpy().tobytes()).decode()
 
 
-def _thinned(columns: dict[str, list[float | None]]) -> dict[str, list[float | None]]:
-    """Every k-th point and the last, so that a long run's curves stay small."""
-    count = len(columns.get("step", []))
-    wanted = np.unique(np.linspace(0, count - 1, min(count, MAX_POINTS)).round().astype(int)).tolist()
-    return {name: [values[i] for i in wanted] for name, values in columns.items()}
-
-
 def _finite(value: Any) -> Any:
     """JSON has no numbers that are not finite."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -316,12 +316,16 @@ def render(e: Explanation) -> str:
 
 
 def _groups_table(e: Explanation) -> str:
+    return _table(_group_rows(e), right=4)
+
+
+def _group_rows(e: Explanation) -> list[list[str]]:
     rows = [["module", "rule", "of", "tensors", "values", "lr", "decay"]]
     for group, size in zip(e.groups, e.sizes, strict=True):
         kind = "weights" if group.wd_multiplier else "biases, norms, scales"
         numbers = [str(len(group.params)), f"{size:,}", f"{group.lr:.3e}", f"{group.weight_decay:.4g}"]
         rows.append([group.module, group.rule.replace(f"; {UNREGULARISED}", ""), kind, *numbers])
-    return _table(rows, right=4)
+    return rows
 
 
 def _freeze_in_words(e: Explanation) -> str:
@@ -359,14 +363,17 @@ def _schedules_table(e: Explanation) -> str:
 
 
 def _masks_table(e: Explanation) -> str:
+    return _table(_mask_rows(e))
+
+
+def _mask_rows(e: Explanation) -> list[list[str]]:
     m = e.masks
-    rows = [
+    return [
         ["kind", f"{m.kind}, on {m.grid[0]} × {m.grid[1]} patches"],
         ["crops with masked patches", f"{m.masked_crops:.1%} of {m.crops:,} global crops that were drawn"],
         ["masked patches of those", f"{m.ratio_mean:.1%} on average, from {m.ratio_min:.1%} to {m.ratio_max:.1%}"],
         ["masked patches in a step", f"{m.masked_tokens_per_batch:,.0f}, of {e.length.batch_size:,} images"],
     ]
-    return _table(rows)
 
 
 def _work_table(e: Explanation) -> str:
@@ -388,6 +395,13 @@ def _memory_table(e: Explanation) -> str:
     total = sum(e.memory.values())
     rows = [[name, f"{size / 2**30:.2f} GiB"] for name, size in sorted(e.memory.items(), key=lambda part: -part[1])]
     return _table([*rows, [f"one process ({e.compute})", f"{total / 2**30:.2f} GiB"]], right=1)
+
+
+def tables(recipe: Recipe, *, images: int, batch: int | None) -> tuple[tuple[dict[str, str], ...], dict[str, str]]:
+    """Parameter groups at the last step and masks of a run, as texts by column and by name."""
+    e = explain(recipe, images=images, batch=batch, step="last")
+    head, *groups = _group_rows(e)
+    return tuple(dict(zip(head, row, strict=True)) for row in groups), dict(_mask_rows(e))
 
 
 def _table(rows: Sequence[Sequence[str]], right: int = 0) -> str:

@@ -8,6 +8,7 @@ non_finite/           batches of steps that were skipped since a loss or gradien
 checkpoints/          everything that continuing needs
 teacher.safetensors   the backbone: EMA weights, official names
 summary.json          how far it is and how fast it was
+report.html           a page that shows it
 """
 
 import json
@@ -26,6 +27,7 @@ import torch
 
 from dinoforge import __version__
 from dinoforge.config import FREE_KEYS, Recipe, differences, dump, load_recipe
+from dinoforge.data.loader import DataSummary
 from dinoforge.errors import RunError
 from dinoforge.files import write_text, writing_error
 
@@ -48,6 +50,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.skipped = path / "skipped.txt"
         self.summary = path / "summary.json"
+        self.report = path / "report.html"
         self.non_finite = path / "non_finite"
         self._recipe = path / "recipe.yaml"
         self._info = path / "run.json"
@@ -92,9 +95,26 @@ class RunDirectory:
         write_text(self.summary, json.dumps(self.read_summary() | values, indent=2) + "\n")
 
     def record_start(
-        self, recipe: Recipe, data: DataIdentity, *, device: torch.device, precision: torch.dtype, step: int
+        self,
+        recipe: Recipe,
+        data: DataIdentity,
+        *,
+        base: str,
+        look: DataSummary,
+        device: torch.device,
+        precision: torch.dtype,
+        step: int,
     ) -> None:
-        """Writes what the run is, and that it was started now at ``step``."""
+        """Writes what the run is, and that it was started now at ``step``.
+
+        Args:
+            recipe: as resolved.
+            data: which images.
+            base: the recipe of the package that the run's was first made from.
+            look: at some of the images.
+            device, precision: where and how precisely it computes.
+            step: steps done before.
+        """
         start = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "step": step,
@@ -112,7 +132,9 @@ class RunDirectory:
         }
         before = self.info() if self._info.exists() else {}
         starts = [*before.get("starts", []), start]
-        info = before | {"data": vars(data), "seed": recipe.train.seed, "starts": starts}
+        looked = {"sampled": look.sampled, "widths": look.widths, "heights": look.heights, "modes": dict(look.modes)}
+        info = {"base": base} | before  # a run is continued by its own recipe.yaml, too
+        info |= {"data": vars(data) | {"look": looked}, "seed": recipe.train.seed, "starts": starts}
         write_text(self._info, json.dumps(info, indent=2) + "\n")
         write_text(self._recipe, dump(recipe))
 
