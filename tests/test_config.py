@@ -345,7 +345,7 @@ def test_an_override_needs_key_and_value(text):
         ({"dino.head_n_prototypes": 0}, "dino.head_n_prototypes"),
         ({"ibot.head_nlayers": 0}, "ibot.head_nlayers"),
         ({"dino.student_temp": 0}, "dino.student_temp"),
-        ({"ibot.center_momentum": 1.0}, "ibot.center_momentum"),
+        ({"ibot.center_momentum": 1.1}, "ibot.center_momentum"),
         ({"dino.center_momentum": -0.1}, "dino.center_momentum"),
         *[
             ({key: 0}, key)

@@ -188,6 +188,7 @@ def _train(
                         prepare=partial(prepare, device=device, mean=image.mean, std=image.std),
                         autocast=partial(devices.autocast, device, plan.precision),
                         hooks=[metrics_hook, saver],
+                        is_measured=metrics_hook.is_due,
                         should_stop=stop,
                         on_skipped=lambda new: _tell_skipped(run, say, new),
                         on_non_finite=on_non_finite,

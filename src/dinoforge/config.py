@@ -38,7 +38,7 @@ class Dino:
     koleo_loss_weight: float = 0.1
     targets: Targets | None = None  # ours: null takes train.centering
     student_temp: float = 0.1  # ours: a constant of the reference's DINOLoss
-    center_momentum: float = 0.9  # ours: a constant of the reference's DINOLoss
+    center_momentum: float = 0.9  # ours: a constant of the reference's DINOLoss; 1: the centre stays 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Ibot:
     head_hidden_dim: int = 2048
     targets: Targets | None = None  # ours: null takes train.centering
     student_temp: float = 0.1  # ours: a constant of the reference's iBOTPatchLoss
-    center_momentum: float = 0.9  # ours: a constant of the reference's iBOTPatchLoss
+    center_momentum: float = 0.9  # ours: a constant of the reference's iBOTPatchLoss; 1: the centre stays 0
 
 
 @dataclass(frozen=True)
@@ -545,13 +545,10 @@ def _validate(recipe: Recipe) -> None:
     for key in (
         "ibot.mask_sample_probability augment.horizontal_flip augment.vertical_flip augment.jitter_probability "
         "augment.grayscale_probability augment.solarize_probability data.max_bad_share teacher.momentum_teacher "
-        "teacher.final_momentum_teacher"
+        "teacher.final_momentum_teacher dino.center_momentum ibot.center_momentum"
     ).split():
         _require(0 <= flat[key] <= 1, f"{key}: expected 0 to 1, got {flat[key]:g}")
-    for key in (
-        "student.drop_path_rate student.interpolate_offset optim.adamw_beta1 optim.adamw_beta2 dino.center_momentum "
-        "ibot.center_momentum"
-    ).split():
+    for key in ("student.drop_path_rate student.interpolate_offset optim.adamw_beta1 optim.adamw_beta2").split():
         _require(0 <= flat[key] < 1, f"{key}: expected 0 up to below 1, got {flat[key]:g}")
     _require(recipe.augment.hue <= 0.5, f"augment.hue: expected 0 to 0.5, got {recipe.augment.hue:g}")
     for key in ("crops.global_crops_scale", "crops.local_crops_scale"):

@@ -46,12 +46,16 @@ class MetricsHook:
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
         self._shown = float("-inf")
 
+    def is_due(self, step: int) -> bool:
+        """Whether the numbers of the step that makes it so many are handed on."""
+        return step % self.every_steps == 0 or step == self.total_steps
+
     def __call__(self, report: StepReport) -> None:
         self._steps += 1
         self._seconds += report.seconds
         self._waited += report.waited
         step, now = report.state.step, time.monotonic()
-        due = step % self.every_steps == 0 or step == self.total_steps
+        due = self.is_due(step)
         if not due and now - self._shown < _LINE_SECONDS:
             return
         hyper = {k: float(v) for k, v in vars(report.hyper).items() if k != "last_layer_frozen"}
