@@ -434,6 +434,8 @@ def test_diagnostics_are_those_of_the_networks_outputs():
     }
     assert set(numbers.values) - set(expected) == {
         "diag.target_entropy.ibot",
+        "diag.target_information.dino",
+        "diag.target_information.ibot",
         "diag.prototype_use.dino",
         "diag.prototype_use.ibot",
     }
@@ -478,8 +480,8 @@ def test_what_a_recipe_does_without_has_no_number():
         return {name.removeprefix("diag.") for name in numbers.values}
 
     features = {"effective_rank", "feature_norm"}
-    dino = {"target_entropy.dino", "prototype_use.dino", "kl.dino_global", "kl.dino_local"}
-    ibot = {"patch_similarity", "target_entropy.ibot", "prototype_use.ibot", "kl.ibot"}
+    dino = {"target_entropy.dino", "target_information.dino", "prototype_use.dino", "kl.dino_global", "kl.dino_local"}
+    ibot = {"patch_similarity", "target_entropy.ibot", "target_information.ibot", "prototype_use.ibot", "kl.ibot"}
     assert names({}) == features | dino | ibot
     assert names({"ibot.loss_weight": 0}) == features | dino
     assert names({"dino.loss_weight": 0}) == features | ibot

@@ -60,9 +60,12 @@ def test_targets_in_loops(k_times_n, monkeypatch):
     for targets in (centering(logits.clone(), torch.zeros(40), 1.0), sinkhorn_knopp(logits.clone())):
         rows = targets.rows(slice(None)).tolist()
         entropy = [-sum(p * math.log(p) for p in row if p > 0) for row in rows]
+        mean = [sum(row[k] for row in rows) / 7 for k in range(40)]
+        information = -sum(p * math.log(p) for p in mean if p > 0) - sum(entropy) / 7
         distinct = len({max(range(40), key=row.__getitem__) for row in rows})
         measured = measure_targets(targets)
         torch.testing.assert_close(measured.entropy, torch.tensor(entropy), rtol=1e-4, atol=1e-5)
+        assert float(measured.information) == pytest.approx(information, abs=1e-4)
         assert float(measured.use) == pytest.approx(min(1, distinct / (40 * (1 - (1 - 1 / 40) ** 7))), rel=1e-4)
 
 

@@ -52,6 +52,7 @@ class Diagnostics:
         self._log_prototypes[loss] = math.log(len(targets.scaled))
         if len(targets.scaled) > 1:
             self._add(f"target_entropy.{loss}", self._entropy[loss] / self._log_prototypes[loss])
+            self._add(f"target_information.{loss}", measured.information / self._log_prototypes[loss])
         self._add(f"prototype_use.{loss}", measured.use)
 
     @torch.no_grad()
@@ -111,11 +112,17 @@ class MeasuredTargets:
     """What ``measure_targets`` says."""
 
     entropy: Tensor  # of each sample's probabilities [N], in nats
+    information: Tensor  # how much of the targets depends on the sample: mutual information in nats
     use: Tensor  # estimated share of the prototypes that are in use
 
 
 def measure_targets(targets: Targets) -> MeasuredTargets:
-    """The entropy of each target, and how many prototypes are some target's largest.
+    """The entropy of each target, what they say about the sample, and how many prototypes are some target's largest.
+
+        information = entropy(mean(targets[n] for n in range(N))) - mean(entropy(targets[n]) for n in range(N))
+
+    That is the divergence from the targets of whoever knows their mean, but not which sample it is about: a student
+    has learned something where its own divergence is smaller.
 
         use = len({argmax(targets[n]) for n in range(N)}) / (K * (1 - (1 - 1 / K)**N))
 
@@ -124,13 +131,15 @@ def measure_targets(targets: Targets) -> MeasuredTargets:
     """
     k, n = targets.scaled.shape
     entropy = targets.per_sample.new_zeros(n)
+    entropy_of_mean = entropy.new_zeros(())
     top, chosen = torch.full_like(entropy, -1), torch.zeros(n, dtype=torch.int64, device=entropy.device)
     for tile in tiles(k, n, entropy.device):
         p = targets.tile(tile, slice(None))  # [k, N]
         largest, where = p.max(dim=0)
         chosen = torch.where(largest > top, where + tile.start, chosen)
         top = torch.maximum(top, largest)
+        entropy_of_mean += torch.special.entr(p.mean(dim=1)).sum()
         entropy -= p.mul_(p.clamp_min(torch.finfo(p.dtype).tiny).log_()).sum(dim=0)
     expected = -k * math.expm1(n * math.log1p(-1 / k)) if k > 1 else 1.0
     distinct = entropy.new_zeros(k).index_fill_(0, chosen, 1).sum()
-    return MeasuredTargets(entropy, (distinct / max(expected, 1.0)).clamp_max(1))
+    return MeasuredTargets(entropy, entropy_of_mean - entropy.mean(), (distinct / max(expected, 1.0)).clamp_max(1))
