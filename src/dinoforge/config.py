@@ -188,6 +188,16 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """Ours: how the teacher is measured while it trains, where images have labels; see docs/evaluation.md."""
+
+    every_steps: int | None = None
+    every_minutes: float | None = 10.0  # at the first logged step after so long; both null: no probes
+    max_images: int = 2000  # that are looked at
+    patience: int | None = None  # so many probes without a better k-NN end the run; null: never
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Ours: when the run is saved."""
 
@@ -221,6 +231,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     init: Init = field(default_factory=Init)
     eval: Eval = field(default_factory=Eval)
+    probe: Probe = field(default_factory=Probe)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
 
@@ -248,6 +259,7 @@ FREE_KEYS = (
     "checkpoint.",
     "log.",
     "eval.",
+    "probe.",
 )
 
 # Of each group, a layer (file, command line) that names one key takes the others' values of lower layers away.
@@ -517,7 +529,8 @@ def _validate(recipe: Recipe) -> None:
         "train.batch_size_per_gpu train.OFFICIAL_EPOCH_LENGTH train.steps train.sinkhorn_iterations train.threads "
         "train.max_skips student.patch_size student.in_chans student.embed_dim student.depth student.num_heads "
         "crops.global_crops_size crops.local_crops_size eval.size checkpoint.every_steps checkpoint.keep_last "
-        "checkpoint.keep_every log.every_steps ibot.mask_min_patches data.max_pixels"
+        "checkpoint.keep_every log.every_steps probe.every_steps probe.max_images probe.patience "
+        "ibot.mask_min_patches data.max_pixels"
     )
     for key in at_least_one.split():
         _require(flat[key] is None or flat[key] >= 1, f"{key}: expected at least 1, got {flat[key]}")
@@ -537,6 +550,7 @@ def _validate(recipe: Recipe) -> None:
         "train.epochs",
         "train.max_minutes",
         "checkpoint.every_minutes",
+        "probe.every_minutes",
         "student.mlp_ratio",
         "optim.epochs",
         "data.timeout",

@@ -1,0 +1,78 @@
+"""While training, what is wrong is said once, in the doctor's words."""
+
+import json
+import shutil
+
+import dinoforge
+from dinoforge import api
+from dinoforge.training.metrics import Alarm, JsonLines
+
+KEYS = {
+    "student.embed_dim": 48,
+    "student.depth": 2,
+    "student.num_heads": 2,
+    "student.patch_size": 8,
+    "student.in_chans": 1,
+    "crops.global_crops_size": 32,
+    "crops.local_crops_size": 16,
+    "crops.local_crops_number": 2,
+    "dino.head_n_prototypes": 64,
+    "dino.head_hidden_dim": 64,
+    "dino.head_bottleneck_dim": 16,
+    "train.batch_size_per_gpu": 8,
+    "train.steps": 12,
+    "train.num_workers": 0,
+    "train.threads": 1,
+    "data.mean": [0.5],
+    "data.std": [0.25],
+    "log.every_steps": 1,
+    "precision": "fp32",
+    "optim.base_lr": 3.0,
+}
+
+
+def test_a_run_with_a_huge_learning_rate_is_told_once_and_not_again_when_continued(solar_cells, tmp_path, capsys):
+    images, run = tmp_path / "images", tmp_path / "run"
+    images.mkdir()
+    for path in sorted(solar_cells.iterdir())[:16]:
+        shutil.copy(path, images)
+    dinoforge.train(images, "small", run, **KEYS | {"train.max_minutes": 60.0})
+    out = capsys.readouterr().out
+    (finding,) = [finding for finding in api.doctor(run) if finding.name == "lr_too_high"]
+    assert out.count(f"diagnosis  at step {finding.step}: {finding.sentence}") == 1
+    assert out.count("The learning rate is too high") == 1
+
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    told: list[str] = []
+    file = JsonLines(run / "metrics.jsonl", first_step=12)
+    alarm = Alarm(dinoforge.config.flatten(dinoforge.config.load_recipe(run / "recipe.yaml")[0]), file, told.append)
+    alarm(json.loads(lines[-1]) | {"step": 13})
+    assert told == []
+    file.cut(1)  # a rollback to before it
+    alarm.cut()
+    for line in lines[1:]:
+        alarm(json.loads(line))
+    assert told == []
+
+
+def test_lines_that_are_done_anew_do_not_count_twice(tmp_path):
+    recipe = dinoforge.config.flatten(dinoforge.config.load_recipe("small")[0])
+    path, told = tmp_path / "metrics.jsonl", []
+    file = JsonLines(path, first_step=0)
+    alarm = Alarm(recipe, file, told.append)
+
+    def log(step, ratio=0.1):
+        metrics = {"step": step, "diag.update_ratio.backbone": ratio}
+        file(metrics)
+        alarm(metrics)
+
+    log(10, 0.001)
+    log(20)
+    log(30)
+    file.cut(20)
+    alarm.cut()
+    log(30)  # the second of two, not the third
+    assert told == []
+    log(40)
+    assert len(told) == 1
+    assert told[0].startswith("diagnosis  at step 40: The learning rate is too high")
