@@ -6,11 +6,21 @@ from dinoforge.losses import cross_entropy as terms
 from dinoforge.losses import targets
 from dinoforge.losses.dino import dino_terms
 from dinoforge.losses.ibot import ibot_term
+from dinoforge.losses.tiles import Scratch
 
 
 def over(logits, temp):
     """What ``teacher_logits`` makes: over temperature, prototypes first, in memory of its own."""
     return (logits.float() / temp).T.clone(memory_format=torch.contiguous_format)
+
+
+def last_layer(weight):
+    """Lengths and directions of a last layer whose effective weight is this one."""
+    return weight.norm(dim=1, keepdim=True), weight
+
+
+def cross_entropy(parts, weight):
+    return terms.cross_entropy(parts, *last_layer(weight), Scratch())
 
 
 def sinkhorn_knopp(logits, temp, iterations=3):
@@ -28,8 +38,8 @@ def updated_center(center, logits, momentum, temp=0.5):
 def dino_loss(global_embeddings, local_embeddings, prototypes, of_teacher, **settings):
     """The global and the local term, each with its gradient."""
     both = dino_terms(global_embeddings, local_embeddings, of_teacher, **settings)
-    return tuple(terms.cross_entropy(part, prototypes)[0] if part else torch.zeros(()) for part in both)
+    return tuple(cross_entropy(part, prototypes)[0] if part else torch.zeros(()) for part in both)
 
 
 def ibot_loss(embeddings, prototypes, of_teacher, masks, student_temp):
-    return terms.cross_entropy([ibot_term(embeddings, of_teacher, masks, student_temp)], prototypes)[0]
+    return cross_entropy([ibot_term(embeddings, of_teacher, masks, student_temp)], prototypes)[0]

@@ -16,6 +16,7 @@ from dinoforge.losses.dino import dino_terms
 from dinoforge.losses.ibot import ibot_term, patch_weights
 from dinoforge.losses.koleo import koleo_loss
 from dinoforge.losses.targets import Targets, centering, sinkhorn_knopp, teacher_logits, updated_center
+from dinoforge.losses.tiles import Scratch
 from dinoforge.models.head import DINOHead
 from dinoforge.models.vit import KeptSamples, VisionTransformer
 
@@ -74,6 +75,7 @@ class StudentTeacher(nn.Module):
     def __init__(self, backbone: VisionTransformer, heads: Mapping[str, DINOHead], objective: Objective) -> None:
         super().__init__()
         self.objective = objective
+        self._scratch = Scratch()
         self.student = nn.ModuleDict({"backbone": backbone, **heads})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         if objective.has_dino and objective.dino_targets == "centering":
@@ -155,7 +157,8 @@ class StudentTeacher(nn.Module):
         for name, network in self.student.items():
             own = [(loss, term) for loss, head_name, term in terms if head_name == name]
             if own:
-                summed, values = cross_entropy([term for _, term in own], cast(DINOHead, network).last_layer.weight())
+                last = cast(DINOHead, network).last_layer
+                summed, values = cross_entropy([term for _, term in own], last.weight_g, last.weight_v, self._scratch)
                 total = total + summed
                 for (loss, _), value in zip(own, values, strict=True):
                     each[loss] = each[loss] + value
@@ -185,7 +188,7 @@ class StudentTeacher(nn.Module):
         dino: Targets | None = None
         ibot: Targets | None = None
         if o.has_dino:
-            logits = self._teacher_logits("dino_head", cls, temp)
+            logits = self._teacher_logits("dino_head", cls, temp, "cls targets")
             if o.dino_targets == "centering":
                 center = updated_center(self.dino_center, logits, temp, o.dino_center_momentum)
                 dino = centering(logits, self.dino_center, temp)
@@ -193,7 +196,7 @@ class StudentTeacher(nn.Module):
             else:
                 dino = sinkhorn_knopp(logits, o.sinkhorn_iterations)
         if o.has_ibot:
-            logits = self._teacher_logits(self.ibot_head_name, patches, temp)
+            logits = self._teacher_logits(self.ibot_head_name, patches, temp, "patch targets")
             if o.ibot_targets == "centering":
                 center = updated_center(self.ibot_center, logits, temp, o.ibot_center_momentum)
                 ibot = centering(logits, self.ibot_center, temp)
@@ -223,9 +226,10 @@ class StudentTeacher(nn.Module):
             means["ibot"] = losses.ibot / (o.ibot_weight * masked_crops)
         return {name: mean.detach() for name, mean in means.items()}
 
-    def _teacher_logits(self, head_name: str, tokens: Tensor, temp: float) -> Tensor:
+    def _teacher_logits(self, head_name: str, tokens: Tensor, temp: float, name: str) -> Tensor:
         head = cast(DINOHead, self.teacher[head_name])
-        return teacher_logits(head.embed(tokens), head.last_layer.weight(), temp)
+        last = head.last_layer
+        return teacher_logits(head.embed(tokens), last.weight_g, last.weight_v, temp, scratch=self._scratch, name=name)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

@@ -6,10 +6,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dinoforge.losses import cross_entropy as cross_entropies
 from dinoforge.losses import tiles
-from dinoforge.losses.cross_entropy import Term, cross_entropy
+from dinoforge.losses.cross_entropy import Term
+from dinoforge.losses.cross_entropy import cross_entropy as terms_over
 from dinoforge.losses.koleo import koleo_loss
-from plain_losses import centering, dino_loss, ibot_loss, sinkhorn_knopp
+from dinoforge.losses.tiles import Scratch
+from plain_losses import centering, cross_entropy, dino_loss, ibot_loss, sinkhorn_knopp
 
 TEMP = 0.1
 DIM, PROTOTYPES = 5, 7
@@ -36,7 +39,7 @@ def gradients(loss, *inputs):
     return torch.autograd.grad(loss, inputs)
 
 
-@pytest.fixture(params=[(1, 1), (12, 30), (1 << 20, 1 << 24)], ids=["one by one", "a few at a time", "all at once"])
+@pytest.fixture(params=[(1, 4), (12, 120), (1 << 20, 1 << 26)], ids=["one by one", "a few at a time", "all at once"])
 def chunks(request, monkeypatch):
     monkeypatch.setattr(tiles, "_ON_CPU", request.param)
 
@@ -50,10 +53,12 @@ def make_term(crops=3, samples=4, sources=((0, 4),), dtype=torch.float32):
     return Term(z, teacher(6), tuple(slice(*s) for s in sources), weights, TEMP)
 
 
-def by_loops(term, w):
-    """The docstring's pseudocode in float64, as a function of leaves of its own."""
-    z, w = (x.detach().double().requires_grad_() for x in (term.embeddings, w))
-    probabilities = term.targets.rows(slice(None)).double()
+def by_loops(term, w, *, detached=True):
+    """The docstring's pseudocode, as a function of float64 leaves of its own unless not ``detached``."""
+    z = term.embeddings
+    if detached:
+        z, w = (x.detach().double().requires_grad_() for x in (z, w))
+    probabilities = term.targets.rows(slice(None)).to(w.dtype)
     loss = sum(
         term.weights[i] * pair(probabilities[samples][i], z[c, i] @ w.T, term.temp)
         for c in range(z.shape[0])
@@ -89,6 +94,37 @@ def test_terms_add_up():
     assert not each.requires_grad
     torch.testing.assert_close(total, sum(apart))
     torch.testing.assert_close(gradients(total, w), gradients(sum(apart), w))
+
+
+@pytest.mark.usefixtures("chunks")
+def test_gradients_of_the_weight_norm_are_autograds():
+    g, v = (1 + normal(PROTOTYPES, 1, seed=4).abs()).requires_grad_(), normal(PROTOTYPES, DIM, seed=1).requires_grad_()
+    terms = [make_term(1), make_term(3, sources=((0, 4), (2, 6))), make_term(2)]
+    ours, _ = terms_over(terms, g, v, Scratch())
+    effective = g * v / v.norm(dim=1, keepdim=True)
+    expected = sum(by_loops(term, effective, detached=False)[0] for term in terms)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=0)
+    inputs = (g, v, *(term.embeddings for term in terms))
+    torch.testing.assert_close(gradients(ours, *inputs), gradients(expected, *inputs), rtol=1e-4, atol=1e-5)
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40)), min_size=1, max_size=5), most=st.integers(1, 50)
+)
+def test_chunks_hold_each_column_once(shapes, most):
+    z = [torch.empty(crops, samples, 1) for crops, samples in shapes]
+    numbered = [(i, Term(e, teacher(1), (slice(0, 0),), torch.ones(e.shape[1]), TEMP)) for i, e in enumerate(z)]
+    seen = [torch.zeros(samples, dtype=torch.int) for _, samples in shapes]
+    for chunk in cross_entropies._chunks(numbered, most):
+        filled = 0
+        for piece in chunk:
+            crops = shapes[piece.number][0]
+            seen[piece.number][piece.samples] += 1
+            assert piece.columns == slice(filled, filled + crops * (piece.samples.stop - piece.samples.start))
+            filled = piece.columns.stop
+        assert 0 < filled <= most + max(crops for crops, _ in shapes)
+    for (crops, _), each in zip(shapes, seen, strict=True):
+        assert torch.all(each == (1 if crops else 0))
 
 
 def test_logits_of_any_size_do_not_overflow():

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinoforge.losses import targets, tiles
-from dinoforge.losses.targets import teacher_logits
-from plain_losses import centering, sinkhorn_knopp, updated_center
+from dinoforge.losses.tiles import Scratch
+from plain_losses import centering, last_layer, sinkhorn_knopp, updated_center
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -122,15 +122,39 @@ def test_logits_far_from_zero(offset):
 
 
 @pytest.mark.usefixtures("chunks")
+def teacher_logits(z, w, temp):
+    return targets.teacher_logits(z, *last_layer(w), temp, scratch=Scratch())
+
+
 def test_teacher_logits_are_products_over_temperature():
     z, w = normal(6, 3), normal(5, 3, seed=1)
     logits = teacher_logits(z, w, 0.2)
     torch.testing.assert_close(logits, (z @ w.T / 0.2).T, rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = teacher_logits(z, w, 0.2)
-    assert half.dtype is torch.float32
-    torch.testing.assert_close(half, logits, rtol=0.03, atol=0.1)
-    assert not torch.equal(half, logits)
+    assert half.dtype is torch.bfloat16
+    torch.testing.assert_close(half.float(), logits, rtol=0.03, atol=0.1)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("make", [targets.sinkhorn_knopp, lambda x: targets.centering(x, torch.zeros(50), 0.2)])
+def test_targets_of_half_precision_logits(make):
+    half = (10 * normal(50, 20)).bfloat16()
+    expected, ours = make(half.float()), make(half.clone())
+    rows = all_rows(ours)
+    assert rows.dtype is torch.float32
+    torch.testing.assert_close(rows.sum(dim=1), torch.ones(20), rtol=1e-5, atol=0)
+    torch.testing.assert_close(rows, all_rows(expected), rtol=2**-6, atol=1e-4)
+
+
+def test_scratch_memory_is_taken_again_and_grows():
+    scratch, cpu = Scratch(), torch.device("cpu")
+    first = scratch.take("a", (3, 16), torch.float32, cpu)
+    assert scratch.take("a", (6, 9), torch.float32, cpu).data_ptr() == first.data_ptr()  # 54 ≤ 48 + 48 // 8
+    assert scratch.take("b", (3, 16), torch.float32, cpu).data_ptr() != first.data_ptr()
+    assert scratch.take("a", (3, 16), torch.bfloat16, cpu).dtype is torch.bfloat16
+    assert scratch.take("a", (10, 10), torch.float32, cpu).shape == (10, 10)
+    assert scratch.take("a", (0, 10), torch.float32, cpu).shape == (0, 10)
 
 
 def test_targets_take_the_memory_of_the_logits():

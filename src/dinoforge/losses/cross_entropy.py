@@ -1,15 +1,18 @@
 """Cross-entropy between teacher targets and student logits without ever holding all logits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinoforge.losses.targets import Targets
-from dinoforge.losses.tiles import columns_at_once, multiply, multiply_add, product_dtype, tiles
+from dinoforge.losses.tiles import Scratch, add_product, columns_at_once, effective_weight, product_dtype, tiles
+from dinoforge.products import padded
 
 
 @dataclass(frozen=True)
@@ -38,35 +41,124 @@ class Term:
     temp: float
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Samples of a term, as columns of a chunk: ``crops`` times the samples, crop-major.
+
+    number: of the term.
+    samples: of each of its crops.
+    columns: of the chunk.
+    """
+
+    number: int
+    term: Term
+    samples: slice
+    columns: slice
+
+    def embeddings(self, of: Tensor) -> Tensor:
+        """Their part of embeddings [C, G, d], or of the gradient, as [n, d]."""
+        return of[:, self.samples].flatten(0, 1)
+
+    @property
+    def weights(self) -> Tensor:
+        """Of each column [n]."""
+        return self.term.weights[self.samples].repeat(len(self.term.embeddings))
+
+    def per_crop(self, matrix: Tensor) -> Tensor:
+        """Their columns of a matrix [k, N] as [k, crops, g], a view."""
+        shaped: Tensor = matrix[:, self.columns].unflatten(1, (-1, self.samples.stop - self.samples.start))
+        return shaped
+
+    def mixed(self, tile: slice) -> Tensor:
+        """The sum of the targets that their crops share [k, 1, g]."""
+        first, *others = (slice(s.start + self.samples.start, s.start + self.samples.stop) for s in self.term.sources)
+        mixed = self.term.targets.tile(tile, first)
+        for more in others:
+            mixed += self.term.targets.tile(tile, more)
+        return mixed[:, None]
+
+
+def _kind(numbered: tuple[int, Term]) -> tuple[int, int]:
+    _, term = numbered
+    return len(term.embeddings), len(term.sources)
+
+
+def _chunks(terms: Sequence[tuple[int, Term]], most: int) -> Iterator[list[_Piece]]:
+    """All columns of numbered terms in chunks of about equal size, at most ``most`` if crops allow it."""
+    total = sum(term.embeddings.shape[0] * term.embeddings.shape[1] for _, term in terms)
+    # All crops of a sample come together: without that room, a few columns would be left for a chunk of their own.
+    size = -(-total // max(1, -(-total // most))) + max(len(term.embeddings) for _, term in terms) - 1
+    chunk: list[_Piece] = []
+    filled = 0
+    for number, term in terms:
+        crops, samples, _ = term.embeddings.shape
+        start = 0 if crops else samples
+        while start < samples:
+            count = min(max((size - filled) // crops, 0 if chunk else 1), samples - start)
+            if count:
+                stop = filled + crops * count
+                chunk.append(_Piece(number, term, slice(start, start + count), slice(filled, stop)))
+                start, filled = start + count, stop
+            else:
+                yield chunk
+                chunk, filled = [], 0
+    if chunk:
+        yield chunk
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Computes the gradient in the forward pass, chunk by chunk, since everything it needs is at hand there."""
 
     @staticmethod
     def forward(
-        ctx: Any, prototypes: Tensor, terms: Sequence[Term], dtype: torch.dtype, *embeddings: Tensor
+        ctx: Any,
+        weight_g: Tensor,
+        weight_v: Tensor,
+        terms: Sequence[Term],
+        dtype: torch.dtype,
+        scratch: Scratch,
+        *embeddings: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        w = prototypes.to(dtype)
-        grad_prototypes = torch.zeros_like(prototypes) if ctx.needs_input_grad[0] else None
-        values, gradients = [], []
-        for term, needs_gradient in zip(terms, ctx.needs_input_grad[3:], strict=True):
-            gradient = torch.zeros_like(term.embeddings) if needs_gradient else None
-            values.append(_accumulate(term, w, gradient, grad_prototypes))
-            gradients.append(gradient)
-        ctx.save_for_backward(grad_prototypes, *gradients)
-        each = torch.stack(values)
-        ctx.mark_non_differentiable(each)
-        return each.sum(), each
+        w, factors = effective_weight(weight_g, weight_v, dtype, scratch)
+        grad_w = torch.empty_like(weight_v) if any(ctx.needs_input_grad[:2]) else None
+        values = torch.zeros(len(terms), dtype=torch.float32, device=w.device)
+        gradients = [
+            torch.zeros_like(z) if n else None for z, n in zip(embeddings, ctx.needs_input_grad[5:], strict=True)
+        ]
+        most = columns_at_once(len(w), dtype, w.device)
+        # Fewer and wider products are faster; in float32, crops of one kind by themselves round as in the reference.
+        numbered = list(enumerate(terms))
+        kinds = [list(g) for _, g in groupby(numbered, _kind)] if dtype is torch.float32 else [numbered]
+        chunks = [chunk for kind in kinds for chunk in _chunks(kind, most)]
+        if grad_w is not None and not chunks:
+            grad_w.zero_()
+        for number, chunk in enumerate(chunks):
+            _accumulate(chunk, w, values, gradients, grad_w, scratch, first=number == 0)
+        ctx.save_for_backward(weight_g, weight_v, factors, grad_w, *gradients)
+        ctx.mark_non_differentiable(values)
+        return values.sum(), values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_prototypes, *gradients = (
-            None if gradient is None else gradient * grad_outputs[0] for gradient in ctx.saved_tensors
-        )
-        return grad_prototypes, None, None, *gradients
+        weight_g, weight_v, factors, grad_w, *gradients = ctx.saved_tensors
+        gradients = [None if gradient is None else gradient.mul_(grad_outputs[0]) for gradient in gradients]
+        grad_g = None
+        if grad_w is not None:
+            # The effective weight g v / |v| has the gradients (dw · v) / |v| and g / |v| (dw - (dw · v) v / |v|²).
+            grad_g = torch.empty_like(weight_g)
+            for tile in tiles(len(weight_v), weight_v.shape[1], weight_v.device):
+                v, dw = weight_v[tile], grad_w[tile].mul_(grad_outputs[0])
+                per_length = factors[tile] / weight_g[tile]  # 1 / |v|
+                along = (dw * v).sum(dim=1, keepdim=True) * per_length
+                grad_g[tile] = along
+                dw.sub_(v * (along * per_length)).mul_(factors[tile])
+        return grad_g, grad_w, None, None, None, *gradients
 
 
-def cross_entropy(terms: Sequence[Term], prototypes: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy(
+    terms: Sequence[Term], weight_g: Tensor, weight_v: Tensor, scratch: Scratch | None = None
+) -> tuple[Tensor, Tensor]:
     """Weighted cross-entropies of student logits against teacher targets.
 
     Logits exist for a few samples at a time; the gradient is computed on the way, so memory does not grow with the
@@ -74,101 +166,112 @@ def cross_entropy(terms: Sequence[Term], prototypes: Tensor) -> tuple[Tensor, Te
 
     Args:
         terms: what is held against what; at least one.
-        prototypes: effective weight of the student's last layer [K, d].
+        weight_g, weight_v: of the student's weight-normed last layer [K, 1], [K, d].
+        scratch: keeps memory between calls.
 
     Returns:
         The sum of the terms, and each term [len(terms)] without a gradient.
     """
     embeddings = [term.embeddings for term in terms]
     dtype = product_dtype(embeddings[0])
-    with torch.autocast(prototypes.device.type, enabled=False):
-        total, each = _CrossEntropy.apply(prototypes, terms, dtype, *embeddings)
+    with torch.autocast(weight_v.device.type, enabled=False):
+        total, each = _CrossEntropy.apply(weight_g, weight_v, terms, dtype, scratch or Scratch(), *embeddings)
     return total, each
 
 
-def _accumulate(term: Term, w: Tensor, gradient: Tensor | None, grad_prototypes: Tensor | None) -> Tensor:
-    """The value of a term; its gradients are added to ``gradient`` [C, G, d] and ``grad_prototypes`` [K, d]."""
-    crops, samples, _ = term.embeddings.shape
-    at_once = max(1, columns_at_once(len(w), w.device) // max(crops, 1))
-    value = term.embeddings.new_zeros((), dtype=torch.float32)
-    for start in range(0, samples if crops else 0, at_once):
-        chunk = slice(start, min(start + at_once, samples))
-        z = term.embeddings[:, chunk].flatten(0, 1) / term.temp  # [n, d], n = crops · g
-        targets = [slice(s.start + chunk.start, s.start + chunk.stop) for s in term.sources]
-        weights = term.weights[chunk].repeat(crops)  # [n]
-        loss, softmax, scales = _forward(z.to(w.dtype), w, term.targets, targets)
-        value += torch.dot(weights, loss)
-        if gradient is None and grad_prototypes is None:
-            continue
-        grad_z = torch.zeros_like(z) if gradient is not None else None
-        rows = (z * weights[:, None]).to(w.dtype)
-        _backward(softmax, scales, rows, w, term.targets, targets, grad_z, grad_prototypes)
+def _accumulate(
+    chunk: list[_Piece],
+    w: Tensor,
+    values: Tensor,
+    gradients: Sequence[Tensor | None],
+    grad_w: Tensor | None,
+    scratch: Scratch,
+    *,
+    first: bool,
+) -> None:
+    """Adds what a chunk gives to the values of its terms, to their gradients [C, G, d] and to ``grad_w`` [K, d]."""
+    filled = chunk[-1].columns.stop
+    unused = padded(filled, w.dtype) - filled
+    z = torch.cat([piece.embeddings(piece.term.embeddings) / piece.term.temp for piece in chunk])  # [n, d]
+    z = F.pad(z, (0, 0, 0, unused))
+    weights = F.pad(torch.cat([piece.weights for piece in chunk]), (0, unused))  # [n]
+    loss, exponentials, scales = _forward(chunk, z, w, scratch)
+    loss *= weights
+    for piece in chunk:
+        values[piece.number] += loss[piece.columns].sum()
+    for_terms = any(gradients[piece.number] is not None for piece in chunk)
+    if not for_terms and grad_w is None:
+        return
+    grad_z = torch.zeros_like(z) if for_terms else None
+    rows = (z * weights[:, None]).to(w.dtype)
+    _backward(chunk, exponentials, scales, rows, w, grad_z, grad_w, first=first)
+    for piece in chunk:
+        gradient = gradients[piece.number]
         if gradient is not None and grad_z is not None:
-            grad_z *= (weights / term.temp)[:, None]
-            gradient[:, chunk] = grad_z.unflatten(0, (crops, -1))
-    return value
+            factors = (piece.weights / piece.term.temp)[:, None]
+            gradient[:, piece.samples] = (grad_z[piece.columns] * factors).unflatten(0, (len(gradient), -1))
 
 
 def _forward(
-    z: Tensor, w: Tensor, targets: Targets, samples: list[slice]
+    chunk: list[_Piece], z: Tensor, w: Tensor, scratch: Scratch
 ) -> tuple[Tensor, Tensor, list[tuple[slice, Tensor]]]:
     """Cross-entropy of each column.
 
     Returns:
-        The loss [n]; unnormalised exponentials [K, n]; and per tile of prototypes the factor [n] that makes them
-        probabilities, times the number of targets.
+        The loss [n]; unnormalised exponentials [K, n], in the precision of ``w``; and per tile of prototypes the
+        factor [n] that makes them probabilities, times the number of targets.
     """
-    columns = z.T.contiguous()  # [d, n]
-    exponentials = z.new_empty(len(w), len(z), dtype=torch.float32)
-    top = exponentials.new_full((len(z),), -torch.inf)  # running maximum of each column
+    columns = z.to(w.dtype).T.contiguous()  # [d, n]
+    exponentials = scratch.take("student", (len(w), len(z)), w.dtype, w.device)
+    exact = torch.promote_types(w.dtype, torch.float32)
+    top = torch.full((len(z),), -torch.inf, dtype=exact, device=w.device)  # running maximum of each column
     mass, agreement = torch.zeros_like(top), torch.zeros_like(top)
     tops: list[tuple[slice, Tensor]] = []
     for tile in tiles(len(w), len(z), w.device):
-        logits = multiply(w[tile], columns, out=exponentials[tile])  # [k, n]
-        agreement += (_per_crop(logits, samples) * _mixed(targets, tile, samples)).sum(dim=0).flatten()
+        logits = torch.mm(w[tile], columns, out=exponentials[tile]).to(exact)  # [k, n]
+        for piece in chunk:
+            agreement[piece.columns] += (piece.per_crop(logits) * piece.mixed(tile)).sum(dim=0).flatten()
         new_top = torch.maximum(top, logits.amax(dim=0))
-        mass = mass * (top - new_top).exp_() + logits.sub_(new_top).exp_().sum(dim=0)
+        logits.sub_(new_top).exp_()
+        mass = mass * (top - new_top).exp_() + logits.sum(dim=0)
+        if logits.dtype != w.dtype:
+            exponentials[tile] = logits
         tops.append((tile, new_top))
         top = new_top
-    # Targets sum to one.
-    loss = len(samples) * (top + mass.log()) - agreement
-    scales = [(tile, len(samples) * (tile_top - top).exp_() / mass) for tile, tile_top in tops]
+    targets = torch.zeros_like(top)  # of each column
+    for piece in chunk:
+        targets[piece.columns] = len(piece.term.sources)
+    loss = targets * (top + mass.log()) - agreement  # targets sum to one
+    scales = [(tile, targets * (tile_top - top).exp_() / mass) for tile, tile_top in tops]
     return loss, exponentials, scales
 
 
 def _backward(
+    chunk: list[_Piece],
     exponentials: Tensor,
     scales: list[tuple[slice, Tensor]],
     rows: Tensor,
     w: Tensor,
-    targets: Targets,
-    samples: list[slice],
     grad_z: Tensor | None,
-    grad_prototypes: Tensor | None,
+    grad_w: Tensor | None,
+    *,
+    first: bool,
 ) -> None:
-    """Adds the gradients of the unweighted loss to ``grad_z`` [n, d], of the weighted one to ``grad_prototypes``."""
+    """Adds the gradients of the unweighted loss to ``grad_z`` [n, d], of the weighted one to ``grad_w`` [K, d].
+
+    The first chunk overwrites ``grad_w`` instead.
+    """
     grad_columns = None if grad_z is None else grad_z.T.contiguous()  # [d, n]
     for tile, scale in scales:
-        gradient = exponentials[tile].mul_(scale)  # d loss / d logits = softmax - targets
-        _per_crop(gradient, samples).sub_(_mixed(targets, tile, samples))
+        gradient = exponentials[tile] * scale  # d loss / d logits = softmax - targets
+        for piece in chunk:
+            piece.per_crop(gradient).sub_(piece.mixed(tile))
         gradient = gradient.to(w.dtype)
         if grad_columns is not None:
-            multiply_add(w[tile].T, gradient, out=grad_columns)
-        if grad_prototypes is not None:
-            multiply_add(gradient, rows, out=grad_prototypes[tile])
+            add_product(w[tile].T, gradient, out=grad_columns)
+        if grad_w is not None and first:
+            grad_w[tile] = gradient @ rows
+        elif grad_w is not None:
+            add_product(gradient, rows, out=grad_w[tile])
     if grad_z is not None and grad_columns is not None:
         grad_z.copy_(grad_columns.T)
-
-
-def _per_crop(matrix: Tensor, samples: list[slice]) -> Tensor:
-    """[k, n] as [k, crops, g]."""
-    shaped: Tensor = matrix.unflatten(1, (-1, samples[0].stop - samples[0].start))
-    return shaped
-
-
-def _mixed(targets: Targets, tile: slice, samples: list[slice]) -> Tensor:
-    """The sum of the targets that crops share [k, 1, g]."""
-    mixed = targets.tile(tile, samples[0])
-    for more in samples[1:]:
-        mixed += targets.tile(tile, more)
-    return mixed[:, None]

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from dinoforge import distributed
-from dinoforge.losses.tiles import multiply, product_dtype, tiles
+from dinoforge.losses.tiles import Scratch, effective_weight, product_dtype, tiles
+from dinoforge.products import padded
 
 
 @dataclass(frozen=True)
 class Targets:
     """Probabilities over K prototypes of N samples: ``scaled[k, n] · per_prototype[k] · per_sample[n]``."""
 
-    scaled: Tensor  # [K, N], float32, from 0 to 1
+    scaled: Tensor  # [K, N], from 0 to 1, in the precision of the logits
     per_prototype: Tensor  # u [K]
     per_sample: Tensor  # v [N]
 
@@ -32,21 +33,28 @@ class Targets:
 
 
 @torch.no_grad()
-def teacher_logits(embeddings: Tensor, prototypes: Tensor, temp: float) -> Tensor:
-    """Logits over temperature, prototypes first [K, N], float32.
+def teacher_logits(
+    embeddings: Tensor, weight_g: Tensor, weight_v: Tensor, temp: float, *, scratch: Scratch, name: str = "teacher"
+) -> Tensor:
+    """Logits over temperature, prototypes first [K, N], in the precision of the product.
 
     Args:
         embeddings: normalised teacher bottlenecks [N, d].
-        prototypes: effective weight of the teacher's last layer [K, d].
+        weight_g, weight_v: of the teacher's last layer [K, 1], [K, d].
         temp: the teacher's temperature.
+        scratch: whose memory ``name`` the logits take.
+        name: of logits that are not needed beside others of this name.
     """
     dtype = product_dtype(embeddings)
-    z = (embeddings / temp).to(dtype).T.contiguous()  # [d, N]
-    logits = embeddings.new_empty(len(prototypes), len(embeddings), dtype=torch.float32)
-    with torch.autocast(embeddings.device.type, enabled=False):
-        for tile in tiles(len(prototypes), len(embeddings), logits.device):
-            multiply(prototypes[tile].to(dtype), z, out=logits[tile])
-    return logits
+    w, _ = effective_weight(weight_g, weight_v, dtype, scratch)
+    count = padded(len(embeddings), dtype)
+    z = w.new_zeros(w.shape[1], count)
+    z[:, : len(embeddings)] = (embeddings / temp).T
+    logits = scratch.take(name, (len(w), count), dtype, w.device)
+    with torch.autocast(w.device.type, enabled=False):
+        for tile in tiles(len(w), count, w.device):
+            torch.mm(w[tile], z, out=logits[tile])
+    return logits[:, : len(embeddings)]
 
 
 @torch.no_grad()
@@ -61,7 +69,7 @@ def centering(logits: Tensor, center: Tensor, temp: float) -> Targets:
     Source: DINO (arXiv 2104.14294), section 3.1.
     """
     per_sample = _exponentiate(logits, -center / temp)
-    return Targets(logits, logits.new_ones(len(logits)), per_sample)
+    return Targets(logits, torch.ones_like(center), per_sample)
 
 
 @torch.no_grad()
@@ -86,14 +94,19 @@ def sinkhorn_knopp(logits: Tensor, iterations: int = 3) -> Targets:
         iterations: 3 in SwAV (arXiv 2006.09882, section 3.1) and DINOv2 (arXiv 2304.07193, section 4).
     """
     k, n = logits.shape
-    mass = [torch.logsumexp(logits[tile], dim=1) for tile in tiles(k, n, logits.device)]
+    every = list(tiles(k, n, logits.device))
+    mass = [torch.logsumexp(_float32(logits[tile]), dim=1) for tile in every]
     log_u = -distributed.logsumexp_over_ranks(torch.cat(mass))
     v = _exponentiate(logits, log_u)
-    u = logits.new_ones(k)
+    u = torch.ones_like(log_u)
     for _ in range(iterations - 1):
-        u = distributed.sum_over_ranks(torch.mv(logits, v)).reciprocal_()
+        u = torch.cat([torch.mv(_float32(logits[tile]), v) for tile in every])
+        u = distributed.sum_over_ranks(u).reciprocal_()
         u /= u.amax()  # keeps both vectors in range; v takes it back
-        v = torch.mv(logits.T, u).reciprocal_()
+        v = torch.zeros_like(v)
+        for tile in every:
+            v.addmv_(_float32(logits[tile]).T, u[tile])
+        v.reciprocal_()
     return Targets(logits, u, v)
 
 
@@ -104,13 +117,22 @@ def _exponentiate(logits: Tensor, shift: Tensor) -> Tensor:
         The factors [N] that make each sample sum to one.
     """
     k, n = logits.shape
-    top = logits.new_full((n,), -torch.inf)
+    top = shift.new_full((n,), -torch.inf)
     for tile in tiles(k, n, logits.device):
-        torch.maximum(top, logits[tile].add_(shift[tile, None]).amax(dim=0), out=top)
-    mass = logits.new_zeros(n)
+        torch.maximum(top, (logits[tile] + shift[tile, None]).amax(dim=0), out=top)
+    mass = torch.zeros_like(top)
     for tile in tiles(k, n, logits.device):
-        mass += logits[tile].sub_(top).exp_().sum(dim=0)
+        # Logits in half precision are shifted in float32, which a second rounding would undo.
+        part = _float32(logits[tile]).add_(shift[tile, None]).sub_(top).exp_()
+        if part.dtype != logits.dtype:
+            part = logits[tile].copy_(part)
+        mass += part.sum(dim=0, dtype=mass.dtype)  # of what is kept, so that each sample does sum to one
     return mass.reciprocal_()
+
+
+def _float32(tile: Tensor) -> Tensor:
+    """The tile itself, or a copy if it is of half precision."""
+    return tile.float() if tile.dtype is torch.bfloat16 else tile
 
 
 @torch.no_grad()
@@ -119,5 +141,5 @@ def updated_center(center: Tensor, logits: Tensor, temp: float, momentum: float)
 
     A rank without samples counts as its share of the old centre, so that it neither makes NaN nor pulls to 0.
     """
-    mean = logits.mean(dim=1) * temp if logits.shape[1] else center
+    mean = logits.mean(dim=1, dtype=center.dtype) * temp if logits.shape[1] else center
     return center * momentum + distributed.mean_over_ranks(mean) * (1 - momentum)

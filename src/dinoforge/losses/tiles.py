@@ -5,26 +5,47 @@ backward, has the long side where matrix libraries are fastest, and a tile of pr
 stays in the cache from the product to the last operation on it.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-_ON_CPU = (1 << 20, 1 << 24)  # elements of a tile (4 MiB, a share of the last-level cache), and of a chunk of columns
-_ON_ACCELERATOR = (1 << 25, 1 << 26)  # large enough to keep the device busy, and still bounded
+_ON_CPU = (1 << 20, 1 << 26)  # elements of a tile (4 MiB, a share of the last-level cache), and bytes of a chunk
+_ON_ACCELERATOR = (1 << 25, 1 << 28)  # large enough to keep the device busy, and still bounded
 _MOST_COLUMNS = 1024
 
 
-def columns_at_once(prototypes: int, device: torch.device) -> int:
+class Scratch:
+    """Memory for large intermediate results, by name, kept from step to step.
+
+    Their sizes change a little with every step, for the number of masked patches does. Allocators that cut large
+    blocks from one piece leave ever new gaps then: on the CPU, half a GiB after a few steps.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor, in memory that the next call of the same name takes again."""
+        size = math.prod(shape)
+        key = (name, dtype, device)
+        if key not in self._kept or len(self._kept[key]) < size:
+            self._kept.pop(key, None)  # gone before the larger one comes
+            self._kept[key] = torch.empty(size + size // 8, dtype=dtype, device=device)
+        return self._kept[key][:size].view(shape)
+
+
+def columns_at_once(prototypes: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many columns (samples) of [K, N] to work on at a time."""
-    _, elements = _ON_CPU if device.type == "cpu" else _ON_ACCELERATOR
-    return max(1, min(_MOST_COLUMNS, elements // prototypes))
+    _, size = _ON_CPU if device.type == "cpu" else _ON_ACCELERATOR
+    return max(1, min(_MOST_COLUMNS, size // dtype.itemsize // prototypes))
 
 
 def tiles(prototypes: int, columns: int, device: torch.device) -> Iterator[slice]:
     """Slices of the prototypes of a matrix [prototypes, columns]."""
     elements, _ = _ON_CPU if device.type == "cpu" else _ON_ACCELERATOR
-    size = max(1, elements // max(columns, 1))
+    size = 1 << max(0, (elements // max(columns, 1)).bit_length() - 1)  # a power of two: few shapes of products
     for start in range(0, prototypes, size):
         yield slice(start, min(start + size, prototypes))
 
@@ -39,11 +60,22 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if bf16 else x.dtype
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """``out = a @ b`` with a float32 ``out``, whatever the precision of the factors."""
-    return torch.mm(a, b, out=out) if a.dtype == out.dtype else out.copy_(torch.mm(a, b))
+def effective_weight(weight_g: Tensor, weight_v: Tensor, dtype: torch.dtype, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """The last layer's effective weight [K, d] in ``dtype``, in scratch memory, and the rows' factors [K, 1].
+
+    Args:
+        weight_g: lengths of the rows [K, 1].
+        weight_v: directions of the rows [K, d], of any length.
+        dtype: of the products.
+        scratch: where to.
+    """
+    factors = weight_g / weight_v.norm(dim=1, keepdim=True)
+    w = scratch.take("weight", tuple(weight_v.shape), dtype, weight_v.device)
+    for tile in tiles(len(weight_v), weight_v.shape[1], weight_v.device):
+        w[tile].copy_(weight_v[tile] * factors[tile])
+    return w, factors
 
 
-def multiply_add(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+def add_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """``out += a @ b`` with a float32 ``out``, whatever the precision of the factors."""
     return out.addmm_(a, b) if a.dtype == out.dtype else out.add_(torch.mm(a, b))

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinoforge.models.layers import product_dtype
+from dinoforge.products import padded
+
 
 class Prototypes(nn.Module):
     """A weight-normed linear layer without bias: rows of ``weight_v`` brought to the lengths ``weight_g``.
@@ -55,7 +58,9 @@ class DINOHead(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """The normalised bottleneck [N, d] that the last layer reads."""
-        return F.normalize(self.mlp(x).float(), dim=-1)
+        unused = padded(len(x), product_dtype(x)) - len(x)
+        bottleneck = self.mlp(F.pad(x, (0, 0, 0, unused)))[: len(x)]
+        return F.normalize(bottleneck.float(), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.last_layer(self.embed(x))

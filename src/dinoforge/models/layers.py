@@ -5,6 +5,7 @@ know which tokens belong together. ``Groups`` says so: for each resolution, the 
 each, in the order in which they are packed.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from dinoforge.products import padded
 
 Groups = tuple[tuple[int, int], ...]  # (images, tokens per image) of each resolution
 
@@ -68,7 +71,8 @@ class Attention(nn.Module):
         """What each token of ``norm(x)`` [T, D] gathers from its image, before the last layer [T, D]."""
         qkv = norm_linear(x, norm, self.qkv)  # [T, 3D]
         if qkv.device.type == "cpu" and not torch.compiler.is_exporting():
-            attended: Tensor = _AttentionOnCpu.apply(qkv, groups, self.num_heads)
+            kind = _HalfAttentionOnCpu if qkv.dtype.itemsize == 2 else _AttentionOnCpu
+            attended: Tensor = kind.apply(qkv, groups, self.num_heads)
             return attended
         parts = []
         for part, (images, tokens) in zip(_split(qkv, groups), groups, strict=True):
@@ -92,10 +96,9 @@ def _heads(qkv: Tensor, images: int, tokens: int, num_heads: int) -> tuple[Tenso
 
 
 class _AttentionOnCpu(torch.autograd.Function):
-    """PyTorch's attention for CPUs on all groups, in float32 whatever the precision of the tokens.
+    """PyTorch's attention for CPUs on all groups, which is fast in float32.
 
-    Its backward pass is several times slower in half precision. What has to be kept is kept as it came, and the result
-    is one tensor, which the next layer keeps anyway.
+    The result is one tensor, which the next layer keeps anyway.
     """
 
     @staticmethod
@@ -103,7 +106,7 @@ class _AttentionOnCpu(torch.autograd.Function):
         out = qkv.new_empty(len(qkv), qkv.shape[1] // 3)  # [T, D]
         sums: list[Tensor] = []  # logarithms of the softmaxes' sums
         for part, into, (images, tokens) in zip(_split(qkv, groups), _split(out, groups), groups, strict=True):
-            q, k, v = _heads(part.float(), images, tokens, num_heads)
+            q, k, v = _heads(part, images, tokens, num_heads)
             attended, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
             into.view(images, tokens, num_heads, -1).copy_(attended.transpose(1, 2))
             sums.append(log_sums)
@@ -119,13 +122,75 @@ class _AttentionOnCpu(torch.autograd.Function):
         parts = zip(*(_split(x, ctx.groups) for x in (qkv, out, grad_outputs[0], grad)), sums, ctx.groups, strict=True)
         for qkv_part, out_part, grad_out, into, log_sums, (images, tokens) in parts:
             shape = (images, tokens, ctx.num_heads, -1)
-            given, attended = (x.float().view(shape).transpose(1, 2) for x in (grad_out, out_part))
+            given, attended = (x.view(shape).transpose(1, 2) for x in (grad_out, out_part))
             gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                given, *_heads(qkv_part.float(), images, tokens, ctx.num_heads), attended, log_sums, 0.0, False
+                given, *_heads(qkv_part, images, tokens, ctx.num_heads), attended, log_sums, 0.0, False
             )
             for to, gradient in zip(_heads(into, images, tokens, ctx.num_heads), gradients, strict=True):
                 to.copy_(gradient)
         return grad, None, None
+
+
+class _HalfAttentionOnCpu(torch.autograd.Function):
+    """Attention by products in half precision, a few images at a time, so that their scores stay in the cache.
+
+    PyTorch's own is no faster in half precision than in float32, and its backward pass several times slower. Scores
+    are rounded; softmax itself computes in float32. Only what comes in is kept: the backward pass makes the scores
+    again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, groups: Groups, num_heads: int) -> Tensor:
+        ctx.save_for_backward(qkv)
+        ctx.groups, ctx.num_heads = groups, num_heads
+        out = qkv.new_empty(len(qkv), qkv.shape[1] // 3)  # [T, D]
+        for rows, shape in _few_images(groups, num_heads):
+            q, k, v = _stacked_heads(qkv[rows], *shape)
+            attended = _scores(q, k) @ v
+            out[rows].view(*shape, -1).copy_(_by_token(attended, *shape))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (qkv,) = ctx.saved_tensors
+        grad = torch.empty_like(qkv)
+        for rows, shape in _few_images(ctx.groups, ctx.num_heads):
+            q, k, v = _stacked_heads(qkv[rows], *shape)
+            given = grad_outputs[0][rows].view(*shape, -1).transpose(1, 2).contiguous().flatten(0, 1)
+            p = _scores(q, k)
+            grad_scores = torch._softmax_backward_data(given @ v.mT, p, -1, p.dtype).mul_(q.shape[-1] ** -0.5)
+            of_heads = (grad_scores @ k, grad_scores.mT @ q, p.mT @ given)
+            into = grad[rows].view(*shape[:2], 3, shape[2], -1)
+            for number, gradient in enumerate(of_heads):
+                into[:, :, number].copy_(_by_token(gradient, *shape))
+        return grad, None, None
+
+
+def _few_images(groups: Groups, num_heads: int) -> Iterator[tuple[slice, tuple[int, int, int]]]:
+    """Rows of a few images at a time, and their shape (images, tokens, heads)."""
+    start = 0
+    for images, tokens in groups:
+        at_once = 1 + 2**19 // (num_heads * tokens**2)
+        for first in range(0, images, at_once):
+            count = min(at_once, images - first)
+            yield slice(start + first * tokens, start + (first + count) * tokens), (count, tokens, num_heads)
+        start += images * tokens
+
+
+def _stacked_heads(qkv: Tensor, images: int, tokens: int, num_heads: int) -> Tensor:
+    """[B·N, 3D] as [3, B·heads, N, D/heads]."""
+    return qkv.view(images, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4).contiguous().flatten(1, 2)
+
+
+def _by_token(x: Tensor, images: int, tokens: int, num_heads: int) -> Tensor:
+    """[B·heads, N, d] as [B, N, heads, d], a view."""
+    return x.view(images, num_heads, tokens, -1).transpose(1, 2)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """How much each token reads of each other [B·heads, N, N]."""
+    return torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, dim=-1)
 
 
 class Mlp(nn.Module):
@@ -162,7 +227,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), initial))
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """In which precision a linear layer multiplies ``x``."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -176,7 +241,7 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
         norm: over D.
         linear: from D to D'.
     """
-    dtype = _product_dtype(x)
+    dtype = product_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         out: Tensor = _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias, dtype)
     return out
@@ -208,7 +273,7 @@ class _NormLinear(torch.autograd.Function):
         x = x.to(norm_weight.dtype)
         normed = ((x - mean) * rstd).mul_(norm_weight).add_(norm_bias).to(grad.dtype)
         grad_weight = (grad.T @ normed).to(weight.dtype)
-        grad_bias = None if bias is None else grad.sum(dim=0, dtype=bias.dtype)
+        grad_bias = None if bias is None else _column_sums(grad, bias.dtype)
         grad_normed = (grad @ weight.to(grad.dtype)).to(norm_weight.dtype)
         grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
             grad_normed, x, x.shape[-1:], mean, rstd, norm_weight, norm_bias, [True, True, True]
@@ -227,7 +292,7 @@ def scaled_linear(x: Tensor, linear: nn.Linear, scale: Tensor | None, *, gelu: b
     """
     if scale is None:
         return F.linear(F.gelu(x) if gelu else x, linear.weight, linear.bias)
-    dtype = _product_dtype(x)
+    dtype = product_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         out: Tensor = _ScaledLinear.apply(x.to(dtype), linear.weight, linear.bias, scale, gelu)
     return out
@@ -261,13 +326,20 @@ class _ScaledLinear(torch.autograd.Function):
         grad_scale = (grad_weight * weight).sum(dim=1)
         grad_bias = None
         if bias is not None:
-            grad_bias = grad.sum(dim=0, dtype=weight.dtype)
+            grad_bias = _column_sums(grad, weight.dtype)
             grad_scale += grad_bias * bias
             grad_bias = grad_bias * scale
         grad_x = grad @ (weight * scale[:, None]).to(grad.dtype)
         if ctx.gelu:
             grad_x = torch.ops.aten.gelu_backward(grad_x, x)
         return grad_x, grad_weight.mul_(scale[:, None]), grad_bias, grad_scale, None
+
+
+def _column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.sum(dim=0, dtype=dtype)`` without a copy of all of ``x`` in that precision."""
+    if x.dtype is dtype or x.device.type != "cpu":
+        return x.sum(dim=0, dtype=dtype)
+    return torch.stack([part.sum(dim=0, dtype=dtype) for part in x.split(1024)]).sum(dim=0)
 
 
 class Block(nn.Module):
@@ -356,7 +428,13 @@ class Narrowing:
 
 
 def narrowing_to(
-    wanted: Tensor, groups: Groups, attn: list[Tensor] | None, ffn: list[Tensor] | None, device: torch.device
+    wanted: Tensor,
+    groups: Groups,
+    attn: list[Tensor] | None,
+    ffn: list[Tensor] | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Narrowing:
     """What the last block does for the rows ``wanted`` [W].
 
@@ -364,9 +442,11 @@ def narrowing_to(
         wanted: packed rows, on the CPU.
         groups: all tokens.
         attn, ffn: images that the branches keep, as for ``subset_of``; None for all.
+        dtype: of the products.
+        device: where to.
     """
-    attn_rows, attn_places, attn_scales = _kept_among(wanted, groups, attn)
-    _, ffn_places, ffn_scales = _kept_among(wanted, groups, ffn)
+    attn_rows, attn_places, attn_scales = _padded(_kept_among(wanted, groups, attn), dtype)
+    _, ffn_places, ffn_scales = _padded(_kept_among(wanted, groups, ffn), dtype)
     parts = (wanted, attn_rows, attn_places, attn_scales, ffn_places, ffn_scales)
     return Narrowing(*(part.to(device, non_blocking=True) for part in parts))
 
@@ -387,6 +467,13 @@ def _kept_among(wanted: Tensor, groups: Groups, kept: list[Tensor] | None) -> tu
     places = (row_of[wanted] >= 0).nonzero()[:, 0]
     hit = wanted[places]
     return row_of[hit], places, scale_of[hit, None]
+
+
+def _padded(kept: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, places and factors with, where the product wants more, first rows that add nothing to the first place."""
+    unused = padded(len(kept[0]), dtype) - len(kept[0])
+    rows, places, factors = kept
+    return F.pad(rows, (0, unused)), F.pad(places, (0, unused)), F.pad(factors, (0, 0, 0, unused))
 
 
 class _Take(torch.autograd.Function):
