@@ -11,41 +11,10 @@ import dinoforge
 from dinoforge.cli import main
 from dinoforge.errors import DataError
 from dinoforge.evaluation.probe import Probe, Scores
+from tiny import TINY
 
-TINY = {
-    "student.embed_dim": 48,
-    "student.depth": 2,
-    "student.num_heads": 2,
-    "student.patch_size": 8,
-    "student.in_chans": 1,
-    "crops.global_crops_size": 32,
-    "crops.local_crops_size": 16,
-    "crops.local_crops_number": 2,
-    "dino.head_n_prototypes": 64,
-    "dino.head_hidden_dim": 64,
-    "dino.head_bottleneck_dim": 16,
-    "train.batch_size_per_gpu": 8,
-    "train.steps": 12,
-    "train.num_workers": 0,
-    "train.threads": 1,
-    "data.mean": [0.5],
-    "data.std": [0.25],
-    "log.every_steps": 5,
-    "precision": "fp32",
-}
-PROBED = TINY | {"probe.every_steps": 3}
-
-
-@pytest.fixture(scope="module")
-def classes(solar_cells, solar_labels, tmp_path_factory):
-    """Two folders, one for each label, of 20 solar cells each."""
-    root = tmp_path_factory.mktemp("classes")
-    labels = dict(line.split(",") for line in solar_labels.read_text().splitlines()[1:])
-    for label in ("defect", "fine"):
-        (root / label).mkdir()
-        for name in [name for name, value in labels.items() if value == label][:20]:
-            shutil.copy(solar_cells / name, root / label)
-    return root
+SETTINGS = TINY | {"train.steps": 12, "log.every_steps": 5}
+PROBED = SETTINGS | {"probe.every_steps": 3}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +39,7 @@ def probes_of(run):
 
 def test_probes_change_no_weight(classes, probed, tmp_path):
     plain = tmp_path / "plain"
-    dinoforge.train(classes, "small", plain, **TINY | {"probe.every_minutes": None})
+    dinoforge.train(classes, "small", plain, **SETTINGS | {"probe.every_minutes": None})
     ours, theirs = load_file(probed / "teacher.safetensors"), load_file(plain / "teacher.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     lines, plain_lines = metrics_of(probed), metrics_of(plain)
@@ -154,7 +123,7 @@ def scripted(monkeypatch, values):
 
 def test_patience_ends_a_run_that_gets_no_better_and_is_continued_with_it(classes, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    settings = TINY | {"probe.every_steps": 2, "probe.patience": 2}
+    settings = SETTINGS | {"probe.every_steps": 2, "probe.patience": 2}
     scripted(monkeypatch, [0.5, 0.7, 0.6, 0.7])
     result = dinoforge.train(classes, "small", run, **settings)
     assert (result.steps, result.stopped_by, result.finished) == (8, "probe.patience", False)
@@ -179,7 +148,7 @@ def test_an_error_in_a_probe_is_told_and_training_goes_on(classes, tmp_path, mon
         return Scores(0.5, 0.5)
 
     monkeypatch.setattr(Probe, "measure", fail_once)
-    result = dinoforge.train(classes, "small", tmp_path / "run", **TINY | {"probe.every_steps": 6})
+    result = dinoforge.train(classes, "small", tmp_path / "run", **SETTINGS | {"probe.every_steps": 6})
     assert result.finished
     output = capsys.readouterr().out
     assert "failed at step 6: RuntimeError: out of memory" in output
@@ -190,7 +159,7 @@ def test_an_error_in_a_probe_is_told_and_training_goes_on(classes, tmp_path, mon
 def test_the_cost_is_shown_and_minutes_wait_for_a_logged_step(classes, tmp_path, monkeypatch, capsys):
     scripted(monkeypatch, [0.4, 0.4, 0.4])
     run = tmp_path / "run"
-    settings = TINY | {"probe.every_minutes": 1e-9}
+    settings = SETTINGS | {"probe.every_minutes": 1e-9}
     dinoforge.train(classes, "small", run, **settings)
     assert [probe["step"] for probe in probes_of(run)] == [5, 10, 12]
     assert json.loads((run / "summary.json").read_text())["probe_seconds"] >= 0
