@@ -24,6 +24,8 @@ ONE_SIDED_USE = 0.05  # share of the prototypes; healthy runs pass through it, b
 MIN_RANK = 1.5  # of the cls tokens; healthy: at least 7
 MAX_CLOSENESS = 2.2  # minus the mean logarithm of the distance to the nearest neighbour; healthy: at most 1.3
 SMALL_CROPS = 0.15  # share of the image, mean of the global crops' range: below it crops are what is looked at first
+TINY_CROPS = 0.05  # likewise: below it they are named if the student learns nothing from them
+UNLEARNED = 0.9  # divergence over what the targets say about the image; 1 for a student that knows only their mean
 MAX_WAITING = 0.4  # share of the time
 WAITING_LINES = 10
 
@@ -77,6 +79,7 @@ class Watch:
             self._dead_prototypes,
             self._dimensional_collapse,
             self._crops_alike,
+            self._crops_tell_nothing,
             self._data_bound,
         )
 
@@ -223,25 +226,46 @@ class Watch:
         if not self._holds("crops_alike", sign) or not self._is_settled(step, 2 * SETTLED, 2 * SETTLED_STEPS):
             return None
         assert closeness is not None
-        low, high = self.recipe["crops.global_crops_scale"]
         seen = (
             f"the nearest neighbour of a crop's feature is at a distance of {math.exp(-closeness):.2f} on average (2 "
             "is the largest), so crops of different images look the same to the network."
         )
-        if (low + high) / 2 < SMALL_CROPS:
-            return Finding(
-                "augmentation_too_strong",
-                step,
-                f"Augmentation is too strong: {seen} Global crops show only {low:.0%} to {high:.0%} of an image: raise "
-                "crops.global_crops_scale, to [0.32, 1] if nothing speaks against it.",
-                ("crops.global_crops_scale", "crops.local_crops_scale"),
-            )
+        if self._seen_share() < SMALL_CROPS:
+            return self._too_strong(step, seen)
         return Finding(
             "dimensional_collapse",
             step,
             f"Dimensional collapse: {seen} If the images do differ, give dino.koleo_loss_weight (now {weight:g}) more "
             "weight, lower optim.base_lr, or weaken the augmentation.",
             ("dino.koleo_loss_weight", "optim.base_lr", "crops.global_crops_scale"),
+        )
+
+    def _crops_tell_nothing(self, step: int, line: Line) -> Finding | None:
+        """A student that cannot tell from one tiny crop what the teacher sees in another."""
+        kl, information = line.get("diag.kl.dino_global"), line.get("diag.target_information.dino")
+        unlearned = kl / information if kl is not None and information else None
+        sign = None if unlearned is None else unlearned > UNLEARNED and self._seen_share() < TINY_CROPS
+        holds = self._holds("crops_tell_nothing", sign)
+        if not holds or not self._is_settled(step, SETTLED_LONGER, SETTLED_LONGER_STEPS) or unlearned is None:
+            return None
+        return self._too_strong(
+            step,
+            "from one global crop the student cannot tell what the teacher sees in another of the same image (its "
+            f"divergence is {unlearned:.1f} times that of knowing the targets' mean alone).",
+        )
+
+    def _seen_share(self) -> float:
+        """Which share of an image a global crop shows, in the middle."""
+        return float(sum(self.recipe["crops.global_crops_scale"]) / 2)
+
+    def _too_strong(self, step: int, seen: str) -> Finding:
+        low, high = self.recipe["crops.global_crops_scale"]
+        return Finding(
+            "augmentation_too_strong",
+            step,
+            f"Augmentation is too strong: {seen} Global crops show only {low:.1%} to {high:.1%} of an image: raise "
+            "crops.global_crops_scale, to [0.32, 1] if nothing speaks against it.",
+            ("crops.global_crops_scale", "crops.local_crops_scale"),
         )
 
     def _data_bound(self, step: int, line: Line) -> Finding | None:

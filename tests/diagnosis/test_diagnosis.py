@@ -76,7 +76,8 @@ def test_nothing_else_is_said_of_a_sick_run_early_on(name):
     """It may be well after all, as some are; but it has no other disease in its first fifth."""
     _, metrics, recipe = RUNS[name]
     early = [finding.name for finding in diagnose(metrics, recipe) if finding.step < 0.2 * recipe["train.steps"]]
-    assert set(early) <= {NAMES[failure_of(name)]}
+    allowed = {NAMES[failure_of(name)]} | ({"dimensional_collapse"} if "lr_x30" in name else set())  # its consequence
+    assert set(early) <= allowed
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -157,6 +158,10 @@ def test_advice_fits_the_recipe():
     recipe["crops.global_crops_scale"] = (0.01, 0.05)
     assert [finding.name for finding in diagnose(metrics, recipe)] == ["augmentation_too_strong"]
     recipe["dino.koleo_loss_weight"] = 0.0
+    assert diagnose(metrics, recipe) == []
+    metrics["diag.kl.dino_global"] = [1.1 * x for x in metrics["diag.target_information.dino"]]
+    assert [finding.name for finding in diagnose(metrics, recipe)] == ["augmentation_too_strong"]
+    recipe["crops.global_crops_scale"] = (0.1, 0.3)
     assert diagnose(metrics, recipe) == []
 
 
