@@ -72,6 +72,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "centering": {},
     "sinkhorn": SINKHORN,
     "dino": SINKHORN | {"ibot.loss_weight": 0.0},
+    "patch8": {"student.patch_size": 8},  # of the solar cells: 36 patches instead of 16
 }
 TINY_CROPS = {"crops.global_crops_scale": [0.02, 0.02], "crops.local_crops_scale": [0.02, 0.02]}
 FAILURES: dict[str, dict[str, Any]] = {
@@ -89,12 +90,14 @@ def runs() -> dict[str, dict[str, Any]]:
     made: dict[str, dict[str, Any]] = {}
     for data, sizes in DATA.items():
         for recipe, keys in RECIPES.items():
+            if data == "fashion" and recipe == "patch8":
+                continue
             for seed in (0, 1):
                 made[f"{data}-{recipe}-healthy-{seed}"] = COMMON | sizes | keys | {"train.seed": seed}
             if recipe == "dino":
                 continue
             for failure, changed in FAILURES.items():
-                if recipe == "centering" or failure != "no_centering":
+                if recipe != "sinkhorn" or failure != "no_centering":
                     made[f"{data}-{recipe}-{failure}-0"] = COMMON | sizes | keys | changed | {"train.seed": 0}
     return made
 
