@@ -111,7 +111,9 @@ def train(
     run = RunDirectory(Path(out))
     identity = DataIdentity(os.path.abspath(data_name), len(source), source.fingerprint())
     run.require_free_or_same(resolved, identity)
-    known = source.labels() if labels is None else read_labels(labels, source)
+    known = None if labels is None else read_labels(labels, source)
+    if labels is None and resolved.probe.is_on:
+        known = source.labels()
 
     plan = _plan(resolved, source)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
@@ -267,7 +269,7 @@ def _probes(
 ) -> Probes | None:
     """What measures the teacher while it trains; None without labels, or where the recipe wants none."""
     settings = plan.recipe.probe
-    if labels is None or (settings.every_steps is None and settings.every_minutes is None):
+    if labels is None or not settings.is_on:
         return None
     architecture = build.vit_arguments(plan.recipe)
     reading = _reading(image, architecture["patch_size"], plan.recipe.eval)

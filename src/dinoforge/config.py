@@ -196,6 +196,10 @@ class Probe:
     max_images: int = 2000  # that are looked at
     patience: int | None = None  # so many probes without a better k-NN end the run; null: never
 
+    @property
+    def is_on(self) -> bool:
+        return self.every_steps is not None or self.every_minutes is not None
+
 
 @dataclass(frozen=True)
 class Checkpoint:

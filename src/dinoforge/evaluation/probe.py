@@ -55,8 +55,8 @@ class Probe:
     ) -> None:
         self.source, self.reading = source, reading
         most = min(max_images, _MOST_BYTES // (reading["channels"] * reading["size"] ** 2))
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
-        chosen = sorted(order[:most])
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        chosen = sorted(order[:most].tolist())
         number = {label: i for i, label in enumerate(sorted({labels[i] for i in chosen}))}
         encoded = torch.tensor([number[labels[i]] for i in chosen])
         has_others = encoded.bincount(minlength=len(number))[encoded] > 1  # nothing tells the class of an only one
