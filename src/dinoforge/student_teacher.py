@@ -16,7 +16,7 @@ from dinoforge.losses.dino import dino_terms
 from dinoforge.losses.ibot import ibot_term, patch_weights
 from dinoforge.losses.koleo import koleo_loss
 from dinoforge.losses.targets import Targets, centering, sinkhorn_knopp, teacher_logits, updated_center
-from dinoforge.losses.tiles import Scratch
+from dinoforge.losses.tiles import Scratch, largest_logit
 from dinoforge.models.head import DINOHead
 from dinoforge.models.vit import KeptSamples, VisionTransformer
 
@@ -194,7 +194,7 @@ class StudentTeacher(nn.Module):
                 dino = centering(logits, self.dino_center, temp)
                 self.dino_center.copy_(center)
             else:
-                dino = sinkhorn_knopp(logits, o.sinkhorn_iterations)
+                dino = sinkhorn_knopp(logits, o.sinkhorn_iterations, self._largest_logit("dino_head", temp))
         if o.has_ibot:
             logits = self._teacher_logits(self.ibot_head_name, patches, temp, "patch targets")
             if o.ibot_targets == "centering":
@@ -202,7 +202,8 @@ class StudentTeacher(nn.Module):
                 ibot = centering(logits, self.ibot_center, temp)
                 self.ibot_center.copy_(center)
             else:
-                ibot = sinkhorn_knopp(logits, o.sinkhorn_iterations)
+                largest = self._largest_logit(self.ibot_head_name, temp)
+                ibot = sinkhorn_knopp(logits, o.sinkhorn_iterations, largest)
         if diagnostics is not None:
             diagnostics.add_features(cls, patches, batch.masks)
             if dino is not None:
@@ -230,6 +231,9 @@ class StudentTeacher(nn.Module):
         head = cast(DINOHead, self.teacher[head_name])
         last = head.last_layer
         return teacher_logits(head.embed(tokens), last.weight_g, last.weight_v, temp, scratch=self._scratch, name=name)
+
+    def _largest_logit(self, head_name: str, temp: float) -> float | None:
+        return largest_logit(cast(DINOHead, self.teacher[head_name]).last_layer.weight_g, temp)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

@@ -11,8 +11,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinoforge.losses.targets import Targets
-from dinoforge.losses.tiles import Scratch, add_product, columns_at_once, effective_weight, product_dtype, tiles
+from dinoforge.losses.tiles import (
+    Scratch,
+    add_product,
+    columns_at_once,
+    effective_weight,
+    largest_logit,
+    product_dtype,
+    tiles,
+)
 from dinoforge.products import padded
+
+_SAFE_EXPONENT = 40.0  # sums and products of exponentials up to this do not overflow
 
 
 @dataclass(frozen=True)
@@ -64,14 +74,36 @@ class _Piece:
         """Of each column [n]."""
         return self.term.weights[self.samples].repeat(len(self.term.embeddings))
 
-    def per_crop(self, matrix: Tensor) -> Tensor:
-        """Their columns of a matrix [k, N] as [k, crops, g], a view."""
-        shaped: Tensor = matrix[:, self.columns].unflatten(1, (-1, self.samples.stop - self.samples.start))
+    def agreement(self, logits: Tensor, tile: slice) -> Tensor:
+        """Sums [n] over a tile of prototypes of target times logit, for logits [k, N] of all columns."""
+        own = logits[:, self.columns]
+        if len(self.term.embeddings) == 1:
+            parts = [self.term.targets.agreement(own, tile, samples) for samples in self.sources]
+            return sum(parts[1:], start=parts[0])
+        return (self._per_crop(own) * self._mixed(tile)).sum(dim=0).flatten()
+
+    def subtract_targets(self, gradient: Tensor, tile: slice) -> None:
+        """Takes the targets from a matrix [k, N] over a tile of prototypes and all columns."""
+        own = gradient[:, self.columns]
+        if len(self.term.embeddings) == 1:
+            for samples in self.sources:
+                self.term.targets.subtract_from(own, tile, samples)
+        else:
+            self._per_crop(own).sub_(self._mixed(tile))
+
+    @property
+    def sources(self) -> list[slice]:
+        """Where their targets are."""
+        return [slice(s.start + self.samples.start, s.start + self.samples.stop) for s in self.term.sources]
+
+    def _per_crop(self, own: Tensor) -> Tensor:
+        """[k, n] as [k, crops, g], a view."""
+        shaped: Tensor = own.unflatten(1, (len(self.term.embeddings), -1))
         return shaped
 
-    def mixed(self, tile: slice) -> Tensor:
-        """The sum of the targets that their crops share [k, 1, g]."""
-        first, *others = (slice(s.start + self.samples.start, s.start + self.samples.stop) for s in self.term.sources)
+    def _mixed(self, tile: slice) -> Tensor:
+        """The sum of the targets that crops share [k, 1, g]."""
+        first, *others = self.sources
         mixed = self.term.targets.tile(tile, first)
         for more in others:
             mixed += self.term.targets.tile(tile, more)
@@ -125,6 +157,7 @@ class _CrossEntropy(torch.autograd.Function):
         gradients = [
             torch.zeros_like(z) if n else None for z, n in zip(embeddings, ctx.needs_input_grad[5:], strict=True)
         ]
+        largest = largest_logit(weight_g, min(term.temp for term in terms))
         most = columns_at_once(len(w), dtype, w.device)
         # Fewer and wider products are faster; in float32, crops of one kind by themselves round as in the reference.
         numbered = list(enumerate(terms))
@@ -133,7 +166,8 @@ class _CrossEntropy(torch.autograd.Function):
         if grad_w is not None and not chunks:
             grad_w.zero_()
         for number, chunk in enumerate(chunks):
-            _accumulate(chunk, w, values, gradients, grad_w, scratch, first=number == 0)
+            first = number == 0
+            _accumulate(chunk, w, values, gradients, grad_w, first=first, largest=largest, scratch=scratch)
         ctx.save_for_backward(weight_g, weight_v, factors, grad_w, *gradients)
         ctx.mark_non_differentiable(values)
         return values.sum(), values
@@ -185,9 +219,10 @@ def _accumulate(
     values: Tensor,
     gradients: Sequence[Tensor | None],
     grad_w: Tensor | None,
-    scratch: Scratch,
     *,
     first: bool,
+    largest: float | None,
+    scratch: Scratch,
 ) -> None:
     """Adds what a chunk gives to the values of its terms, to their gradients [C, G, d] and to ``grad_w`` [K, d]."""
     filled = chunk[-1].columns.stop
@@ -195,7 +230,7 @@ def _accumulate(
     z = torch.cat([piece.embeddings(piece.term.embeddings) / piece.term.temp for piece in chunk])  # [n, d]
     z = F.pad(z, (0, 0, 0, unused))
     weights = F.pad(torch.cat([piece.weights for piece in chunk]), (0, unused))  # [n]
-    loss, exponentials, scales = _forward(chunk, z, w, scratch)
+    loss, exponentials, scales = _forward(chunk, z, w, largest, scratch)
     loss *= weights
     for piece in chunk:
         values[piece.number] += loss[piece.columns].sum()
@@ -213,9 +248,16 @@ def _accumulate(
 
 
 def _forward(
-    chunk: list[_Piece], z: Tensor, w: Tensor, scratch: Scratch
+    chunk: list[_Piece], z: Tensor, w: Tensor, largest: float | None, scratch: Scratch
 ) -> tuple[Tensor, Tensor, list[tuple[slice, Tensor]]]:
     """Cross-entropy of each column.
+
+    Args:
+        chunk: what the columns are.
+        z: embeddings over temperature [n, d].
+        w: effective weight [K, d].
+        largest: what no logit exceeds in size; None if that is not known.
+        scratch: where to keep the exponentials.
 
     Returns:
         The loss [n]; unnormalised exponentials [K, n], in the precision of ``w``; and per tile of prototypes the
@@ -224,20 +266,25 @@ def _forward(
     columns = z.to(w.dtype).T.contiguous()  # [d, n]
     exponentials = scratch.take("student", (len(w), len(z)), w.dtype, w.device)
     exact = torch.promote_types(w.dtype, torch.float32)
-    top = torch.full((len(z),), -torch.inf, dtype=exact, device=w.device)  # running maximum of each column
+    safe = largest is not None and largest < _SAFE_EXPONENT
+    # What exponents are over: with small logits nothing, else the largest of each column until then.
+    top = torch.full((len(z),), 0.0 if safe else -torch.inf, dtype=exact, device=w.device)
     mass, agreement = torch.zeros_like(top), torch.zeros_like(top)
     tops: list[tuple[slice, Tensor]] = []
     for tile in tiles(len(w), len(z), w.device):
-        logits = torch.mm(w[tile], columns, out=exponentials[tile]).to(exact)  # [k, n]
+        logits = torch.mm(w[tile], columns, out=exponentials[tile])  # [k, n]
         for piece in chunk:
-            agreement[piece.columns] += (piece.per_crop(logits) * piece.mixed(tile)).sum(dim=0).flatten()
-        new_top = torch.maximum(top, logits.amax(dim=0))
-        logits.sub_(new_top).exp_()
-        mass = mass * (top - new_top).exp_() + logits.sum(dim=0)
+            agreement[piece.columns] += piece.agreement(logits, tile)
+        if not safe:
+            new_top = torch.maximum(top, logits.amax(dim=0))
+            mass *= (top - new_top).exp_()
+            top = new_top
+            logits = logits.sub_(top) if logits.dtype == exact else logits - top
+        logits.exp_()
         if logits.dtype != w.dtype:
             exponentials[tile] = logits
-        tops.append((tile, new_top))
-        top = new_top
+        mass += logits.sum(dim=0, dtype=exact)
+        tops.append((tile, top))
     targets = torch.zeros_like(top)  # of each column
     for piece in chunk:
         targets[piece.columns] = len(piece.term.sources)
@@ -265,7 +312,7 @@ def _backward(
     for tile, scale in scales:
         gradient = exponentials[tile] * scale  # d loss / d logits = softmax - targets
         for piece in chunk:
-            piece.per_crop(gradient).sub_(piece.mixed(tile))
+            piece.subtract_targets(gradient, tile)
         gradient = gradient.to(w.dtype)
         if grad_columns is not None:
             add_product(w[tile].T, gradient, out=grad_columns)

@@ -13,6 +13,8 @@ from dinoforge import distributed
 from dinoforge.losses.tiles import Scratch, effective_weight, product_dtype, tiles
 from dinoforge.products import padded
 
+_SAFE_RANGE = 70.0  # sums of exponentials this far apart neither overflow nor underflow in float32 and bfloat16
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -26,6 +28,16 @@ class Targets:
         """Probabilities of some samples [k, n], a new tensor."""
         scaled = self.scaled[prototypes, samples] * self.per_sample[samples]
         return scaled.mul_(self.per_prototype[prototypes, None])
+
+    def agreement(self, logits: Tensor, prototypes: slice, samples: slice) -> Tensor:
+        """Sums [n] over prototypes of probability times student's logit [k, n], without making the probabilities."""
+        products = (logits * self.scaled[prototypes, samples]).to(self.per_prototype.dtype)
+        return torch.mv(products.T, self.per_prototype[prototypes]).mul_(self.per_sample[samples])
+
+    def subtract_from(self, matrix: Tensor, prototypes: slice, samples: slice) -> None:
+        """Takes probabilities from a matrix [k, n], without making them."""
+        scaled = self.scaled[prototypes, samples] * self.per_sample[samples]
+        matrix.addcmul_(scaled, self.per_prototype[prototypes, None], value=-1)
 
     def rows(self, samples: slice) -> Tensor:
         """Probabilities of some samples over all prototypes [n, K]."""
@@ -73,7 +85,7 @@ def centering(logits: Tensor, center: Tensor, temp: float) -> Targets:
 
 
 @torch.no_grad()
-def sinkhorn_knopp(logits: Tensor, iterations: int = 3) -> Targets:
+def sinkhorn_knopp(logits: Tensor, iterations: int = 3, largest: float | None = None) -> Targets:
     """Balanced assignment of the samples of all ranks to prototypes; the targets take the memory of the logits.
 
     Each iteration scales the matrix ``exp(logits)`` so that all prototypes have equal mass, then so that all samples
@@ -84,29 +96,40 @@ def sinkhorn_knopp(logits: Tensor, iterations: int = 3) -> Targets:
             for k in range(K): u[k] = 1 / sum(exp(logits[k, n]) * v[n] for n in range(N))
             for n in range(N): v[n] = 1 / sum(exp(logits[k, n]) * u[k] for k in range(K))
 
-    The constant masses 1/K and 1/N cancel. The first iteration works on logarithms, so that no size of the logits
-    overflows. After it each sample's largest entry can be 1, and then each prototype has one of at least 1/N: from
-    there on, the matrix of exponentials is safe to scale by two vectors.
+    The constant masses 1/K and 1/N cancel. Exponentials are taken once, over each sample's largest, and scaled by two
+    vectors from there on. Where logits are so far apart that this could underflow, the first iteration works on
+    logarithms instead; after it, each sample's largest entry can be 1, and then each prototype has one of at least 1/N.
 
     Args:
         logits: of the teacher, over temperature [K, n], the samples of this rank, see ``teacher_logits``; n may be 0
             on some; overwritten.
         iterations: 3 in SwAV (arXiv 2006.09882, section 3.1) and DINOv2 (arXiv 2304.07193, section 4).
+        largest: what no logit of any rank exceeds in size, the same on all ranks; None if that is not known.
     """
     k, n = logits.shape
     every = list(tiles(k, n, logits.device))
-    mass = [torch.logsumexp(_float32(logits[tile]), dim=1) for tile in every]
-    log_u = -distributed.logsumexp_over_ranks(torch.cat(mass))
-    v = _exponentiate(logits, log_u)
-    u = torch.ones_like(log_u)
-    for _ in range(iterations - 1):
-        u = torch.cat([torch.mv(_float32(logits[tile]), v) for tile in every])
-        u = distributed.sum_over_ranks(u).reciprocal_()
-        u /= u.amax()  # keeps both vectors in range; v takes it back
-        v = torch.zeros_like(v)
+    if largest is not None and 2 * largest < _SAFE_RANGE:
+        v = (_exponentiate_over_largest(logits) - largest).exp_()
+    else:
+        log_mass = torch.cat([torch.logsumexp(_float32(logits[tile]), dim=1) for tile in every])
+        v = _exponentiate(logits, -distributed.logsumexp_over_ranks(log_mass))
+        iterations -= 1
+    u = v.new_ones(k)
+    for _ in range(iterations):
+        # One of the vectors is kept in range; the other takes it back. On one rank, each tile is visited once.
+        if distributed.is_active():
+            u = torch.cat([torch.mv(_float32(logits[tile]), v) for tile in every])
+            u = distributed.sum_over_ranks(u).reciprocal_()
+            u /= u.amax()
+        elif n:
+            v /= v.amax()
+        mass = torch.zeros_like(v)
         for tile in every:
-            v.addmv_(_float32(logits[tile]).T, u[tile])
-        v.reciprocal_()
+            part = _float32(logits[tile])
+            if not distributed.is_active():
+                u[tile] = torch.mv(part, v).reciprocal_()
+            mass.addmv_(part.T, u[tile])
+        v = mass.reciprocal_()
     return Targets(logits, u, v)
 
 
@@ -128,6 +151,20 @@ def _exponentiate(logits: Tensor, shift: Tensor) -> Tensor:
             part = logits[tile].copy_(part)
         mass += part.sum(dim=0, dtype=mass.dtype)  # of what is kept, so that each sample does sum to one
     return mass.reciprocal_()
+
+
+def _exponentiate_over_largest(logits: Tensor) -> Tensor:
+    """Replaces logits [K, N] by ``exp(logits - top[sample])``; returns the tops [N], each sample's largest."""
+    k, n = logits.shape
+    every = list(tiles(k, n, logits.device))
+    top = torch.stack([logits[tile].amax(dim=0) for tile in every]).amax(dim=0)
+    top = top.to(torch.promote_types(top.dtype, torch.float32))
+    for tile in every:
+        if logits.dtype == top.dtype:
+            logits[tile].sub_(top).exp_()
+        else:
+            logits[tile] = (logits[tile] - top).exp_()
+    return top
 
 
 def _float32(tile: Tensor) -> Tensor:

@@ -76,6 +76,16 @@ def effective_weight(weight_g: Tensor, weight_v: Tensor, dtype: torch.dtype, scr
     return w, factors
 
 
+def largest_logit(weight_g: Tensor, temp: float) -> float | None:
+    """What no logit over temperature exceeds in size, since embeddings have length 1; None where asking would wait.
+
+    Args:
+        weight_g: lengths of the prototypes [K, 1].
+        temp: the temperature.
+    """
+    return float(weight_g.detach().abs().max()) / temp if weight_g.device.type == "cpu" else None
+
+
 def add_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """``out += a @ b`` with a float32 ``out``, whatever the precision of the factors."""
     return out.addmm_(a, b) if a.dtype == out.dtype else out.add_(torch.mm(a, b))

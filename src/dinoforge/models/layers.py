@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from dinoforge.products import padded
 
+_ROWS = 1024  # of all tokens that a CPU works on at a time
+
 Groups = tuple[tuple[int, int], ...]  # (images, tokens per image) of each resolution
 
 
@@ -261,24 +263,54 @@ class _NormLinear(torch.autograd.Function):
         bias: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+        w = weight.to(dtype)
+        b = None if bias is None else bias.to(dtype)
+        out = x.new_empty(len(x), len(w), dtype=dtype)
+        moments: list[tuple[Tensor, Tensor]] = []
+        for rows in _few_rows(x):
+            normed, mean, rstd = torch.native_layer_norm(x[rows], x.shape[-1:], norm_weight, norm_bias, eps)
+            moments.append((mean, rstd))
+            _linear(normed.to(dtype), w, b, out=out[rows])
+        mean, rstd = (torch.cat(parts) for parts in zip(*moments, strict=True))
         ctx.save_for_backward(x.to(dtype), mean, rstd, norm_weight, norm_bias, weight, bias)
-        return F.linear(normed.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         x, mean, rstd, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
-        x = x.to(norm_weight.dtype)
-        normed = ((x - mean) * rstd).mul_(norm_weight).add_(norm_bias).to(grad.dtype)
-        grad_weight = (grad.T @ normed).to(weight.dtype)
-        grad_bias = None if bias is None else _column_sums(grad, bias.dtype)
-        grad_normed = (grad @ weight.to(grad.dtype)).to(norm_weight.dtype)
-        grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
-            grad_normed, x, x.shape[-1:], mean, rstd, norm_weight, norm_bias, [True, True, True]
-        )
+        w = weight.to(grad.dtype)
+        grad_x = torch.empty_like(x, dtype=norm_weight.dtype)
+        sums: list[Tensor | None] = [None] * 4  # gradients of both weights and both biases
+        for rows in _few_rows(x):
+            x_rows, g = x[rows].to(norm_weight.dtype), grad[rows]
+            normed = ((x_rows - mean[rows]) * rstd[rows]).mul_(norm_weight).add_(norm_bias).to(g.dtype)
+            grad_normed = (g @ w).to(norm_weight.dtype)
+            grad_x[rows], *of_norm = torch.ops.aten.native_layer_norm_backward(
+                grad_normed, x_rows, x.shape[-1:], mean[rows], rstd[rows], norm_weight, norm_bias, [True, True, True]
+            )
+            of_weight = (g.T @ normed).to(weight.dtype)
+            of_bias = None if bias is None else g.sum(dim=0, dtype=bias.dtype)
+            sums = _added(sums, [*of_norm, of_weight, of_bias])
+        grad_norm_weight, grad_norm_bias, grad_weight, grad_bias = sums
         return grad_x, grad_norm_weight, grad_norm_bias, None, grad_weight, grad_bias, None
+
+
+def _few_rows(x: Tensor) -> Iterator[slice]:
+    """Rows to work on at a time: on CPUs so few that they stay in the cache from one operation to the next."""
+    at_once = _ROWS if x.device.type == "cpu" else max(len(x), 1)
+    for start in range(0, max(len(x), 1), at_once):
+        yield slice(start, min(start + at_once, len(x)))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
+
+
+def _added(sums: list[Tensor | None], parts: list[Tensor | None]) -> list[Tensor | None]:
+    """Adds each part to its sum, where there is one yet."""
+    return [part if a is None or part is None else a.add_(part) for a, part in zip(sums, parts, strict=True)]
 
 
 def scaled_linear(x: Tensor, linear: nn.Linear, scale: Tensor | None, *, gelu: bool = False) -> Tensor:
@@ -309,37 +341,41 @@ class _ScaledLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, gelu: bool) -> Tensor:
         ctx.save_for_backward(x, weight, bias, scale)
         ctx.gelu = gelu
-        x = F.gelu(x) if gelu else x
-        if x.dtype is torch.float32:
-            return F.linear(x, weight, bias).mul_(scale)
+        in_half = x.dtype is not weight.dtype
         # In half precision one rounding less, and no pass over the output.
-        scaled_bias = None if bias is None else (bias * scale).to(x.dtype)
-        return F.linear(x, (weight * scale[:, None]).to(x.dtype), scaled_bias)
+        w = (weight * scale[:, None]).to(x.dtype) if in_half else weight
+        b = (bias * scale).to(x.dtype) if in_half and bias is not None else bias
+        out = x.new_empty(len(x), len(w))
+        for rows in _few_rows(x):
+            _linear(F.gelu(x[rows]) if gelu else x[rows], w, b, out=out[rows])
+            if not in_half:
+                out[rows] *= scale
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         x, weight, bias, scale = ctx.saved_tensors
-        y = F.gelu(x) if ctx.gelu else x
-        grad_weight = (grad.T @ y).to(weight.dtype)  # of the scaled weight [D, D']
+        w = (weight * scale[:, None]).to(grad.dtype)
+        grad_x = torch.empty_like(x)
+        sums: list[Tensor | None] = [None] * 2  # of the scaled weight [D, D'] and bias
+        for rows in _few_rows(x):
+            x_rows, g = x[rows], grad[rows]
+            y = F.gelu(x_rows) if ctx.gelu else x_rows
+            of_bias = None if bias is None else g.sum(dim=0, dtype=weight.dtype)
+            sums = _added(sums, [(g.T @ y).to(weight.dtype), of_bias])
+            if ctx.gelu:
+                torch.ops.aten.gelu_backward(g @ w, x_rows, grad_input=grad_x[rows])
+            else:
+                torch.mm(g, w, out=grad_x[rows])
+        grad_weight, grad_bias = sums
+        assert grad_weight is not None
         grad_scale = (grad_weight * weight).sum(dim=1)
-        grad_bias = None
-        if bias is not None:
-            grad_bias = _column_sums(grad, weight.dtype)
+        if bias is not None and grad_bias is not None:
             grad_scale += grad_bias * bias
             grad_bias = grad_bias * scale
-        grad_x = grad @ (weight * scale[:, None]).to(grad.dtype)
-        if ctx.gelu:
-            grad_x = torch.ops.aten.gelu_backward(grad_x, x)
         return grad_x, grad_weight.mul_(scale[:, None]), grad_bias, grad_scale, None
-
-
-def _column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x.sum(dim=0, dtype=dtype)`` without a copy of all of ``x`` in that precision."""
-    if x.dtype is dtype or x.device.type != "cpu":
-        return x.sum(dim=0, dtype=dtype)
-    return torch.stack([part.sum(dim=0, dtype=dtype) for part in x.split(1024)]).sum(dim=0)
 
 
 class Block(nn.Module):
