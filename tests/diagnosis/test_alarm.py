@@ -27,12 +27,12 @@ def test_a_run_with_a_huge_learning_rate_is_told_once_and_not_again_when_continu
     file = JsonLines(run / "metrics.jsonl", first_step=12)
     alarm = Alarm(dinoforge.config.flatten(dinoforge.config.load_recipe(run / "recipe.yaml")[0]), file, told.append)
     alarm(json.loads(lines[-1]) | {"step": 13})
-    assert told == []
+    assert not any("learning rate" in sentence for sentence in told)  # it may have waited for data
     file.cut(1)  # a rollback to before it
     alarm.cut()
     for line in lines[1:]:
         alarm(json.loads(line))
-    assert told == []
+    assert not any("learning rate" in sentence for sentence in told)
 
 
 def test_lines_that_are_done_anew_do_not_count_twice(tmp_path):
