@@ -282,7 +282,7 @@ def branch_of(block, x, kind):
     if kind == "attn":
         attended = block.attn(x.flatten(0, 1), block.norm1, ((x.shape[0], x.shape[1]),))
         return block.attn.project(attended, block.ls1.gamma).view_as(x)
-    return block.mlp(x, block.norm2, block.ls2.gamma)
+    return block.mlp(x.flatten(0, 1), block.norm2, block.ls2.gamma).view_as(x)
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
