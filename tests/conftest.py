@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -56,6 +57,18 @@ def solar_labels(solar_cells: Path, tmp_path_factory: pytest.TempPathFactory) ->
         writer.writerow(["name", "label"])
         writer.writerows([Path(name).name, "defect" if float(p) >= 0.5 else "fine"] for name, p, _ in rows)
     return path
+
+
+@pytest.fixture(scope="session")
+def classes(solar_cells: Path, solar_labels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two folders, one for each label, of 20 solar cells each."""
+    root = tmp_path_factory.mktemp("classes")
+    labels = dict(line.split(",") for line in solar_labels.read_text().splitlines()[1:])
+    for label in ("defect", "fine"):
+        (root / label).mkdir()
+        for name in [name for name, value in labels.items() if value == label][:20]:
+            shutil.copy(solar_cells / name, root / label)
+    return root
 
 
 @pytest.hookimpl(wrapper=True)

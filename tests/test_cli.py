@@ -19,18 +19,6 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def classes(solar_cells, solar_labels, tmp_path_factory):
-    """Two folders, one for each label, of 20 solar cells each."""
-    root = tmp_path_factory.mktemp("classes")
-    labels = dict(line.split(",") for line in solar_labels.read_text().splitlines()[1:])
-    for label in ("defect", "fine"):
-        (root / label).mkdir()
-        for name in [name for name, value in labels.items() if value == label][:20]:
-            shutil.copy(solar_cells / name, root / label)
-    return root
-
-
-@pytest.fixture(scope="module")
 def run(classes, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     assert main(["train", str(classes), "--out", str(out), *SMALL]) == 0

@@ -345,7 +345,7 @@ def test_an_override_needs_key_and_value(text):
         ({"dino.head_n_prototypes": 0}, "dino.head_n_prototypes"),
         ({"ibot.head_nlayers": 0}, "ibot.head_nlayers"),
         ({"dino.student_temp": 0}, "dino.student_temp"),
-        ({"ibot.center_momentum": 1.0}, "ibot.center_momentum"),
+        ({"ibot.center_momentum": 1.1}, "ibot.center_momentum"),
         ({"dino.center_momentum": -0.1}, "dino.center_momentum"),
         *[
             ({key: 0}, key)
@@ -355,7 +355,8 @@ def test_an_override_needs_key_and_value(text):
                 "crops.global_crops_size crops.local_crops_size eval.size checkpoint.every_steps checkpoint.keep_last "
                 "checkpoint.keep_every log.every_steps ibot.mask_min_patches data.max_pixels optim.layerwise_decay "
                 "optim.base_lr teacher.teacher_temp teacher.warmup_teacher_temp train.epochs train.max_minutes "
-                "checkpoint.every_minutes student.mlp_ratio optim.epochs"
+                "checkpoint.every_minutes student.mlp_ratio optim.epochs probe.every_steps probe.every_minutes "
+                "probe.max_images probe.patience"
             ).split()
         ],
         *[

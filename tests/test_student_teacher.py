@@ -11,6 +11,7 @@ from torch import nn
 
 from dinoforge.config import load_recipe
 from dinoforge.data.batch import Batch, masked_patches
+from dinoforge.losses.diagnostics import Diagnostics, effective_rank, patch_similarity
 from dinoforge.losses.koleo import koleo_loss
 from dinoforge.models.vit import draw_kept_samples
 from dinoforge.optim.schedules import Hyperparameters
@@ -367,6 +368,7 @@ def test_stochastic_depth_when_the_local_term_is_off(key):
         prepare=lambda batch: batch,
         autocast=contextlib.nullcontext,
         hooks=[reports.append],
+        is_measured=lambda step: False,
         should_stop=lambda: False,
         on_skipped=lambda skipped: None,
         on_non_finite=lambda *args: pytest.fail("not finite"),
@@ -388,3 +390,101 @@ def test_a_step_moves_student_then_teacher():
         expected = 0.9 * before[f"teacher.{name}"] + 0.1 * student
         torch.testing.assert_close(networks.teacher.get_parameter(name), expected)
         assert student.grad is None
+
+
+# Diagnostics
+
+
+def test_diagnostics_are_those_of_the_networks_outputs():
+    networks = make({"ibot.separate_head": True, "dino.loss_weight": 0.5, "ibot.loss_weight": 2.0})
+    batch = make_batch()
+    batch.masks[3] = False  # a crop that counts as zero in the loss and not at all in its divergence
+    batch = dataclasses.replace(batch, masked=masked_patches(batch.masks))
+    numbers = Diagnostics()
+    networks(batch, teacher_temp=TEMP, diagnostics=numbers)
+
+    student, teacher = networks.student, networks.teacher
+    tokens = teacher["backbone"](batch.global_crops)
+    global_tokens = student["backbone"](batch.global_crops, batch.masks)
+    local_cls = student["backbone"](batch.local_crops).cls
+    cls_targets = (teacher["dino_head"](tokens.cls) / TEMP).softmax(-1)  # [2B, K]
+
+    def divergence(targets, logits):
+        log_p = (logits / 0.1).log_softmax(-1)
+        return (targets * (targets.log() - log_p)).sum(-1)
+
+    first, second = cls_targets.chunk(2)
+    of_globals = student["dino_head"](global_tokens.cls)
+    of_locals = student["dino_head"](local_cls).chunk(3)
+    local = [divergence(targets, logits).mean() for targets in (first, second) for logits in of_locals]
+    ibot = []
+    for crop, mask in enumerate(batch.masks):
+        if mask.any():
+            targets = (teacher["ibot_head"](tokens.patches[crop, mask]) / TEMP).softmax(-1)
+            ibot.append(divergence(targets, student["ibot_head"](global_tokens.patches[crop, mask])).mean())
+    log_k = torch.tensor(8.0).log()
+    expected = {
+        "diag.effective_rank": effective_rank(tokens.cls[:4]),
+        "diag.feature_norm": tokens.cls.norm(dim=1).mean(),
+        "diag.patch_similarity": patch_similarity(tokens.patches[batch.masks], batch.masks),
+        "diag.target_entropy.dino": -(cls_targets * cls_targets.log()).sum(-1).mean() / log_k,
+        "diag.kl.dino_global": divergence(torch.cat([second, first]), of_globals).mean() / log_k,
+        "diag.kl.dino_local": torch.stack(local).mean() / log_k,
+        "diag.kl.ibot": torch.stack(ibot).mean() / log_k,
+    }
+    assert set(numbers.values) - set(expected) == {
+        "diag.target_entropy.ibot",
+        "diag.target_information.dino",
+        "diag.target_information.ibot",
+        "diag.prototype_use.dino",
+        "diag.prototype_use.ibot",
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(numbers.values[name], value.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", ["centering", "sinkhorn_knopp"])
+def test_a_step_that_is_measured_gives_bitwise_the_same(targets, precision):
+    recipe = make_recipe({"train.centering": targets, "ibot.separate_head": True})
+    ends = []
+    for measure in (False, True):
+        torch.manual_seed(7)
+        networks = make(recipe=recipe)
+        random_state = torch.get_rng_state()
+        optimizer = build_optimizer(recipe, networks)
+        for step in range(3):
+            result = train_step(
+                networks,
+                optimizer,
+                make_batch(seed=step),
+                Hyperparameters(1e-2, 1e-2, 0.04, 0.9, TEMP, last_layer_frozen=False),
+                clip_grad=3.0,
+                autocast=torch.autocast("cpu", precision, enabled=precision is not torch.float32),
+                measure=measure,
+            )
+        assert torch.equal(torch.get_rng_state(), random_state)
+        assert bool(result.diagnostics) == measure
+        values = result.values()
+        ends.append((networks.state_dict(), {k: v for k, v in values.items() if not k.startswith("diag.")}))
+    assert {"diag.update_ratio.backbone", "diag.update_ratio.ibot_head", "diag.kl.dino_local"} <= set(values)
+    (plain, terms), (measured, same_terms) = ends
+    assert terms == same_terms
+    assert all(torch.equal(measured[name], value) for name, value in plain.items())
+
+
+def test_what_a_recipe_does_without_has_no_number():
+    def names(overrides, batch=None):
+        numbers = Diagnostics()
+        make(overrides)(batch or make_batch(), teacher_temp=TEMP, diagnostics=numbers)
+        return {name.removeprefix("diag.") for name in numbers.values}
+
+    features = {"effective_rank", "feature_norm"}
+    dino = {"target_entropy.dino", "target_information.dino", "prototype_use.dino", "kl.dino_global", "kl.dino_local"}
+    ibot = {"patch_similarity", "target_entropy.ibot", "target_information.ibot", "prototype_use.ibot", "kl.ibot"}
+    assert names({}) == features | dino | ibot
+    assert names({"ibot.loss_weight": 0}) == features | dino
+    assert names({"dino.loss_weight": 0}) == features | ibot
+    assert names({"dino.loss_weight": 0, "ibot.loss_weight": 0}) == set()
+    assert names({}, make_batch(local=0)) == features | (dino - {"kl.dino_local"}) | ibot
+    assert names({}, make_batch(share=0.0)) == features | dino

@@ -1,13 +1,12 @@
 """dinoforge in Python: what the command line calls."""
 
-import importlib.util
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,9 +25,11 @@ from dinoforge.data.crops import resize
 from dinoforge.data.decode import decode
 from dinoforge.data.loader import STOP_SIGNALS, Skipped, inspect, make_loader
 from dinoforge.data.sources import Source, open_source, read_labels
+from dinoforge.diagnosis import Finding, diagnose
 from dinoforge.errors import DataError, DinoforgeError, RecipeError, RunError, WeightsError
 from dinoforge.evaluation.classifiers import ClassifierResult, Method, run_classifier
 from dinoforge.evaluation.knn import KnnResult, run_knn
+from dinoforge.evaluation.probe import Probe
 from dinoforge.export import make as exports
 from dinoforge.files import write_text
 from dinoforge.models.vit import VisionTransformer
@@ -43,8 +44,18 @@ from dinoforge.training import build, explain, loop
 from dinoforge.training import device as devices
 from dinoforge.training import plan as plans
 from dinoforge.training import replay as replays
-from dinoforge.training.metrics import Display, JsonLines, MetricsHook, Sink, TensorBoard, check_writable, duration
+from dinoforge.training.metrics import (
+    Alarm,
+    Display,
+    JsonLines,
+    MetricsHook,
+    Sink,
+    TensorBoard,
+    check_writable,
+    duration,
+)
 from dinoforge.training.non_finite import NonFinitePolicy, RollBackError
+from dinoforge.training.probes import Probes
 from dinoforge.training.run import DataIdentity, RunDirectory
 from dinoforge.training.saver import Saver
 
@@ -58,7 +69,7 @@ class RunResult:
     out: Path
     steps: int
     total_steps: int
-    stopped_by: str | None = None  # None: finished; SIGINT, SIGTERM or max_minutes
+    stopped_by: str | None = None  # None: finished; SIGINT, SIGTERM, max_minutes or probe.patience
     summary: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -71,6 +82,7 @@ def train(
     recipe: str | Path | Recipe = "small",
     out: str | Path | None = None,
     *,
+    labels: str | Path | None = None,
     dry_run: bool = False,
     console: Console | None = None,
     **keys: Any,
@@ -82,6 +94,8 @@ def train(
             images (arrays [H, W, C], tensors [C, H, W], PIL images, paths, bytes) or (image, label).
         recipe: a name, a YAML file, or a recipe.
         out: the run directory; by default ``runs/`` with the names of folder and recipe.
+        labels: a CSV file with names and labels; by default the names of sub-folders. Training never sees them: where
+            there are some, the teacher is measured while it trains; see docs/evaluation.md.
         dry_run: only say what would run; writes nothing.
         console: where to print; by default the terminal.
         keys: recipe keys: sections as mappings (``train={"steps": 1000}``), or dotted ``**{"train.steps": 1000}``.
@@ -102,6 +116,9 @@ def train(
     run = RunDirectory(Path(out))
     identity = DataIdentity(os.path.abspath(data_name), len(source), source.fingerprint())
     run.require_free_or_same(resolved, identity)
+    known = None if labels is None else read_labels(labels, source)
+    if labels is None and resolved.probe.is_on:
+        known = source.labels()
 
     plan = _plan(resolved, source)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
@@ -121,12 +138,13 @@ def train(
         say(f"\nThis run is finished: the backbone is {run.teacher}. For another one, choose another --out.")
         return result
     with _threads(plan.threads):
-        return _train(plan, source, run, identity, base_of(recipe), console)
+        return _train(plan, source, known, run, identity, base_of(recipe), console)
 
 
 def _train(
     plan: plans.Plan,
     source: Source,
+    labels: list[str] | None,
     run: RunDirectory,
     identity: DataIdentity,
     base: str,
@@ -156,7 +174,8 @@ def _train(
     limit = recipe.train.max_minutes
     first_step = state.step
     metrics_file = JsonLines(run.metrics, first_step=first_step)
-    sinks: list[Sink] = [metrics_file]
+    alarm = Alarm(flatten(recipe), metrics_file, say)
+    sinks: list[Sink] = [metrics_file, alarm]
     board = TensorBoard(run.path / "tensorboard", first_step=first_step) if recipe.log.tensorboard else None
     if board:
         sinks.append(board)
@@ -166,6 +185,7 @@ def _train(
         Display(console, total_steps=plan.length.steps, first_step=first_step) as display,
         Saver(run, state, plan, image, say) as saver,
     ):
+        probes = _probes(run, state, plan, image, source, labels, say)
         metrics_hook = MetricsHook(
             sinks,
             display,
@@ -173,9 +193,10 @@ def _train(
             total_steps=plan.length.steps,
             batch_size=plan.length.batch_size,
             device=device,
+            probes=probes,
         )
         on_non_finite = NonFinitePolicy(run, state, plan, source, say)
-        live = _live_report(run, plan, source, say)
+        live = _live_report(run, plan, source, labels, say)
         try:
             while True:
                 batches = make_loader(
@@ -198,7 +219,8 @@ def _train(
                         prepare=partial(prepare, device=device, mean=image.mean, std=image.std),
                         autocast=partial(devices.autocast, device, plan.precision),
                         hooks=[metrics_hook, saver, *([live] if live else [])],
-                        should_stop=stop,
+                        is_measured=metrics_hook.is_due,
+                        should_stop=lambda: stop() or (probes is not None and probes.should_stop()),
                         on_skipped=lambda new: _tell_skipped(run, say, new),
                         on_non_finite=on_non_finite,
                     )
@@ -206,9 +228,10 @@ def _train(
                 except RollBackError:
                     saver.wait()
                     _roll_back(run, state, recipe, say)
-                    for sink in (metrics_file, board):
-                        if sink:
-                            sink.cut(state.step)
+                    for written in (metrics_file, board, probes):
+                        if written:
+                            written.cut(state.step)
+                    alarm.cut()
                 except DataError:
                     saver.finish()  # what was done until then
                     raise
@@ -222,33 +245,94 @@ def _train(
             if board:
                 board.close()
 
-    result = RunResult(run.path, state.step, plan.length.steps, stop.reason, run.read_summary())
+    reason = stop.reason
+    if reason is None and state.step < plan.length.steps:
+        reason = "probe.patience"
+    result = RunResult(run.path, state.step, plan.length.steps, reason, run.read_summary())
     trained = duration(state.seconds)
     if result.finished:
         waited = f"{saver.waited:.1f} s of waiting for checkpoints"
         say(f"\nDone: {state.step:,} steps in {trained} and {waited}. The backbone is {run.teacher}")
     else:
-        why = f"after {limit:g} minutes (train.max_minutes)" if stop.reason == "max_minutes" else f"by {stop.reason}"
+        why = f"by {reason}"
+        if reason == "max_minutes":
+            why = f"after {limit:g} minutes (train.max_minutes)"
+        elif reason == "probe.patience":
+            why = f"after {recipe.probe.patience} probes without a better one (probe.patience)"
         say(
             f"\nStopped {why} at step {state.step:,} of {plan.length.steps:,}, with a checkpoint. "
-            "Run the same command again to continue."
+            + ("Raise probe.patience" if reason == "probe.patience" else "Run the same command again")
+            + " to continue."
         )
+    if probes and probes.best:
+        say(f"The best k-NN while training, {probes.best['knn']:.1%}, is of step {probes.best['step']:,}: {run.best}")
     if reported:
         say(f"A page that shows the run: {run.report}")
     return result
 
 
-def _live_report(run: RunDirectory, plan: plans.Plan, source: Source, say: Callable[[str], object]) -> Live | None:
+def _live_report(
+    run: RunDirectory, plan: plans.Plan, source: Source, labels: list[str] | None, say: Callable[[str], object]
+) -> Live | None:
     """What writes the report while the run trains; None if the recipe does not want it."""
     minutes = plan.recipe.report.every_minutes
     if minutes is None or distributed.rank() != 0:
         return None
 
     def write() -> None:
-        opened = open_run(run.path, data=source, device=plan.device, seconds=_LIVE_REPORT_SECONDS)
+        opened = open_run(run.path, data=source, labels=labels, device=plan.device, seconds=_LIVE_REPORT_SECONDS)
         write_text(run.report, pages.page([opened]))
 
     return Live(write, every_minutes=minutes, say=say)
+
+
+def _probes(
+    run: RunDirectory,
+    state: loop.TrainState,
+    plan: plans.Plan,
+    image: weights.ImageInput,
+    source: Source,
+    labels: list[str] | None,
+    say: Callable[[str], object],
+) -> Probes | None:
+    """What measures the teacher while it trains; None without labels, or where the recipe wants none."""
+    settings = plan.recipe.probe
+    if labels is None or not settings.is_on:
+        return None
+    architecture = build.vit_arguments(plan.recipe)
+    reading = _reading(image, architecture["patch_size"], plan.recipe.eval)
+    reading["device"] = plan.device
+    reading["autocast"] = None if plan.precision is torch.float32 else plan.precision
+    seed = plan.recipe.train.seed
+    try:
+        probe = Probe(source, labels, max_images=settings.max_images, seed=seed, **reading)
+    except DataError as error:
+        say(f"probe    none, since the labels do not serve: {error}")
+        return None
+
+    def baselines() -> dict[str, dict[str, float]]:
+        untrained = _untrained(architecture, seed).to(plan.device)
+        return {name: vars(scores) for name, scores in probe.baselines(untrained).items()}
+
+    return Probes(
+        run,
+        state,
+        plan,
+        image,
+        measure=lambda backbone: dict(vars(probe.measure(backbone))),
+        baselines=baselines,
+        fingerprint=probe.fingerprint,
+        say=say,
+    )
+
+
+def _untrained(architecture: Mapping[str, Any], seed: int) -> VisionTransformer:
+    """The network with random weights, to compare with; torch's global random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # At the small LayerScale that training starts from, an untrained cls token hardly depends on the image.
+        fresh = dict(architecture) | ({"layerscale": 1.0} if architecture["layerscale"] else {})
+        return VisionTransformer(**fresh).eval()
 
 
 def _initialise(networks: StudentTeacher, recipe: Recipe, say: Callable[[str], object]) -> None:
@@ -471,7 +555,7 @@ def embed(model: str | Path | weights.Backbone, data: Any, **keys: Any) -> np.nd
     """
     backbone, keys = _opened(model, keys)
     source = open_source(data)
-    reading = _reading(backbone, _eval_keys(Eval(), keys))
+    reading = _reading(backbone.image, backbone.network.patch_size, _eval_keys(Eval(), keys))
     found = features.extract(backbone.network, source, range(len(source)), **reading)
     if found.skipped:
         first = found.skipped[0]
@@ -559,22 +643,32 @@ def _evaluation(
         return source, source.labels() if labels is None else read_labels(labels, source)
 
     source, source_labels = labelled(data)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        # At the small LayerScale that training starts from, an untrained cls token hardly depends on the image.
-        fresh = backbone.architecture | ({"layerscale": 1.0} if backbone.architecture["layerscale"] else {})
-        untrained = VisionTransformer(**fresh).eval()
     return run, {
         "backbone": backbone.network,
-        "untrained": untrained,
+        "untrained": _untrained(backbone.architecture, seed),
         "source": source,
         "labels": source_labels,
         "labels_from": "folders" if labels is None else Path(labels).name,
         "test": None if test is None else labelled(test),
         "shots": shots,
         "seed": seed,
-        **_reading(backbone, settings),
+        **_reading(backbone.image, backbone.network.patch_size, settings),
     }
+
+
+def doctor(path: str | Path) -> list[Finding]:
+    """What is wrong with a run, from its metrics and its recipe alone; an empty list means nothing.
+
+    Raises:
+        RunError: no run, or one that has logged nothing yet.
+    """
+    run = RunDirectory(Path(path))
+    if not run.exists:
+        raise RunError(f"{run.path} holds no run: expected a folder with recipe.yaml and run.json, as train makes it")
+    metrics, _ = report_figures.read_metrics(run.metrics)
+    if not metrics:
+        raise RunError(f"{run.metrics} holds no numbers yet: the run logs every {run.recipe().log.every_steps} steps")
+    return diagnose(metrics, flatten(run.recipe()))
 
 
 def report(
@@ -609,7 +703,7 @@ def open_run(
     path: str | Path,
     *,
     data: Any = None,
-    labels: str | Path | None = None,
+    labels: str | Path | list[str] | None = None,
     pictures: bool = True,
     device: torch.device | None = None,
     seconds: float | None = None,
@@ -618,7 +712,7 @@ def open_run(
 
     Args:
         path: the run directory.
-        data, labels: as for ``report``.
+        data, labels: as for ``report``; labels also as a list, in the order of the images.
         pictures: look for images and network, too.
         device: where the network runs; by default CUDA, then MPS, then the CPU.
         seconds: that reading images may take; by default as long as it takes.
@@ -660,6 +754,9 @@ def open_run(
         groups, masks = explain.tables(recipe, images=info["data"]["images"], batch=batch)
     except DinoforgeError as error:
         missing.append(f"Parameter groups and masks are left out: {error}.")
+    known = labels if isinstance(labels, list) else None
+    if source is not None and isinstance(labels, str | Path):
+        known = read_labels(labels, source)
     return reports.Run(
         name=str(run.path),
         recipe=flatten(recipe),
@@ -669,25 +766,17 @@ def open_run(
         summary=run.read_summary(),
         metrics=metrics,
         checkpoints=tuple(checkpoint.steps(run.path)),
-        findings=_findings(metrics, recipe),
+        findings=tuple((found.step, found.sentence) for found in diagnose(metrics, flatten(recipe))),
         groups=groups,
         masks=masks,
         skipped=tuple(skipped),
         data=None if source is None else build.build_data(recipe, source),
-        labels=None if labels is None or source is None else read_labels(labels, source),
+        labels=known,
         backbone=backbone,
         device=device or devices.resolve_device("auto"),
         seconds=seconds,
         missing=tuple(missing),
     )
-
-
-def _findings(metrics: Mapping[str, Sequence[float | None]], recipe: Recipe) -> tuple[tuple[int, str], ...] | None:
-    """Step and sentence of each thing that is wrong; None where there is no diagnosis."""
-    if importlib.util.find_spec("dinoforge.diagnosis") is None:
-        return None
-    diagnosis = importlib.import_module("dinoforge.diagnosis")
-    return tuple((found.step, found.sentence) for found in diagnosis.diagnose(metrics, flatten(recipe)))
 
 
 _UNSAID = ("student.num_heads", "student.interpolate_antialias", "student.interpolate_offset", "data.mean", "data.std")
@@ -740,11 +829,9 @@ def _image_input(recipe: Recipe) -> weights.ImageInput:
     )
 
 
-def _reading(backbone: weights.Backbone, settings: Eval) -> features.Reading:
-    """How images are shown to a backbone."""
-    image = backbone.image
+def _reading(image: weights.ImageInput, patch: int, settings: Eval) -> features.Reading:
+    """How images are shown to a backbone with patches of that side."""
     size = settings.size or image.size
-    patch = backbone.network.patch_size
     if size % patch:
         raise RecipeError(f"eval.size={size} is not a multiple of the patch size {patch}")
     device = devices.resolve_device("auto")

@@ -15,12 +15,16 @@ from dinoforge.errors import DinoforgeError
 if TYPE_CHECKING:
     from dinoforge.features import Skipped
 
+_EXIT_FINDINGS = 1
 _EXIT_USER_ERROR = 2
 _EXIT_SIGNALS = {"SIGINT": 130, "SIGUSR1": 138, "SIGUSR2": 140, "SIGTERM": 143}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0 done, 2 a user's error, 130, 138, 140 or 143 stopped by a signal."""
+    """Runs a command; returns the exit code.
+
+    0 done, 1 doctor found something, 2 a user's error, 130, 138, 140 or 143 stopped by a signal.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     for text in rest:
@@ -57,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("data", metavar="DATA", help="folder of images, walked recursively")
     train.add_argument("--recipe", default="small", metavar="NAME|FILE", help="default: small; see docs/recipes.md")
     train.add_argument("--out", metavar="RUN", help="run directory; default: runs/FOLDER-RECIPE")
+    train.add_argument(
+        "--labels",
+        metavar="FILE.csv",
+        help="file name, label; default: names of sub-folders. Never used for training: the teacher is measured by "
+        "them while it trains, see probe.*",
+    )
     train.add_argument("--dry-run", action="store_true", help="say what would run, and write nothing")
     _add_keys(train, "recipe keys, such as train.steps=2000")
     train.set_defaults(run=_train, parser=train)
@@ -117,6 +127,17 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--json", action="store_true", help="print one line of JSON")
     _add_keys(compare, "recipe keys that are laid over both")
     compare.set_defaults(run=_compare, parser=compare)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what is wrong with a run, and which keys to try",
+        description="Reads the metrics and the recipe of a run, running or finished, and says in plain words what is "
+        "wrong and which keys to try. Exit code: 0 if nothing is, 1 if something is.",
+        epilog="example: dinoforge doctor runs/photos",
+    )
+    doctor.add_argument("model", metavar="RUN", help="run directory")
+    doctor.add_argument("--json", action="store_true", help="print one line of JSON")
+    doctor.set_defaults(run=_doctor, parser=doctor)
 
     report = commands.add_parser(
         "report",
@@ -205,7 +226,7 @@ def _train(options: argparse.Namespace) -> int:
 
     from dinoforge.api import train
 
-    result = train(options.data, options.recipe, options.out, dry_run=options.dry_run, **keys)
+    result = train(options.data, options.recipe, options.out, labels=options.labels, dry_run=options.dry_run, **keys)
     return _EXIT_SIGNALS.get(result.stopped_by or "", 0)
 
 
@@ -267,6 +288,19 @@ def _compare(options: argparse.Namespace) -> int:
     _say_ignored(ignored | also_ignored)
     print(json.dumps(compare.as_json(rows, names)) if options.json else compare.render(rows, names))
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from dinoforge.api import doctor
+
+    findings = doctor(options.model)
+    if options.json:
+        print(json.dumps({"findings": [vars(finding) for finding in findings]}))
+    elif not findings:
+        print("Nothing is wrong, as far as the metrics show.")
+    else:
+        print("\n".join(f"step {f.step:,}  {f.name}\n  {f.sentence}" for f in findings))
+    return _EXIT_FINDINGS if findings else 0
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -38,7 +38,7 @@ class Dino:
     koleo_loss_weight: float = 0.1
     targets: Targets | None = None  # ours: null takes train.centering
     student_temp: float = 0.1  # ours: a constant of the reference's DINOLoss
-    center_momentum: float = 0.9  # ours: a constant of the reference's DINOLoss
+    center_momentum: float = 0.9  # ours: a constant of the reference's DINOLoss; 1: the centre stays 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Ibot:
     head_hidden_dim: int = 2048
     targets: Targets | None = None  # ours: null takes train.centering
     student_temp: float = 0.1  # ours: a constant of the reference's iBOTPatchLoss
-    center_momentum: float = 0.9  # ours: a constant of the reference's iBOTPatchLoss
+    center_momentum: float = 0.9  # ours: a constant of the reference's iBOTPatchLoss; 1: the centre stays 0
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,20 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """Ours: how the teacher is measured while it trains, where images have labels; see docs/evaluation.md."""
+
+    every_steps: int | None = None
+    every_minutes: float | None = 10.0  # at the first logged step after so long; both null: no probes
+    max_images: int = 2000  # that are looked at
+    patience: int | None = None  # so many probes without a better k-NN end the run; null: never
+
+    @property
+    def is_on(self) -> bool:
+        return self.every_steps is not None or self.every_minutes is not None
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Ours: when the run is saved."""
 
@@ -228,6 +242,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     init: Init = field(default_factory=Init)
     eval: Eval = field(default_factory=Eval)
+    probe: Probe = field(default_factory=Probe)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
     report: Report = field(default_factory=Report)
@@ -257,6 +272,7 @@ FREE_KEYS = (
     "log.",
     "report.",
     "eval.",
+    "probe.",
 )
 
 # Of each group, a layer (file, command line) that names one key takes the others' values of lower layers away.
@@ -535,7 +551,8 @@ def _validate(recipe: Recipe) -> None:
         "train.batch_size_per_gpu train.OFFICIAL_EPOCH_LENGTH train.steps train.sinkhorn_iterations train.threads "
         "train.max_skips student.patch_size student.in_chans student.embed_dim student.depth student.num_heads "
         "crops.global_crops_size crops.local_crops_size eval.size checkpoint.every_steps checkpoint.keep_last "
-        "checkpoint.keep_every log.every_steps ibot.mask_min_patches data.max_pixels"
+        "checkpoint.keep_every log.every_steps probe.every_steps probe.max_images probe.patience "
+        "ibot.mask_min_patches data.max_pixels"
     )
     for key in at_least_one.split():
         _require(flat[key] is None or flat[key] >= 1, f"{key}: expected at least 1, got {flat[key]}")
@@ -556,6 +573,7 @@ def _validate(recipe: Recipe) -> None:
         "train.max_minutes",
         "checkpoint.every_minutes",
         "report.every_minutes",
+        "probe.every_minutes",
         "student.mlp_ratio",
         "optim.epochs",
         "data.timeout",
@@ -564,13 +582,10 @@ def _validate(recipe: Recipe) -> None:
     for key in (
         "ibot.mask_sample_probability augment.horizontal_flip augment.vertical_flip augment.jitter_probability "
         "augment.grayscale_probability augment.solarize_probability data.max_bad_share teacher.momentum_teacher "
-        "teacher.final_momentum_teacher"
+        "teacher.final_momentum_teacher dino.center_momentum ibot.center_momentum"
     ).split():
         _require(0 <= flat[key] <= 1, f"{key}: expected 0 to 1, got {flat[key]:g}")
-    for key in (
-        "student.drop_path_rate student.interpolate_offset optim.adamw_beta1 optim.adamw_beta2 dino.center_momentum "
-        "ibot.center_momentum"
-    ).split():
+    for key in ("student.drop_path_rate student.interpolate_offset optim.adamw_beta1 optim.adamw_beta2").split():
         _require(0 <= flat[key] < 1, f"{key}: expected 0 up to below 1, got {flat[key]:g}")
     _require(recipe.augment.hue <= 0.5, f"augment.hue: expected 0 to 0.5, got {recipe.augment.hue:g}")
     for key in ("crops.global_crops_scale", "crops.local_crops_scale"):

@@ -11,8 +11,9 @@ from torch.profiler import record_function
 
 from dinoforge.data.batch import Batch
 from dinoforge.losses.cross_entropy import Term, cross_entropy
+from dinoforge.losses.diagnostics import Diagnostics
 from dinoforge.losses.dino import dino_terms
-from dinoforge.losses.ibot import ibot_term
+from dinoforge.losses.ibot import ibot_term, patch_weights
 from dinoforge.losses.koleo import koleo_loss
 from dinoforge.losses.targets import Targets, centering, sinkhorn_knopp, teacher_logits, updated_center
 from dinoforge.losses.tiles import Scratch, largest_logit
@@ -86,16 +87,24 @@ class StudentTeacher(nn.Module):
     def ibot_head_name(self) -> str:
         return "ibot_head" if "ibot_head" in self.student else "dino_head"
 
-    def forward(self, batch: Batch, *, teacher_temp: float, kept: Sequence[KeptSamples] | None = None) -> Losses:
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        teacher_temp: float,
+        kept: Sequence[KeptSamples] | None = None,
+        diagnostics: Diagnostics | None = None,
+    ) -> Losses:
         """The losses of a batch of normalised crops.
 
         Args:
             batch: crops float32 on the networks' device; see ``Batch`` for the order of crops.
             teacher_temp: temperature of the teacher's targets.
             kept: stochastic depth of the student: per block, the images that each branch keeps.
+            diagnostics: filled with what the step says about its health; takes time, changes nothing.
         """
         with record_function("teacher"):
-            dino_targets, ibot_targets = self._targets(batch, teacher_temp)
+            dino_targets, ibot_targets = self._targets(batch, teacher_temp, diagnostics)
 
         with record_function("student"):
             crops = self.student_crops(batch)
@@ -107,7 +116,10 @@ class StudentTeacher(nn.Module):
             )
             local_cls = local[0][0] if local else global_cls[:0]
         with record_function("losses"):
-            return self._losses(batch, global_cls, local_cls, patches, dino_targets, ibot_targets)
+            losses = self._losses(batch, global_cls, local_cls, patches, dino_targets, ibot_targets)
+        if diagnostics is not None:
+            diagnostics.add_cross_entropies(self._cross_entropies(losses, batch))
+        return losses
 
     def _losses(
         self,
@@ -163,7 +175,9 @@ class StudentTeacher(nn.Module):
         return [batch.global_crops, batch.local_crops] if has_local else [batch.global_crops]
 
     @torch.no_grad()
-    def _targets(self, batch: Batch, temp: float) -> tuple[Targets | None, Targets | None]:
+    def _targets(
+        self, batch: Batch, temp: float, diagnostics: Diagnostics | None = None
+    ) -> tuple[Targets | None, Targets | None]:
         """Targets of the cls tokens [2B] and of the masked patches [M]; None where the loss is off."""
         o = self.objective
         if not (o.has_dino or o.has_ibot):
@@ -190,7 +204,28 @@ class StudentTeacher(nn.Module):
             else:
                 largest = self._largest_logit(self.ibot_head_name, temp)
                 ibot = sinkhorn_knopp(logits, o.sinkhorn_iterations, largest)
+        if diagnostics is not None:
+            diagnostics.add_features(cls, patches, batch.masks)
+            if dino is not None:
+                diagnostics.add_targets("dino", dino)
+            if ibot is not None and len(patches):
+                diagnostics.add_targets("ibot", ibot, patch_weights(batch.masks, len(patches)))
         return dino, ibot
+
+    @torch.no_grad()
+    def _cross_entropies(self, losses: Losses, batch: Batch) -> dict[str, Tensor]:
+        """The mean cross-entropy of a pair of views, or of a masked patch, in each term that is on."""
+        o = self.objective
+        local = 0 if not len(batch.local_crops) else len(batch.local_crops) * 2 // len(batch.global_crops)
+        means = {}
+        if o.dino_global_weight > 0:
+            means["dino_global"] = losses.dino_global * (1 + local) / o.dino_global_weight
+        if o.dino_local_weight > 0 and local:
+            means["dino_local"] = losses.dino_local * (1 + local) / (local * o.dino_local_weight)
+        if o.ibot_weight > 0:
+            masked_crops = (batch.masks.sum(dim=1) > 0).float().mean()  # the others count as zero
+            means["ibot"] = losses.ibot / (o.ibot_weight * masked_crops)
+        return {name: mean.detach() for name, mean in means.items()}
 
     def _teacher_logits(self, head_name: str, tokens: Tensor, temp: float, name: str) -> Tensor:
         head = cast(DINOHead, self.teacher[head_name])

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 import dinoforge
-from dinoforge import api, cli
+from dinoforge import api
+from dinoforge.diagnosis import Finding, cli
 from dinoforge.errors import RunError
 from report_sizes import SIZES
 
@@ -182,7 +183,8 @@ def test_probes_and_findings_are_the_first_to_be_seen(run, tmp_path, show, monke
     for line, accuracy in zip(metrics[1::2], (0.3, 0.8, 0.7), strict=True):
         line |= {"probe.knn": accuracy, "probe.pixels.knn": 0.5, "probe.untrained.knn": 0.4}
     (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics) + '{"step": 7, "tot')
-    monkeypatch.setattr(api, "_findings", lambda metrics, recipe: ((4, "Targets are <b>uniform</b>."),))
+    finding = Finding("uniform_collapse", 4, "Targets are <b>uniform</b>.", ())
+    monkeypatch.setattr(api, "diagnose", lambda metrics, recipe: [finding])
     page = show(api.report(copy).page)
     text = text_of(page)
     assert "Step 4: Targets are <b>uniform</b>." in text

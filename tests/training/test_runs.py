@@ -18,31 +18,8 @@ from safetensors.torch import load_file
 import dinoforge
 from dinoforge import api
 from dinoforge.errors import DataError, RecipeError, RunError, WeightsError
+from tiny import TINY
 
-TINY = {
-    "student.embed_dim": 48,
-    "student.depth": 2,
-    "student.num_heads": 2,
-    "student.patch_size": 8,
-    "student.in_chans": 1,
-    "crops.global_crops_size": 32,
-    "crops.local_crops_size": 16,
-    "crops.local_crops_number": 2,
-    "dino.head_n_prototypes": 64,
-    "dino.head_hidden_dim": 64,
-    "dino.head_bottleneck_dim": 16,
-    "ibot.head_n_prototypes": 48,
-    "ibot.head_hidden_dim": 32,
-    "ibot.head_bottleneck_dim": 16,
-    "train.batch_size_per_gpu": 8,
-    "train.steps": 20,
-    "train.num_workers": 0,
-    "data.mean": [0.5],
-    "data.std": [0.25],
-    "log.every_steps": 1,
-    "precision": "fp32",
-    "train.threads": 1,
-}
 TERMS = ("total", "dino_local", "dino_global", "ibot", "koleo")
 
 

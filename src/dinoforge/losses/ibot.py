@@ -27,9 +27,12 @@ def ibot_term(embeddings: Tensor, targets: Targets, masks: Tensor, student_temp:
     Returns:
         What ``cross_entropy`` makes the loss of.
     """
+    weights = patch_weights(masks, len(embeddings), weight)
+    return Term(embeddings[None], targets, (slice(0, len(embeddings)),), weights, student_temp)
+
+
+def patch_weights(masks: Tensor, count: int, weight: float = 1.0) -> Tensor:
+    """``weight / len(masked[c]) / (2 * B)`` for each of the ``count`` masked patches [M] of masks [2B, N]."""
     per_crop = masks.sum(dim=1)  # [2B]
     # M is known from the shapes, so the expansion does not wait for the device.
-    weights = torch.repeat_interleave(
-        weight / per_crop.clamp(min=1).float() / len(masks), per_crop, output_size=len(embeddings)
-    )
-    return Term(embeddings[None], targets, (slice(0, len(embeddings)),), weights, student_temp)
+    return torch.repeat_interleave(weight / per_crop.clamp(min=1).float() / len(masks), per_crop, output_size=count)

@@ -38,7 +38,7 @@ class Run:
         summary: ``summary.json``.
         metrics: see ``figures.read_metrics``.
         checkpoints: steps of those that are kept.
-        findings: step and sentence of each thing that is wrong; None if nobody looked.
+        findings: step and sentence of each thing that is wrong.
         groups: parameter groups at the last step: a mapping from column to value for each.
         masks: what was measured on the masks, in words.
         skipped: lines on images that could not be read.
@@ -58,7 +58,7 @@ class Run:
     summary: Mapping[str, Any]
     metrics: Mapping[str, Sequence[float | None]]
     checkpoints: tuple[int, ...] = ()
-    findings: tuple[tuple[int, str], ...] | None = None
+    findings: tuple[tuple[int, str], ...] = ()
     groups: tuple[Mapping[str, str], ...] = ()
     masks: Mapping[str, str] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()

@@ -102,6 +102,7 @@ def train(
     prepare: Callable[[Batch], Batch],
     autocast: Callable[[], AbstractContextManager[None]],
     hooks: Sequence[Hook],
+    is_measured: Callable[[int], bool],
     should_stop: Callable[[], bool],
     on_skipped: Callable[[list[Skipped]], None],
     on_non_finite: Callable[[Batch, dict[str, float]], None],
@@ -118,6 +119,7 @@ def train(
         prepare: brings a batch to the device, normalised.
         autocast: makes the context of the forward pass.
         hooks: called after each step that was not skipped.
+        is_measured: says which steps' results have diagnostics, given the number of steps that will then be done.
         should_stop: asked before each step.
         on_skipped: given the images that newly turned out to be unreadable.
         on_non_finite: given the batch and the terms of a step that was skipped since a loss or gradient is not
@@ -141,6 +143,7 @@ def train(
                 kept=kept,
                 autocast=autocast(),
                 scaler=state.scaler,
+                measure=is_measured(state.step + 1),
             )
         except NonFiniteError as error:
             state.step += 1

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -12,10 +12,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from dinoforge.diagnosis import Watch
 from dinoforge.errors import RecipeError, RunError
 from dinoforge.files import write_text, writing_error
 from dinoforge.training.device import peak_memory_gib
 from dinoforge.training.loop import StepReport
+from dinoforge.training.probes import Probes
 
 Metrics = dict[str, float]
 Sink = Callable[[Metrics], None]
@@ -28,7 +30,7 @@ class MetricsHook:
 
     Losses and gradient norms are those of that very step, so that a continued run writes what an uninterrupted one
     does; speed and waiting are means since the last time. The display is also told of the first step, and of one at
-    least every few seconds, so that slow steps do not leave a user in the dark.
+    least every few seconds, so that slow steps do not leave a user in the dark. Probes are made when it measures.
     """
 
     def __init__(
@@ -40,18 +42,25 @@ class MetricsHook:
         total_steps: int,
         batch_size: int,
         device: torch.device,
+        probes: Probes | None = None,
     ) -> None:
+        self.probes = probes
         self.sinks, self.display, self.every_steps, self.total_steps = sinks, display, every_steps, total_steps
         self.batch_size, self.device = batch_size, device
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
         self._shown = float("-inf")
+
+    def is_due(self, step: int) -> bool:
+        """Whether the numbers of the step that makes it so many are handed on."""
+        probed = self.probes is not None and self.probes.is_due(step)
+        return probed or step % self.every_steps == 0 or step == self.total_steps
 
     def __call__(self, report: StepReport) -> None:
         self._steps += 1
         self._seconds += report.seconds
         self._waited += report.waited
         step, now = report.state.step, time.monotonic()
-        due = step % self.every_steps == 0 or step == self.total_steps
+        due = self.is_due(step)
         if not due and now - self._shown < _LINE_SECONDS:
             return
         hyper = {k: float(v) for k, v in vars(report.hyper).items() if k != "last_layer_frozen"}
@@ -66,6 +75,7 @@ class MetricsHook:
             "skipped_steps": report.state.skipped_steps,
             "rollbacks": report.state.rollbacks,
             "train_seconds": report.state.seconds,
+            **(self.probes(step) if self.probes and due else {}),
         }
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
         self._shown = now
@@ -96,6 +106,11 @@ class JsonLines:
             kept = [line for line in text.splitlines() if _step_of(line) <= step]
             write_text(self.path, "".join(f"{line}\n" for line in kept))
 
+    def lines(self) -> list[Metrics]:
+        """What the file holds."""
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        return [json.loads(line) for line in text.splitlines()]
+
     def __call__(self, metrics: Metrics) -> None:
         self._pending += json.dumps(metrics).encode() + b"\n"
         with suppress(OSError):  # raised by ``close`` if it lasts
@@ -120,6 +135,33 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+class Alarm:
+    """Says once each what the metrics show to be wrong, in the sentences of ``dinoforge doctor``.
+
+    Args:
+        recipe: its dotted keys.
+        file: what was logged before; that was told then.
+        say: tells the user.
+    """
+
+    def __init__(self, recipe: Mapping[str, Any], file: JsonLines, say: Callable[[str], object]) -> None:
+        self.recipe, self.file, self.say = recipe, file, say
+        self._told: set[str] = set()
+        self.cut()
+
+    def cut(self) -> None:
+        """Starts from what the file holds now."""
+        self._watch = Watch(self.recipe)
+        for line in self.file.lines():
+            self._told |= {finding.name for finding in self._watch(line)}
+
+    def __call__(self, metrics: Metrics) -> None:
+        for finding in self._watch(metrics):
+            if finding.name not in self._told:
+                self.say(f"diagnosis  at step {finding.step:,}: {finding.sentence}")
+                self._told.add(finding.name)
 
 
 class TensorBoard:
@@ -182,7 +224,7 @@ class Display:
         if self._progress:
             self._progress.update(self._task, completed=step, rate=rate)
         # On a terminal the bar moves in between, so lines may be rarer.
-        if now - self._last_line < _LINE_SECONDS and step != self.total_steps:
+        if now - self._last_line < _LINE_SECONDS and step != self.total_steps and "probe.knn" not in metrics:
             return
         self._last_line = now
         text = f"{step:>{len(str(self.total_steps))}}/{self.total_steps}  {describe(metrics)}"
@@ -199,12 +241,24 @@ class Display:
 
 
 def describe(metrics: Metrics) -> str:
-    """One line on one step: every loss term, learning rate, share of time waiting for data, memory."""
+    """One line on one step: every loss term, learning rate, share of time waiting for data, memory, the probe."""
     terms = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("dino_local", "dino_global", "ibot", "koleo"))
     return (
         f"loss {metrics['total']:.3f}  ({terms})  lr {metrics['lr']:.1e}  "
-        f"data {metrics['data_wait_share']:.0%}  {metrics['memory_gib']:.1f} GiB"
+        f"data {metrics['data_wait_share']:.0%}  {metrics['memory_gib']:.1f} GiB{describe_probe(metrics)}"
     )
+
+
+def describe_probe(metrics: Metrics) -> str:
+    """What a probe gave, in per cent, beside raw pixels and the untrained network, and what it cost; else nothing."""
+    if "probe.knn" not in metrics:
+        return ""
+
+    def score(method: str) -> str:
+        own, pixels, untrained = (100 * metrics[f"probe.{row}{method}"] for row in ("", "pixels.", "untrained."))
+        return f"{own:.1f}% (pixels {pixels:.1f}, untrained {untrained:.1f})"
+
+    return f"  knn {score('knn')}  linear {score('linear')}  in {metrics['probe.seconds']:.1f} s"
 
 
 def duration(seconds: float) -> str:

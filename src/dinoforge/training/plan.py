@@ -1,6 +1,7 @@
 """What would run, in words, before it does."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -27,6 +28,10 @@ class Plan:
     num_workers: int
     parameters: dict[str, int]  # per sub-network of the student
     memory: dict[str, float]  # estimated bytes per part
+
+    def metadata(self) -> dict[str, Any]:
+        """What a backbone's file says about its run."""
+        return {"recipe": asdict(self.recipe), "images": self.data.count, "total_steps": self.length.steps}
 
 
 def make_plan(recipe: Recipe, data: DataSummary) -> Plan:

@@ -7,6 +7,8 @@ skipped.txt           images that could not be read, each once
 non_finite/           batches of steps that were skipped since a loss or gradient was not finite
 checkpoints/          everything that continuing needs
 teacher.safetensors   the backbone: EMA weights, official names
+best.safetensors      the backbone whose k-NN was best while it trained, if images have labels
+probes.json           what was measured while it trained
 summary.json          how far it is and how fast it was
 report.html           a page that shows it
 """
@@ -14,6 +16,7 @@ report.html           a page that shows it
 import json
 import platform
 import shutil
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -52,8 +55,11 @@ class RunDirectory:
         self.summary = path / "summary.json"
         self.report = path / "report.html"
         self.non_finite = path / "non_finite"
+        self.best = path / "best.safetensors"
+        self.probes = path / "probes.json"
         self._recipe = path / "recipe.yaml"
         self._info = path / "run.json"
+        self._summary_lock = threading.Lock()  # a checkpoint's thread writes it, too
 
     @property
     def exists(self) -> bool:
@@ -92,7 +98,8 @@ class RunDirectory:
 
     def write_summary(self, values: dict[str, Any]) -> None:
         """Lays values over the summary."""
-        write_text(self.summary, json.dumps(self.read_summary() | values, indent=2) + "\n")
+        with self._summary_lock:
+            write_text(self.summary, json.dumps(self.read_summary() | values, indent=2) + "\n")
 
     def record_start(
         self,

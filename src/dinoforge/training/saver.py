@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from types import TracebackType
 from typing import Self
 
@@ -125,7 +124,7 @@ class Saver:
             "checkpoint_wait_seconds": round(self.waited, 2),
         }
         architecture = build.vit_arguments(self.plan.recipe)
-        metadata = {"recipe": asdict(self.plan.recipe), "images": self.plan.data.count, "total_steps": total}
+        metadata = self.plan.metadata()
         path = self.run.path
 
         def write() -> None:

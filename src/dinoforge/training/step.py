@@ -1,8 +1,9 @@
 """One optimizer step."""
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,8 +11,10 @@ from torch.profiler import record_function
 
 from dinoforge import distributed
 from dinoforge.data.batch import Batch
+from dinoforge.losses.diagnostics import Diagnostics
 from dinoforge.models.vit import KeptSamples
 from dinoforge.optim.clipping import clip_gradients
+from dinoforge.optim.movement import sampled, update_ratios
 from dinoforge.optim.param_groups import set_hyperparameters
 from dinoforge.optim.schedules import Hyperparameters
 from dinoforge.student_teacher import Losses, StudentTeacher
@@ -26,12 +29,15 @@ class StepResult:
 
     losses: Losses
     grad_norms: dict[str, Tensor]
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)  # of a step that was measured
 
     def values(self) -> dict[str, float]:
-        """All of it as numbers; waits for the device."""
+        """All of it as numbers, diagnostics where they are finite; waits for the device."""
         terms = vars(self.losses) | {f"grad_norm.{name}": norm for name, norm in self.grad_norms.items()}
-        numbers = torch.stack([t.detach().float() for t in terms.values()]).tolist()
-        return dict(zip(terms, numbers, strict=True))
+        every = terms | self.diagnostics
+        numbers = torch.stack([t.detach().float() for t in every.values()]).tolist()
+        named = dict(zip(every, numbers, strict=True))
+        return {name: value for name, value in named.items() if name in terms or math.isfinite(value)}
 
 
 class NonFiniteError(Exception):
@@ -52,6 +58,7 @@ def train_step(
     kept: Sequence[KeptSamples] | None = None,
     autocast: AbstractContextManager[None] | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    measure: bool = False,
 ) -> StepResult:
     """Forward, backward, clipping, AdamW, moving average.
 
@@ -62,14 +69,16 @@ def train_step(
         kept: stochastic depth; see ``StudentTeacher``.
         autocast: precision of the forward pass.
         scaler: loss scaling for float16. It skips a step whose gradients overflow; that is no error.
+        measure: whether the result has diagnostics; the weights are the same either way.
 
     Raises:
         NonFiniteError: before anything was updated.
     """
     centers = [c.clone() for c in student_teacher.buffers()]  # moved in the forward pass
     set_hyperparameters(optimizer, lr=hyper.lr, last_layer_lr=hyper.last_layer_lr, weight_decay=hyper.weight_decay)
+    diagnostics = Diagnostics() if measure else None
     with autocast or nullcontext():
-        losses = student_teacher(batch, teacher_temp=hyper.teacher_temp, kept=kept)
+        losses = student_teacher(batch, teacher_temp=hyper.teacher_temp, kept=kept, diagnostics=diagnostics)
     with record_function("backward"):
         if scaler is None:
             losses.total.backward()
@@ -89,6 +98,7 @@ def train_step(
         raise NonFiniteError(result.values())
     if hyper.last_layer_frozen:
         student_teacher.cancel_last_layer_gradients()
+    weights_before = sampled(student_teacher.student) if measure else {}
     with record_function("optimizer"):
         if scaler is None:
             optimizer.step()
@@ -98,4 +108,7 @@ def train_step(
         optimizer.zero_grad(set_to_none=True)
     with record_function("moving average"):
         student_teacher.update_teacher(hyper.momentum)
+    if diagnostics is not None:
+        ratios = update_ratios(weights_before, sampled(student_teacher.student))
+        result.diagnostics.update(diagnostics.values | {f"diag.update_ratio.{k}": v for k, v in ratios.items()})
     return result

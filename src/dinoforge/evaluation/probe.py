@@ -1,0 +1,165 @@
+"""A quick measurement of a backbone on the same few labelled images, again and again while it trains.
+
+Weighted k-NN as in ``dinoforge eval knn``, at one k, and a linear classifier by least squares; both tell each image by
+all the others, so that every image counts and nothing is trained by steps. Good for comparing moments of one run; the
+evaluation commands are for numbers to report.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dinoforge.data.sources import Source
+from dinoforge.errors import DataError
+from dinoforge.evaluation.knn import knn_predict
+from dinoforge.features import Reading, embed, extract
+
+K = 20  # DINO's best for most networks
+PENALTIES = tuple(10.0**power for power in range(-6, 1))  # of the linear classifier
+MIN_IMAGES = 10
+_MOST_BYTES = 2**28  # of images kept in memory
+_COLUMNS = 4096
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Top-1 accuracies, 0 to 1."""
+
+    knn: float
+    linear: float
+
+
+class Probe:
+    """Measures backbones on a choice of the labelled images.
+
+    Nothing here touches the global random state, and nothing it returns may train.
+
+    Args:
+        source: the images.
+        labels: one for each of them.
+        max_images: at most so many take part, drawn at random; fewer where they would take more than 256 MiB.
+        seed: of the choice.
+        reading: how they are shown to a backbone; see ``dinoforge.features.Reading``.
+
+    Raises:
+        DataError: labels by which nothing can be measured.
+    """
+
+    def __init__(
+        self, source: Source, labels: Sequence[str], *, max_images: int, seed: int = 0, **reading: Unpack[Reading]
+    ) -> None:
+        self.source, self.reading = source, reading
+        most = min(max_images, _MOST_BYTES // (reading["channels"] * reading["size"] ** 2))
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        chosen = sorted(order[:most].tolist())
+        number = {label: i for i, label in enumerate(sorted({labels[i] for i in chosen}))}
+        encoded = torch.tensor([number[labels[i]] for i in chosen])
+        has_others = encoded.bincount(minlength=len(number))[encoded] > 1  # nothing tells the class of an only one
+        self.indices = [i for i, kept in zip(chosen, has_others.tolist(), strict=True) if kept]
+        _, self.labels = encoded[has_others].unique(return_inverse=True)
+        self.classes = int(self.labels.max()) + 1 if len(self.labels) else 0
+        if self.classes < 2 or len(self.indices) < MIN_IMAGES or len(self.indices) < len(chosen) / 2:
+            raise DataError(
+                f"{len(number):,} different labels of {len(chosen):,} images: expected two or more classes, most of "
+                f"them with several images, and {MIN_IMAGES} images"
+            )
+        self._images: Tensor | None = None
+        everything = repr((self.indices, self.labels.tolist(), sorted(reading.items(), key=str)))
+        self.fingerprint = hashlib.sha256(everything.encode()).hexdigest()  # of all that scores depend on but weights
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def measure(self, backbone: nn.Module) -> Scores:
+        """The scores of a backbone's cls tokens.
+
+        Raises:
+            WeightsError: features that are not finite.
+            DataError: no image can be read.
+        """
+        features, _ = self._features(backbone)
+        return self._scores(features, pixels=False)
+
+    def baselines(self, untrained: nn.Module) -> dict[str, Scores]:
+        """The scores of raw pixels and of an untrained network: ``pixels`` and ``untrained``."""
+        features, images = self._features(untrained)
+        return {
+            "pixels": self._scores(images.flatten(1), pixels=True),
+            "untrained": self._scores(features, pixels=False),
+        }
+
+    def _features(self, backbone: nn.Module) -> tuple[Tensor, Tensor]:
+        """Features [N, D] and images [N, C, size, size] uint8, which are read once.
+
+        Those that cannot be read are left out from then on.
+        """
+        if self._images is not None:
+            return embed(backbone, self._images, **self.reading), self._images
+        found = extract(backbone, self.source, self.indices, keep_images=True, **self.reading)
+        assert found.images is not None
+        place = {index: i for i, index in enumerate(self.indices)}
+        self.labels = self.labels[[place[index] for index in found.kept]]
+        self.indices, self._images = found.kept, found.images
+        return found.cls, found.images
+
+    def _scores(self, features: Tensor, *, pixels: bool) -> Scores:
+        n = len(self.labels)
+        everyone = torch.ones(1, n, dtype=torch.bool)
+        predicted = knn_predict(features, self.labels, everyone, [min(K, n - 1)], centred=pixels)[0, 0]
+        by_line = ridge_predict(features, self.labels)
+        return Scores(*(float((p == self.labels).double().mean()) for p in (predicted, by_line)))
+
+
+def ridge_predict(features: Tensor, labels: Tensor) -> Tensor:
+    """Every image's class by the linear classifier that all other images fit.
+
+    ::
+
+        for i in images:
+            W, b = argmin(sum(|W @ x[j] + b - one_hot(labels[j])|^2 for j in images if j != i) + penalty * |W|^2)
+            prediction = argmax(W @ x[i] + b)
+
+    Features have mean 0 and standard deviation 1. The penalty, as a share of the largest squared singular value, is
+    the one of ``PENALTIES`` that gives the least sum of squares over images left out. All of it is exact, from one
+    decomposition (Hastie, Tibshirani and Friedman, "The Elements of Statistical Learning", section 7.10).
+
+    Args:
+        features: [N, D], any real type.
+        labels: [N] int64, classes from 0.
+
+    Returns:
+        [N] int64.
+    """
+    n = len(labels)
+    y = F.one_hot(labels).double()  # [N, C]
+    # Raw pixels are many more than images: standardised a part at a time, they only meet in products of images.
+    parts = (_standardise(part) for part in features.split(_COLUMNS, dim=1))
+    if features.shape[1] < n:
+        x = torch.cat(list(parts), 1)  # [N, D]
+        squares, v = torch.linalg.eigh(x.T @ x)
+        u = x @ v / squares.clamp_min(1e-12).sqrt()  # [N, D] left singular vectors
+    else:
+        squares, u = torch.linalg.eigh(sum((x @ x.T for x in parts), torch.zeros(n, n, dtype=torch.float64)))
+    squares = squares.clamp_min(0)
+    along = u.T @ (y - y.mean(0))
+    best, chosen = float("inf"), y
+    for share in PENALTIES:
+        kept = squares / (squares + share * squares.max().clamp_min(1e-12))
+        fitted = y.mean(0) + u @ (kept[:, None] * along)
+        leverage = u.square() @ kept + 1 / n  # how much an image's own label takes part
+        left_out = y - (y - fitted) / (1 - leverage).clamp_min(1e-9)[:, None]
+        error = float((left_out - y).square().sum())
+        if error < best:
+            best, chosen = error, left_out
+    return chosen.argmax(1)
+
+
+def _standardise(x: Tensor) -> Tensor:
+    """Features [N, D] as float64 with mean 0 and deviation 1; constants become 0."""
+    sd, mean = torch.std_mean(x.double(), 0, correction=0)
+    return torch.where(sd > 1e-6, (x.double() - mean) / sd.clamp_min(1e-6), 0)

@@ -1,0 +1,42 @@
+"""How far an optimizer step moves the weights."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_MOST = 2**16  # elements of a parameter: a copy of a giant network stays below 200 MB
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Evenly spaced elements of a parameter, and how many each stands for."""
+
+    elements: Tensor
+    stride: int
+
+
+@torch.no_grad()
+def sampled(networks: Mapping[str, nn.Module] | nn.ModuleDict) -> dict[str, list[Sample]]:
+    """A copy of the weights of each sub-network; of large parameters, of some of them."""
+    copied: dict[str, list[Sample]] = {}
+    for name, network in networks.items():
+        copied[name] = []
+        for parameter in network.parameters():
+            # Of a sharded parameter its local part: to read all of it would wait for other ranks.
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            if stride := math.ceil(local.numel() / _MOST):
+                copied[name].append(Sample(local.flatten()[::stride].clone(), stride))
+    return copied
+
+
+def update_ratios(before: Mapping[str, list[Sample]], after: Mapping[str, list[Sample]]) -> dict[str, Tensor]:
+    """Per sub-network, the length of a step over the length of the weights: ``|after - before| / |before|``."""
+    ratios = {}
+    for name, old in before.items():
+        moved = [s.stride * (new.elements - s.elements).square().sum() for s, new in zip(old, after[name], strict=True)]
+        length = [s.stride * s.elements.square().sum() for s in old]
+        ratios[name] = (torch.stack(moved).sum() / torch.stack(length).sum()).sqrt()
+    return ratios
