@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 import dinoforge
-from dinoforge import api
-from dinoforge.diagnosis import Finding, cli
+from dinoforge import api, cli
+from dinoforge.diagnosis import Finding
 from dinoforge.errors import RunError
 from report_sizes import SIZES
 
