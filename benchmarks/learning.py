@@ -49,9 +49,8 @@ from dinoforge.evaluation import classifiers, knn
 from dinoforge.evaluation.protocol import few_shot, stratified_splits
 from dinoforge.files import write_text
 from dinoforge.models.vit import VisionTransformer
-from dinoforge.training.bench import StepBench
-from dinoforge.training.build import build_data, vit_arguments
-from dinoforge.training.device import resolve_device, resolve_precision, usable_processors
+from dinoforge.training.bench import seconds_per_step
+from dinoforge.training.build import vit_arguments
 from dinoforge.training.run import RunDirectory
 from dinoforge.weights import Backbone, ImageInput
 
@@ -106,7 +105,6 @@ TITLES = {
     "auto": "`auto`",
 }
 SHOTS = (100, 10)
-TIMED = 6  # steps
 MIN_STEPS = 20
 
 
@@ -247,31 +245,6 @@ def untrained(recipe: Recipe) -> Backbone:
     return Backbone(network, arguments, image, step=0)
 
 
-def seconds_per_step(recipe: Recipe, images: Any) -> float:
-    """What a step costs on this machine when nothing else runs: processor time of the step and of making its batch.
-
-    Both are timed on one thread, the quickest of several. Work for P processors is shared out at 90 %, which is what
-    two threads and a data worker reach on two cores.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    device = resolve_device(recipe.device)
-    bench = StepBench(recipe, device, resolve_precision(recipe.precision, device))
-    bench.run(2)  # the first steps are slower
-    batches = build_data(recipe, open_source(images))
-    steps, making = [], []
-    for number in range(TIMED):
-        batch = bench.batch()
-        started = time.process_time()
-        bench.step(batch)
-        stepped = time.process_time()
-        batches[number]
-        steps.append(stepped - started)
-        making.append(time.process_time() - stepped)
-    torch.set_num_threads(threads)
-    return (min(steps) + min(making)) / (0.9 * usable_processors())
-
-
 @dataclass(frozen=True)
 class Budget:
     """How long a cell trains: minutes of this machine undisturbed, or steps."""
@@ -315,8 +288,8 @@ def measure_cell(row: str, data_name: str, seed: int, settings: Settings) -> dic
     else:
         assert settings.budget.minutes is not None
         # Long enough for every warm-up; only the cost of a step is asked for.
-        recipe, _ = prepare_recipe(name, data, keys, steps=1000)
-        seconds = seconds_per_step(recipe, data.train)
+        recipe = prepare_recipe(name, data, keys, steps=1000)
+        seconds = seconds_per_step(recipe, open_source(data.train))
         steps = max(round(60 * settings.budget.minutes / seconds), MIN_STEPS)
     started = time.perf_counter()
     trained = dinoforge.train(data.train, name, out, **keys, **{"train.steps": steps})
@@ -340,7 +313,7 @@ def measure_cell(row: str, data_name: str, seed: int, settings: Settings) -> dic
 def prepare_recipe(name: str, data: Data, keys: Mapping[str, Any], *, steps: int) -> Recipe:
     """The recipe that a run of so many steps would take."""
     if name == "auto":
-        return api.auto_recipe(data.train, keys | {"train.steps": steps})[0]
+        return api.auto_recipe(data.train, **keys, **{"train.steps": steps})[0]
     return load_recipe(name, keys | {"train.steps": steps})[0]
 
 
