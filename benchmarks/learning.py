@@ -41,7 +41,7 @@ from PIL import Image
 
 import dinoforge
 from dinoforge import api
-from dinoforge.config import Recipe, load_recipe, parse_override
+from dinoforge.config import Recipe, flatten, load_recipe, parse_override
 from dinoforge.data.crops import resize
 from dinoforge.data.sources import open_source
 from dinoforge.errors import DinoforgeError
@@ -59,24 +59,26 @@ RESULTS = Path(__file__).parent / "results" / "learning"
 RUNS = Path("runs/learning")
 
 GREY = {"student.in_chans": 1, "data.mean": 0.5, "data.std": 0.25}
-# What rows other than `auto` are told about the images: crops that suit their size, and patches to match.
+# What all rows but `auto` are told about the images: crops that suit their size, and patches to match.
 GEOMETRY: dict[str, dict[str, Any]] = {
     "fashion": GREY
     | {
         "crops.global_crops_size": 28,
-        "crops.local_crops_size": 16,
+        "crops.local_crops_size": 12,
         "student.patch_size": 4,
         "augment.blur_kernel": 5,
     },
     "scattered": GREY
     | {
-        "crops.global_crops_size": 48,
-        "crops.local_crops_size": 24,
+        "crops.global_crops_size": 32,
+        "crops.local_crops_size": 16,
         "student.patch_size": 8,
         "augment.blur_kernel": 5,
     },
     "elpv": GREY | {"crops.global_crops_size": 96, "crops.local_crops_size": 48, "student.patch_size": 12},
 }
+PIXELS = {"fashion": 28, "scattered": 48, "elpv": 96}  # side at which images are compared pixel by pixel
+NO_COLOUR = {"augment.grayscale_probability": 0.0, "augment.solarize_probability": 0.0}
 NO_IBOT = {"ibot.loss_weight": 0.0, "ibot.mask_sample_probability": 0.0}
 NO_KOLEO = {"dino.koleo_loss_weight": 0.0}
 SIZES = ("student.arch", "student.embed_dim", "student.depth", "student.num_heads", "train.batch_size_per_gpu")
@@ -175,18 +177,19 @@ def recipe_of(row: str, data: str) -> tuple[str, dict[str, Any]]:
         return "auto", {}
     if row == "official":
         # What a user gets who scales the reference's recipe to this machine: its sizes, batch and prototypes, no more.
-        flat = api.flatten(small)
+        flat = flatten(small)
         shares = {
-            "optim.warmup_length": "10%",  # of 100 nominal epochs, as the official lengths are
+            "optim.warmup_length": "10%",  # the official lengths, of 100 nominal epochs, as shares
             "optim.freeze_last_layer_length": "1%",
             "teacher.warmup_teacher_temp_length": "30%",
             "dino.head_n_prototypes": 4096,
         }
-        return "dinov2", {key: flat[key] for key in SIZES} | shares
+        return "dinov2", GEOMETRY[data] | {key: flat[key] for key in SIZES} | shares
     changes = {"small": {}, "dino": NO_IBOT | NO_KOLEO, "dino+ibot": NO_KOLEO, "reference": REFERENCE}
+    images = GEOMETRY[data] | NO_COLOUR
     if row.endswith("=variant"):
-        return "small", GEOMETRY[data] | REFERENCE | ABLATION[row.removesuffix("=variant")][1]
-    return "small", GEOMETRY[data] | changes[row]
+        return "small", images | REFERENCE | ABLATION[row.removesuffix("=variant")][1]
+    return "small", images | changes[row]
 
 
 def scores(features: torch.Tensor, data: Data, *, centred: bool) -> dict[str, float]:
@@ -273,8 +276,7 @@ def measure_cell(row: str, data_name: str, seed: int, settings: Settings) -> dic
     name, keys = recipe_of("small" if row in ("pixels", "untrained") else row, data_name)
     keys = keys | dict(settings.keys) | {"train.seed": seed}
     if row == "pixels":
-        side = load_recipe(name, keys)[0].crops.global_crops_size
-        return result | {"scores": scores(pixels_of(data, side), data, centred=True)}
+        return result | {"scores": scores(pixels_of(data, PIXELS[data_name]), data, centred=True)}
     if row == "untrained":
         features = api.embed(untrained(load_recipe(name, keys)[0]), data.images)
         return result | {"scores": scores(torch.from_numpy(features), data, centred=False)}

@@ -1,0 +1,59 @@
+"""The benchmark of learning, short: recipes learn, cells are stored once, tables say what is stored."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "learning.py"
+IMAGES = Path("/usr/share/datasets/fashion-mnist")
+BUDGET = ["--steps", "60", "--train-images", "2000", "--test-images", "500", "--seeds", "0", "--data", "scattered"]
+
+
+def run(folder, *arguments):
+    places = ["--out", folder / "results", "--runs", folder / "runs"]
+    command = [sys.executable, SCRIPT, *BUDGET, *places, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=280).stdout
+
+
+@pytest.fixture(scope="module")
+def learned(require_system, tmp_path_factory):
+    """Where pixels, the untrained network and short runs of two recipes have been measured."""
+    require_system(IMAGES, "dataset-fashion-mnist")
+    folder = tmp_path_factory.mktemp("learning")
+    run(folder, "--rows", "pixels", "untrained", "small", "auto", "train.threads=1", "train.batch_size_per_gpu=64")
+    return folder
+
+
+def scores_of(folder, cell):
+    return json.loads((folder / "results" / f"scattered-{cell}.json").read_text())["scores"]
+
+
+@pytest.mark.parametrize("row", ["small", "auto"])
+def test_a_minute_of_training_beats_the_start(learned, row):
+    untrained, trained = scores_of(learned, "untrained-seed0"), scores_of(learned, f"{row}-60steps-seed0")
+    for score in ("knn", "linear"):
+        assert trained[score] > untrained[score] + 0.03, score
+
+
+def test_cells_are_measured_once(learned):
+    files = {path: path.stat().st_mtime_ns for path in (learned / "results").iterdir()}
+    assert not list((learned / "runs").iterdir())  # what a finished cell leaves behind is its result
+    said = run(learned, "--rows", "pixels", "small")
+    assert {path: path.stat().st_mtime_ns for path in (learned / "results").iterdir()} == files
+    pixels = scores_of(learned, "pixels-seed0")
+    assert f"| raw pixels | {100 * pixels['knn']:.1f} |" in said
+
+
+def test_a_scattered_image_is_fixed_by_its_index(require_system):
+    require_system(IMAGES, "dataset-fashion-mnist")
+    learning = runpy.run_path(str(SCRIPT))
+    few, more = (learning["load_data"]("scattered", n, 5) for n in (3, 6))
+    assert np.array_equal(few.train, more.train[:3])
+    assert few.train.shape == (3, 48, 48)
+    assert np.array_equal(few.images[3:], more.images[6:])
+    assert not np.array_equal(few.train[0], few.train[1])
