@@ -154,9 +154,11 @@ def choose(facts: Facts, given: Mapping[str, Any]) -> dict[str, Choice]:
     settle("dino.head_bottleneck_dim", bottleneck, "official" if deep else "a smaller head makes quicker steps")
     targets = "sinkhorn_knopp" if batch < 1024 else "centering"
     settle("train.centering", targets, f"a centre of {batch} images is noise" if batch < 1024 else "official")
-    temp = settle("teacher.teacher_temp", teacher_temp(batch), f"sharp, so that {batch} images agree on something")
-    settle("teacher.warmup_teacher_temp", min(0.04, temp), "official, or the same")
-    length("teacher.warmup_teacher_temp", 30 if temp > 0.04 else 0, "official share" if temp > 0.04 else "no warm-up")
+    temp = teacher_temp(batch)
+    temp = settle("teacher.teacher_temp", temp, "at more, targets of a young network are nearly uniform" if temp < 0.04 else "official")
+    warm = temp > 0.04
+    settle("teacher.warmup_teacher_temp", min(0.04, temp), "official" if warm else "no warm-up")
+    length("teacher.warmup_teacher_temp", 30 if warm else 0, "official share" if warm else "no warm-up")
     momentum = teacher_momentum(steps)
     settle("teacher.momentum_teacher", momentum, f"a teacher that follows within a run of {steps:,} steps")
     settle("teacher.final_momentum_teacher", final_momentum(steps), "the last half of the run, averaged")
@@ -229,8 +231,8 @@ def prototypes(batch: int) -> int:
 
 
 def teacher_temp(batch: int) -> float:
-    """0.02 up to 256 images, the official 0.07 from 1,024 on, in between a power of the batch."""
-    return round(min(max(0.02 * math.pow(batch / 256, math.log(3.5, 4)), 0.02), 0.07), 4)
+    """0.01 up to 256 images, the official 0.07 from 1,024 on, in between a power of the batch."""
+    return round(min(max(0.01 * math.pow(batch / 256, math.log(7, 4)), 0.01), 0.07), 4)
 
 
 def teacher_momentum(steps: int) -> float:
