@@ -155,7 +155,11 @@ def choose(facts: Facts, given: Mapping[str, Any]) -> dict[str, Choice]:
     targets = "sinkhorn_knopp" if batch < 1024 else "centering"
     settle("train.centering", targets, f"a centre of {batch} images is noise" if batch < 1024 else "official")
     temp = teacher_temp(batch)
-    temp = settle("teacher.teacher_temp", temp, "at more, targets of a young network are nearly uniform" if temp < 0.04 else "official")
+    temp = settle(
+        "teacher.teacher_temp",
+        temp,
+        "at more, targets of a young network are nearly uniform" if temp < 0.04 else "official",
+    )
     warm = temp > 0.04
     settle("teacher.warmup_teacher_temp", min(0.04, temp), "official" if warm else "no warm-up")
     length("teacher.warmup_teacher_temp", 30 if warm else 0, "official share" if warm else "no warm-up")
