@@ -370,7 +370,12 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="only print what is stored")
     parser.add_argument("--train-images", type=int, metavar="N", help="a quick look: only the first N")
     parser.add_argument("--test-images", type=int, metavar="N")
-    parser.add_argument("keys", nargs="*", metavar="key=value", help="recipe keys laid over every row's; use --out")
+    parser.add_argument(
+        "keys",
+        nargs="*",
+        metavar="key=value",
+        help="recipe keys laid over every row's, before any option; give --out as well",
+    )
     options = parser.parse_args()
 
     settings = Settings(

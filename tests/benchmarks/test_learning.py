@@ -14,9 +14,12 @@ IMAGES = Path("/usr/share/datasets/fashion-mnist")
 BUDGET = ["--steps", "60", "--train-images", "2000", "--test-images", "500", "--seeds", "0", "--data", "scattered"]
 
 
-def run(folder, *arguments):
+KEYS = ["train.threads=1", "train.batch_size_per_gpu=64"]
+
+
+def run(folder, *rows):
     places = ["--out", folder / "results", "--runs", folder / "runs"]
-    command = [sys.executable, SCRIPT, *BUDGET, *places, *arguments]
+    command = [sys.executable, SCRIPT, *KEYS, *BUDGET, *places, "--rows", *rows]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=280).stdout
 
 
@@ -25,7 +28,7 @@ def learned(require_system, tmp_path_factory):
     """Where pixels, the untrained network and short runs of two recipes have been measured."""
     require_system(IMAGES, "dataset-fashion-mnist")
     folder = tmp_path_factory.mktemp("learning")
-    run(folder, "--rows", "pixels", "untrained", "small", "auto", "train.threads=1", "train.batch_size_per_gpu=64")
+    run(folder, "pixels", "untrained", "small", "auto")
     return folder
 
 
@@ -43,7 +46,7 @@ def test_a_minute_of_training_beats_the_start(learned, row):
 def test_cells_are_measured_once(learned):
     files = {path: path.stat().st_mtime_ns for path in (learned / "results").iterdir()}
     assert not list((learned / "runs").iterdir())  # what a finished cell leaves behind is its result
-    said = run(learned, "--rows", "pixels", "small")
+    said = run(learned, "pixels", "small")
     assert {path: path.stat().st_mtime_ns for path in (learned / "results").iterdir()} == files
     pixels = scores_of(learned, "pixels-seed0")
     assert f"| raw pixels | {100 * pixels['knn']:.1f} |" in said
