@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from dinoforge import checkpoint, features, weights
+from dinoforge import checkpoint, distributed, features, weights
 from dinoforge.config import Eval, Recipe, converted, differences, dump, flatten, load_recipe
 from dinoforge.data.batch import normalize, prepare
 from dinoforge.data.crops import resize
@@ -357,7 +357,8 @@ def _auto_recipe(
         sixteen_bit=said.get("data.sixteen_bit", "full"),
         max_pixels=said.get("data.max_pixels", MAX_PIXELS),
     )
-    facts = auto.facts_of(summary, str(devices.resolve_device(said.get("device", "auto"))))
+    device = devices.resolve_device(said.get("device", "auto"))
+    facts = auto.facts_of(summary, str(device), distributed.world_size())
     timed: dict[str, Any] = {}
     if said.get("train.max_minutes") and not any(said.get(key) for key in auto.LENGTHS):
         if run and run.exists:

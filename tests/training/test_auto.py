@@ -38,6 +38,7 @@ def recipe_of(facts, **keys):
             {"optim__epochs": 1},
             {"student__arch": "vit_giant2"},
             {"crops__local_crops_number": 0},
+            {"student__embed_dim": 200},
         )
     ),
 )
@@ -76,6 +77,12 @@ def test_it_meets_the_official_values_at_the_official_size():
         "crops.global_crops_size crops.local_crops_size crops.local_crops_number augment.blur_sigma augment.blur_kernel"
     ).split():
         assert auto_flat[key] == official[key], key
+
+
+def test_ranks_share_a_batch():
+    alone, together = (auto.Facts(1_000_000, 300, 3, "cuda", ranks) for ranks in (1, 8))
+    assert recipe_of(together).train.batch_size_per_gpu == recipe_of(alone).train.batch_size_per_gpu == 256
+    assert recipe_of(together).dino.head_n_prototypes == auto.prototypes(8 * 256)
 
 
 def test_other_choices_follow_what_the_user_gives():

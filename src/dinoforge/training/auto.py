@@ -23,7 +23,13 @@ SHALLOW = 6  # blocks: up to here, all learn alike
 
 LENGTHS = ("train.steps", "train.epochs", "optim.epochs")
 
-_DIVISORS = ("student.patch_size", "crops.global_crops_size", "train.batch_size_per_gpu", "train.steps")
+_DIVISORS = (
+    "student.patch_size",
+    "student.embed_dim",
+    "crops.global_crops_size",
+    "train.batch_size_per_gpu",
+    "train.steps",
+)
 _GREY = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"))
 
 
@@ -36,12 +42,14 @@ class Facts:
         side: typical shorter side in pixels, at least 1.
         channels: 1 grey, 3 colour, or any other number.
         device: ``cpu``, ``mps``, ``cuda`` or ``cuda:N``.
+        ranks: processes that share a batch.
     """
 
     images: int
     side: int
     channels: int
     device: str
+    ranks: int = 1
 
     @property
     def fast(self) -> bool:
@@ -55,13 +63,13 @@ class Choice:
     reason: str
 
 
-def facts_of(data: DataSummary, device: str) -> Facts:
+def facts_of(data: DataSummary, device: str, ranks: int = 1) -> Facts:
     """What a look at a few images tells the rule."""
     sides = [min(data.widths[end], data.heights[end]) for end in (0, 1)]
     modes = {mode for mode, _ in data.modes}
     counts = {int(mode.rpartition(" x")[2]) for mode in modes if " x" in mode}
     channels = 1 if modes <= _GREY else counts.pop() if len(counts) == 1 and len(modes) == 1 else 3
-    return Facts(data.count, max(round(math.sqrt(sides[0] * sides[1])), 1), channels, device)
+    return Facts(data.count, max(round(math.sqrt(sides[0] * sides[1])), 1), channels, device, ranks)
 
 
 def choose(facts: Facts, given: Mapping[str, Any]) -> dict[str, Choice]:
@@ -117,8 +125,9 @@ def choose(facts: Facts, given: Mapping[str, Any]) -> dict[str, Choice]:
     settle("ibot.mask_min_patches", max(min(4, patches // 8), 1), f"a small share of {patches} patches")
 
     # Batch and length
-    batch = batch_size(facts.images, fast=facts.fast)
-    batch = settle("train.batch_size_per_gpu", batch, f"{facts.images:,} images; on a processor more steps teach more")
+    share = batch_size(max(facts.images // facts.ranks, 1), fast=facts.fast)
+    share = settle("train.batch_size_per_gpu", share, f"{facts.images:,} images; small batches make more steps")
+    batch = share * facts.ranks
     if "train.epochs" in said:
         steps = max(math.ceil(said["train.epochs"] * facts.images / batch), 1)
     elif "optim.epochs" in said:
@@ -136,7 +145,8 @@ def choose(facts: Facts, given: Mapping[str, Any]) -> dict[str, Choice]:
         why = f"for {facts.images:,} images" if facts.fast else "what two cores can teach in a quarter of an hour"
         dim = settle("student.embed_dim", dim, why)
         depth = settle("student.depth", depth, why)
-        settle("student.num_heads", max(dim // 64, 1), "64 values for a head")
+        heads = next(n for n in range(max(dim // 64, 1), 0, -1) if dim % n == 0)
+        settle("student.num_heads", heads, f"{dim // heads} values for a head")
     else:
         _, depth, _ = SIZES.get(arch, (0, 12, 0))  # an unknown one is refused later
         for key in ("student.embed_dim", "student.depth", "student.num_heads"):
