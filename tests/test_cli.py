@@ -51,6 +51,8 @@ def test_help_of_everything(arguments, capsys):
         (["train", "{classes}", "train.stps=5"], "did you mean train.steps"),
         (["train", "{classes}", "train.steps=five"], "whole number"),
         (["train", "{classes}", "--recipe", "smal"], "did you mean small"),
+        (["train", "/nowhere", "--recipe", "auto", "train.stps=5"], "did you mean train.steps"),
+        (["explain", "--recipe", "auto"], "function of the images"),
         (["train", "{classes}/fine", "train.batch_size_per_gpu=32"], "larger than the data"),
         (["eval", "knn", "{empty}", "--data", "{classes}"], "no teacher.safetensors"),
         (["eval", "knn", "{run}", "--data", "{classes}/fine"], "labels"),

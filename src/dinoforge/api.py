@@ -19,10 +19,20 @@ import torch
 from rich.console import Console
 
 from dinoforge import checkpoint, distributed, features, weights
-from dinoforge.config import Eval, Recipe, base_of, differences, dump, flatten, load_recipe, recipe_names
+from dinoforge.config import (
+    Eval,
+    Recipe,
+    base_of,
+    converted,
+    differences,
+    dump,
+    flatten,
+    load_recipe,
+    recipe_names,
+)
 from dinoforge.data.batch import normalize, prepare
 from dinoforge.data.crops import resize
-from dinoforge.data.decode import decode
+from dinoforge.data.decode import MAX_PIXELS, decode
 from dinoforge.data.loader import STOP_SIGNALS, Skipped, inspect, make_loader
 from dinoforge.data.sources import Source, open_source, read_labels
 from dinoforge.diagnosis import Finding, diagnose
@@ -39,8 +49,8 @@ from dinoforge.report import plots
 from dinoforge.report import run as reports
 from dinoforge.report.live import Live
 from dinoforge.student_teacher import StudentTeacher
+from dinoforge.training import auto, build, explain, loop
 from dinoforge.training import bench as benchmarks
-from dinoforge.training import build, explain, loop
 from dinoforge.training import device as devices
 from dinoforge.training import plan as plans
 from dinoforge.training import replay as replays
@@ -107,13 +117,18 @@ def train(
         TrainingError: losses or gradients that stay non-finite; see docs/reliability.md.
     """
     console = console or Console()
-    resolved, ignored = load_recipe(recipe, _flat_keys(keys))
+    resolved: Recipe | None = None
+    if recipe != "auto":
+        resolved, ignored = load_recipe(recipe, _flat_keys(keys))
     source = open_source(data)
     data_name = str(data) if isinstance(data, str | os.PathLike) else type(data).__name__
     if out is None:
         recipe_name = "custom" if isinstance(recipe, Recipe) else Path(recipe).stem
         out = Path("runs", f"{Path(os.path.abspath(data_name)).name}-{recipe_name}")
     run = RunDirectory(Path(out))
+    choices: dict[str, auto.Choice] = {}
+    if resolved is None:
+        resolved, ignored, choices = _auto_recipe(source, _flat_keys(keys), run)
     identity = DataIdentity(os.path.abspath(data_name), len(source), source.fingerprint())
     run.require_free_or_same(resolved, identity)
     known = None if labels is None else read_labels(labels, source)
@@ -123,6 +138,8 @@ def train(
     plan = _plan(resolved, source)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     say(plans.render(plan, data_path=data_name, out=str(run.path)))
+    if choices and dry_run:
+        say(f"\n{auto.render(choices)}\n")
     if ignored:
         say(f"ignored  {'; '.join(f'{key}: {reason}' for key, reason in ignored.items())}")
     if dry_run:
@@ -138,7 +155,8 @@ def train(
         say(f"\nThis run is finished: the backbone is {run.teacher}. For another one, choose another --out.")
         return result
     with _threads(plan.threads):
-        return _train(plan, source, known, run, identity, base_of(recipe), console)
+        base = auto.BASE if choices else base_of(recipe)
+        return _train(plan, source, known, run, identity, base, console)
 
 
 def _train(
@@ -428,11 +446,56 @@ def bench(data: Any, recipe: str | Path | Recipe = "small", *, seconds: float = 
         RecipeError: a key or value that cannot be.
         DataError: no usable images.
     """
-    resolved, _ = load_recipe(recipe, _flat_keys(keys))
     source = open_source(data)
+    resolved = auto_recipe(source, **keys)[0] if recipe == "auto" else load_recipe(recipe, _flat_keys(keys))[0]
     plan = _plan(resolved, source)
     with _threads(plan.threads):
         return benchmarks.measure(plan, source, seconds=seconds)
+
+
+def auto_recipe(data: Any, **keys: Any) -> tuple[Recipe, dict[str, auto.Choice]]:
+    """The recipe that ``auto`` makes of images, and what it chose, with reasons.
+
+    Args:
+        data, keys: as for ``train``; what the user gives is not chosen, and other choices follow it. With
+            ``train.max_minutes`` and no other length, a step is timed and the steps are as many as fit in.
+
+    Raises:
+        RecipeError: a key or value that cannot be.
+        DataError: no usable images.
+    """
+    recipe, _, choices = _auto_recipe(open_source(data), _flat_keys(keys), None)
+    return recipe, choices
+
+
+def _auto_recipe(
+    source: Source, given: dict[str, Any], run: RunDirectory | None
+) -> tuple[Recipe, dict[str, str], dict[str, auto.Choice]]:
+    said = converted(given)
+    channels = said.get("student.in_chans") or auto.guess_channels(source)
+    summary = inspect(
+        source,
+        channels=channels,
+        sixteen_bit=said.get("data.sixteen_bit", "full"),
+        max_pixels=said.get("data.max_pixels", MAX_PIXELS),
+    )
+    device = devices.resolve_device(said.get("device", "auto"))
+    facts = auto.facts_of(summary, str(device), distributed.world_size())
+    timed: dict[str, Any] = {}
+    if said.get("train.max_minutes") and not any(said.get(key) for key in auto.LENGTHS):
+        if run and run.exists:
+            timed = {"train.steps": run.recipe().train.steps}  # a second measurement would give another number
+        else:
+            sample = auto.choose(facts, given | {"train.steps": auto.LONG})
+            values = {key: choice.value for key, choice in sample.items()}
+            recipe, _ = load_recipe(auto.BASE, values | given | {"train.steps": auto.LONG})
+            seconds = benchmarks.seconds_per_step(recipe, source)
+            timed = {"train.steps": max(int(60 * said["train.max_minutes"] / seconds), 1)}
+    choices = auto.choose(facts, given | timed)
+    if timed:
+        choices["train.steps"] = auto.Choice(timed["train.steps"], "as many as fit into train.max_minutes")
+    recipe, ignored = load_recipe(auto.BASE, {key: choice.value for key, choice in choices.items()} | given)
+    return recipe, ignored, choices
 
 
 def _plan(recipe: Recipe, source: Source) -> plans.Plan:

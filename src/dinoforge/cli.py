@@ -59,7 +59,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: dinoforge train photos/ --out runs/photos train.steps=2000",
     )
     train.add_argument("data", metavar="DATA", help="folder of images, walked recursively")
-    train.add_argument("--recipe", default="small", metavar="NAME|FILE", help="default: small; see docs/recipes.md")
+    train.add_argument(
+        "--recipe",
+        default="small",
+        metavar="NAME|FILE",
+        help="default: small; auto looks at the images",
+    )
     train.add_argument("--out", metavar="RUN", help="run directory; default: runs/FOLDER-RECIPE")
     train.add_argument(
         "--labels",
@@ -211,6 +216,16 @@ def _keys(texts: Sequence[str]) -> dict[str, Any]:
     return dict(parse_override(text) for text in texts)
 
 
+def _check(recipe: str, keys: Mapping[str, Any]) -> None:
+    """Raises the errors that show without the images."""
+    from dinoforge.config import converted, load_recipe
+
+    if recipe == "auto":
+        converted(keys)
+    else:
+        load_recipe(recipe, keys)
+
+
 def _step(text: str) -> int | Literal["last"]:
     try:
         return "last" if text == "last" else int(text)
@@ -219,10 +234,8 @@ def _step(text: str) -> int | Literal["last"]:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from dinoforge.config import load_recipe
-
     keys = _keys(options.keys)
-    load_recipe(options.recipe, keys)  # a mistyped key is answered before torch is imported
+    _check(options.recipe, keys)  # a mistyped key is answered before torch is imported
 
     from dinoforge.api import train
 
@@ -248,10 +261,8 @@ def _replay(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler otherwise writes to the terminal
-    from dinoforge.config import load_recipe
-
     keys = _keys(options.keys)
-    load_recipe(options.recipe, keys)
+    _check(options.recipe, keys)
 
     from dinoforge.api import bench
     from dinoforge.training.bench import render

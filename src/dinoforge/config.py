@@ -361,6 +361,17 @@ def base_of(recipe: str | Path | Recipe) -> str:
     return str((yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}).get("base", "dinov2"))
 
 
+def converted(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides as the types of their keys, not yet held against each other.
+
+    Raises:
+        RecipeError: an unknown key or a wrong type.
+    """
+    values: dict[str, Any] = {}
+    _merge(values, overrides)
+    return values
+
+
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """The recipe as dotted keys: ``{"train.seed": 0, …}``."""
     flat: dict[str, Any] = {}
@@ -403,6 +414,11 @@ def _layers(recipe: str | Path) -> list[dict[str, Any]]:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"cannot read the recipe {path}: {error}") from error
+    elif str(recipe) == "auto":
+        raise RecipeError(
+            "the recipe auto is a function of the images: dinoforge train DATA --recipe auto --dry-run shows it, and "
+            "RUN/recipe.yaml has that of a run"
+        )
     else:
         hint = _nearest(str(recipe), recipe_names())
         raise RecipeError(

@@ -25,7 +25,14 @@ from dinoforge.training.build import (
     build_state,
     run_length,
 )
-from dinoforge.training.device import autocast, keep_freed_memory, peak_memory_gib, usable_processors
+from dinoforge.training.device import (
+    autocast,
+    keep_freed_memory,
+    peak_memory_gib,
+    resolve_device,
+    resolve_precision,
+    usable_processors,
+)
 from dinoforge.training.explain import work_of_a_step
 from dinoforge.training.loop import kept_samples
 from dinoforge.training.plan import Plan
@@ -53,6 +60,37 @@ def gemm_peak(device: torch.device, dtype: torch.dtype, shapes: Sequence[Shape] 
         times = _repeat(partial(torch.mm, a, b.T, out=out), device, seconds)
         best = max(best, 2 * m * k * n / min(times))
     return best
+
+
+def seconds_per_step(recipe: Recipe, source: Source, *, repeats: int = 6) -> float:
+    """What a step with the making of its batch costs, the quickest of several.
+
+    On a processor it is the work that counts, so that what else runs meanwhile hardly matters: both are timed on one
+    thread in processor time, and shared out over all processors at 90 %. Elsewhere, the longer of the step and the
+    batch, which workers make meanwhile.
+    """
+    device = resolve_device(recipe.device)
+    bench = StepBench(recipe, device, resolve_precision(recipe.precision, device))
+    data = build_data(recipe, source)
+    making = []
+    for number in range(repeats):
+        started = time.process_time()
+        batch = data[number]
+        making.append(time.process_time() - started)
+        if isinstance(batch, Failure):
+            raise DataError(batch.message)
+    processors = usable_processors()
+    if device.type != "cpu":
+        bench.run(2)
+        return max(min(bench.run(repeats)), min(making) / min(processors, 8))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        bench.processor_times(2)  # the first steps are slower
+        step = min(bench.processor_times(repeats))
+    finally:
+        torch.set_num_threads(threads)
+    return (step + min(making)) / (0.9 * processors)
 
 
 def _repeat(call: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
@@ -140,6 +178,16 @@ class StepBench:
         for _ in range(steps):
             batch = self.batch()
             times.append(_timed(partial(self.step, batch), self._device))
+        return times
+
+    def processor_times(self, steps: int) -> list[float]:
+        """Seconds of processor time of each of so many steps."""
+        times = []
+        for _ in range(steps):
+            batch = self.batch()
+            started = time.process_time()
+            self.step(batch)
+            times.append(time.process_time() - started)
         return times
 
     def phases(self) -> dict[str, float]:

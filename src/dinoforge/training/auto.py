@@ -1,0 +1,282 @@
+"""Recipe ``auto``: hyper-parameters as functions of the images, the batch, the length of the run and the device.
+
+``choose`` lays its choices over the recipe ``small``, each with a reason. It reads nothing but its arguments, so the
+same images on the same kind of device get the same recipe. What the user gives wins, and what depends on it follows:
+with another batch come other prototypes, with another patch other crops. docs/small-data.md has the evidence.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dinoforge.config import Train, converted
+from dinoforge.data.decode import describe
+from dinoforge.data.loader import DataSummary
+from dinoforge.data.sources import Source
+from dinoforge.errors import ImageError, RecipeError
+from dinoforge.models.vit import SIZES
+
+BASE = "small"
+LONG = 50_000  # steps: from here on, as the official recipes
+SHALLOW = 6  # blocks: up to here, all learn alike
+
+LENGTHS = ("train.steps", "train.epochs", "optim.epochs")
+
+_DIVISORS = (
+    "student.patch_size",
+    "student.embed_dim",
+    "crops.global_crops_size",
+    "train.batch_size_per_gpu",
+    "train.steps",
+)
+_GREY = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rule knows.
+
+    Args:
+        images: how many there are, at least 1.
+        side: typical shorter side in pixels, at least 1.
+        channels: 1 grey, 3 colour, or any other number.
+        device: ``cpu``, ``mps``, ``cuda`` or ``cuda:N``.
+        ranks: processes that share a batch.
+    """
+
+    images: int
+    side: int
+    channels: int
+    device: str
+    ranks: int = 1
+
+    @property
+    def fast(self) -> bool:
+        """Whether the device multiplies a hundred times as fast as a laptop's processor."""
+        return self.device.startswith("cuda")
+
+
+@dataclass(frozen=True)
+class Choice:
+    value: Any
+    reason: str
+
+
+def facts_of(data: DataSummary, device: str, ranks: int = 1) -> Facts:
+    """What a look at a few images tells the rule."""
+    sides = [min(data.widths[end], data.heights[end]) for end in (0, 1)]
+    modes = {mode for mode, _ in data.modes}
+    counts = {int(mode.rpartition(" x")[2]) for mode in modes if " x" in mode}
+    channels = 1 if modes <= _GREY else counts.pop() if len(counts) == 1 and len(modes) == 1 else 3
+    return Facts(data.count, max(round(math.sqrt(sides[0] * sides[1])), 1), channels, device, ranks)
+
+
+def choose(facts: Facts, given: Mapping[str, Any]) -> dict[str, Choice]:
+    """Keys to lay over the recipe ``small`` before what the user gave.
+
+    Args:
+        facts: about images and device.
+        given: the user's keys, dotted; none of them is in the result.
+
+    Raises:
+        RecipeError: a key or value that cannot be.
+    """
+    given = {key: value for key, value in given.items() if value is not None}
+    said = converted(given)
+    for key in _DIVISORS:
+        if said.get(key, 1) < 1:
+            raise RecipeError(f"{key}: expected at least 1, got {said[key]}")
+    choices: dict[str, Choice] = {}
+
+    def settle(key: str, value: Any, reason: str) -> Any:
+        """The value of a key, of which the user has the first say."""
+        if key in given:
+            return said[key]
+        choices[key] = Choice(value, reason)
+        return value
+
+    def length(key: str, share: float, reason: str) -> None:
+        """A warm-up as a share of the run, unless the user gave it in nominal epochs."""
+        if f"{key}_epochs" not in given:
+            settle(f"{key}_length", f"{share:.3g}%", reason)
+
+    # Images
+    settle("student.in_chans", facts.channels, "the images' channels")
+    if facts.channels != 3:
+        for key, value in {"data.mean": 0.5, "data.std": 0.25}.items():
+            settle(key, value, "the default is ImageNet's, of three colours")
+        settle("augment.grayscale_probability", 0.0, "without three colours there is none to take away")
+        settle("augment.solarize_probability", 0.0, "makes no picture that a camera would take")
+
+    # Crops and patches
+    patch = settle("student.patch_size", patch_size(facts.side, fast=facts.fast), "crops of 4 to 16 patches a side")
+    crop = multiple(crop_size(facts.side, fast=facts.fast), patch)
+    crop = settle("crops.global_crops_size", crop, f"for images of {facts.side} pixels; small crops are many")
+    local = settle("crops.local_crops_size", multiple(0.45 * crop, patch), "nearly half of a global crop's side")
+    number = settle("crops.local_crops_number", 8 if facts.fast else 2, "official" if facts.fast else "each costs time")
+    if not facts.fast:
+        settle("crops.global_crops_scale", (0.4, 1.0), "in a smaller part small objects are often not in view")
+        settle("crops.local_crops_scale", (0.15, 0.4), "in a smaller part small objects are often not in view")
+    smallest = min(crop, local) if number else crop
+    settle("augment.blur_kernel", blur_kernel(smallest), f"9 at the official sizes, less at {smallest} pixels")
+    settle("augment.blur_sigma", (0.1, blur_sigma(crop)), f"up to 2 at 224 pixels, less at {crop}")
+    patches = max(crop // patch, 1) ** 2
+    settle("ibot.mask_min_patches", max(min(4, patches // 8), 1), f"a small share of {patches} patches")
+
+    # Batch and length
+    share = batch_size(max(facts.images // facts.ranks, 1), fast=facts.fast)
+    share = settle("train.batch_size_per_gpu", share, f"{facts.images:,} images; small batches make more steps")
+    batch = share * facts.ranks
+    if "train.epochs" in said:
+        steps = max(math.ceil(said["train.epochs"] * facts.images / batch), 1)
+    elif "optim.epochs" in said:
+        nominal = said.get("train.OFFICIAL_EPOCH_LENGTH", Train.OFFICIAL_EPOCH_LENGTH)
+        steps = max(math.ceil(said["optim.epochs"] * nominal), 1)
+    else:
+        steps = run_steps(facts.images, batch, fast=facts.fast)
+        steps = settle("train.steps", steps, f"{steps * batch / facts.images:.0f} passes over the images")
+    long = steps >= LONG
+
+    # Network
+    arch = said.get("student.arch", "vit_custom")
+    if arch == "vit_custom":
+        dim, depth = network(facts.images, fast=facts.fast)
+        why = f"for {facts.images:,} images" if facts.fast else "what two cores can teach in a quarter of an hour"
+        dim = settle("student.embed_dim", dim, why)
+        depth = settle("student.depth", depth, why)
+        heads = next(n for n in range(max(dim // 64, 1), 0, -1) if dim % n == 0)
+        settle("student.num_heads", heads, f"{dim // heads} values for a head")
+    else:
+        _, depth, _ = SIZES.get(arch, (0, 12, 0))  # an unknown one is refused later
+        for key in ("student.embed_dim", "student.depth", "student.num_heads"):
+            settle(key, None, f"that of {arch}")
+    deep = depth > SHALLOW
+    settle("student.layerscale", 1e-5 if long and deep else 1.0, "1e-5 takes tens of thousands of steps to wake up")
+    settle("student.drop_path_rate", (0.3 if depth > 12 else 0.1) if deep else 0.0, f"{depth} blocks")
+
+    # Losses
+    prototypes_why = f"as many as {batch} images can fill"
+    settle("dino.head_n_prototypes", prototypes(batch), prototypes_why)
+    settle("ibot.head_n_prototypes", prototypes(batch), prototypes_why)
+    hidden, bottleneck = (2048, 256) if deep else (512, 64)
+    settle("dino.head_hidden_dim", hidden, "official" if deep else "a smaller head makes quicker steps")
+    settle("dino.head_bottleneck_dim", bottleneck, "official" if deep else "a smaller head makes quicker steps")
+    targets = "sinkhorn_knopp" if batch < 1024 else "centering"
+    settle("train.centering", targets, f"a centre of {batch} images is noise" if batch < 1024 else "official")
+    temp = teacher_temp(batch)
+    temp = settle(
+        "teacher.teacher_temp",
+        temp,
+        "at more, targets of a young network are nearly uniform" if temp < 0.04 else "official",
+    )
+    warm = temp > 0.04
+    settle("teacher.warmup_teacher_temp", min(0.04, temp), "official" if warm else "no warm-up")
+    length("teacher.warmup_teacher_temp", 30 if warm else 0, "official share" if warm else "no warm-up")
+    momentum = teacher_momentum(steps)
+    settle("teacher.momentum_teacher", momentum, f"a teacher that follows within a run of {steps:,} steps")
+    settle("teacher.final_momentum_teacher", final_momentum(steps), "the last half of the run, averaged")
+
+    # Optimizer
+    settle("optim.base_lr", 0.004 if deep else 0.005, "official" if deep else "small networks bear more")
+    settle("optim.layerwise_decay", 0.9 if deep else 1.0, "official" if deep else f"{depth} blocks learn alike")
+    settle("optim.patch_embed_lr_mult", 0.2 if deep else 1.0, "official" if deep else f"{depth} blocks learn alike")
+    settle("optim.weight_decay_end", 0.4 if long else 0.2, "official" if long else "a short run needs less")
+    length("optim.warmup", 10, "official share")
+    length("optim.freeze_last_layer", 1, "official share")
+    return choices
+
+
+def patch_size(side: int, *, fast: bool) -> int:
+    """Side of a patch for images of ``side`` pixels; grows with it."""
+    for largest, patch in ((7, 1), (15, 2), (31, 4), (64, 8)):
+        if side <= largest:
+            return patch
+    if fast:
+        return 14
+    return 8 if side <= 96 else 12
+
+
+def crop_size(side: int, *, fast: bool) -> float:
+    """Side of a global crop, before it is made a multiple of the patch; grows with ``side``.
+
+    On a processor two thirds of the side: a step is then done in half the time, and more images teach more than more
+    pixels. Never more than 224, or 96.
+    """
+    return min(side, 224) if fast else min(max(side * 2 / 3, min(side, 28)), 96)
+
+
+def multiple(side: float, patch: int) -> int:
+    """The nearest multiple of the patch, at least one patch."""
+    return max(round(side / patch), 1) * patch
+
+
+def blur_kernel(size: int) -> int:
+    """Side of the blur's kernel: 9 where crops have 45 pixels or more, an odd number around a fifth of less."""
+    return min(9, size // 10 * 2 + 1)
+
+
+def blur_sigma(size: int) -> float:
+    """Largest standard deviation of the blur: 2 at 224 pixels, never below 0.5."""
+    return round(min(max(2 * size / 224, 0.5), 2.0), 2)
+
+
+def batch_size(images: int, *, fast: bool) -> int:
+    """A power of two, up to 128 or, on fast devices, 256, and no more than a quarter of the images where it can be."""
+    quarter = 1 << int(math.log2(max(images // 4, 1)))
+    return max(min(quarter, 256 if fast else 128), min(images, 8))
+
+
+def run_steps(images: int, batch: int, *, fast: bool) -> int:
+    """A hundred passes over the images, but no fewer than 1,000 steps, and no more than 5,000 or, fast, 125,000."""
+    return min(max(math.ceil(100 * images / batch), 1000), 125_000 if fast else 5000)
+
+
+def network(images: int, *, fast: bool) -> tuple[int, int]:
+    """Width and depth; more for more images where the device is fast."""
+    if not fast:
+        return 128, 4
+    return (384, 12) if images < 100_000 else (768, 12) if images < 1_000_000 else (1024, 24)
+
+
+def prototypes(batch: int) -> int:
+    """Number of prototypes: batch² / 64 as a power of two, 256 to 65,536, which a batch of 2,048 is official for."""
+    return min(max(1 << max(round(2 * math.log2(batch) - 6), 0), 256), 65536)
+
+
+def teacher_temp(batch: int) -> float:
+    """0.01 up to 256 images, the official 0.07 from 1,024 on, in between a power of the batch."""
+    return round(min(max(0.01 * math.pow(batch / 256, math.log(7, 4)), 0.01), 0.07), 4)
+
+
+def teacher_momentum(steps: int) -> float:
+    """1 - 0.65 / √steps: 0.97 for 500 steps, 0.99 for 4,000; from 0.9 to 0.996."""
+    return round(min(max(1 - 0.65 / math.sqrt(steps), 0.9), 0.996), 4)
+
+
+def final_momentum(steps: int) -> float:
+    """1 - 2 / steps: the average at the end reaches over half of the run."""
+    return max(round(1 - 2 / max(steps, 2), 6), teacher_momentum(steps))
+
+
+def guess_channels(source: Source) -> int:
+    """How many channels to read the images with: those of arrays with an unusual number, else 3, which suits all."""
+    for index in range(min(len(source), 16)):
+        try:
+            _, _, kind = describe(source.item(index).image)
+        except ImageError:
+            continue
+        count = int(kind.rpartition(" x")[2]) if " x" in kind else 3
+        return 3 if count in (1, 3, 4) else count
+    return 3
+
+
+def render(choices: Mapping[str, Choice]) -> str:
+    """Every choice with its reason, as aligned lines."""
+    texts = {key: _plain(choice.value) for key, choice in choices.items()}
+    width, values = max(map(len, texts)), max(map(len, texts.values()))
+    return "\n".join(f"{key:<{width}}  {texts[key]:<{values}}  {choice.reason}" for key, choice in choices.items())
+
+
+def _plain(value: Any) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
