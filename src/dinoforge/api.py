@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from dinoforge import checkpoint, features, weights
+from dinoforge import checkpoint, embedding, features, weights
 from dinoforge.config import Eval, Recipe, differences, dump, flatten, load_recipe
 from dinoforge.data.batch import normalize, prepare
 from dinoforge.data.crops import resize
@@ -450,6 +450,52 @@ def embed(model: str | Path | weights.Backbone, data: Any, **keys: Any) -> np.nd
         first = found.skipped[0]
         raise DataError(f"{len(found.skipped)} images cannot be read, first {first.name}: {first.reason}")
     return found.cls.numpy()
+
+
+def write_features(
+    model: str | Path | weights.Backbone,
+    data: Any,
+    out: str | Path,
+    *,
+    patches: bool = False,
+    on_progress: Callable[[int, int], object] = lambda done, total: None,
+    **keys: Any,
+) -> embedding.Embedded:
+    """Writes names and features of every image to a file; the same call goes on with what another one left.
+
+    Args:
+        model, data, keys: as for ``embed``.
+        out: ``….parquet`` with columns ``name``, ``cls`` and, if asked, ``patches``; or ``….npy`` with the cls tokens,
+            and beside it ``….names.txt`` and ``….patches.npy``.
+        patches: whether patch tokens are written, too.
+        on_progress: told images done and images in all, every few seconds.
+
+    Raises:
+        RunError: ``out`` is there already, was begun with something else, or cannot be written.
+        ExportError: another kind of file, or pyarrow is missing.
+        DataError: not one image can be read; single ones get no row and are listed in ``….skipped.txt``.
+        WeightsError: no readable backbone.
+    """
+    backbone, keys = _opened(model, keys)
+    settings = _eval_keys(Eval(), keys)
+    reading = _reading(backbone, settings)
+    meaning = {
+        "model": "given" if isinstance(model, weights.Backbone) else str(model),
+        "step": backbone.step,
+        "size": reading["size"],
+        "crop": settings.crop,
+        "mean": list(reading["mean"]),
+        "std": list(reading["std"]),
+    }
+    return embedding.write_features(
+        backbone.network,
+        open_source(data),
+        Path(out),
+        patches=patches,
+        meaning=meaning,
+        on_progress=on_progress,
+        **reading,
+    )
 
 
 def evaluate_knn(
