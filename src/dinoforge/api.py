@@ -87,13 +87,13 @@ def train(
         TrainingError: losses or gradients that stay non-finite; see docs/reliability.md.
     """
     console = console or Console()
-    resolved, ignored = load_recipe(recipe, _flat_keys(keys))
     source = open_source(data)
     data_name = str(data) if isinstance(data, str | os.PathLike) else type(data).__name__
     if out is None:
         recipe_name = "custom" if isinstance(recipe, Recipe) else Path(recipe).stem
         out = Path("runs", f"{Path(os.path.abspath(data_name)).name}-{recipe_name}")
     run = RunDirectory(Path(out))
+    resolved, ignored = resolve(recipe, keys, run)
     identity = DataIdentity(os.path.abspath(data_name), len(source), source.fingerprint())
     run.require_free_or_same(resolved, identity)
 
@@ -228,12 +228,46 @@ def _initialise(networks: StudentTeacher, recipe: Recipe, say: Callable[[str], o
     """Puts the weights that the recipe names into fresh networks; on the meta device, only checks that they fit."""
     if recipe.init.weights is None:
         return
-    given = load(recipe.init.weights)
-    if any(note.startswith("assumed num_heads") for note in given.notes):  # the recipe knows better than a rule
-        given = load(recipe.init.weights, num_heads=build.vit_arguments(recipe)["num_heads"])
-    reshaped = build.initialise(networks, given.network, recipe.init.in_chans)
-    for note in (f"from {recipe.init.weights}", *given.notes, *reshaped):
+    heads = build.vit_arguments(recipe)["num_heads"]
+    given = load(recipe.init.weights, num_heads=heads)
+    if recipe.init.architecture == "file":  # what was assumed about it may have been overridden
+        network = build.vit_arguments(recipe)
+        rule = {key: network[key] for key in _RESAMPLING if any(n.startswith(f"assumed {key}") for n in given.notes)}
+        given = load(recipe.init.weights, num_heads=heads, **rule)
+    notes = [*given.notes, *build.initialise(networks, given.network, recipe.init.in_chans)]
+    if recipe.init.heads == "run":
+        there = next(iter(networks.parameters())).device.type != "meta"
+        notes.append(build.heads_of_run(networks, Path(recipe.init.weights)) if there else "heads of its checkpoint")
+    for note in (f"from {recipe.init.weights}", *notes):
         say(f"init     {note}")
+
+
+def resolve(
+    recipe: str | Path | Recipe, keys: Mapping[str, Any], run: RunDirectory | None = None
+) -> tuple[Recipe, dict[str, str]]:
+    """A recipe as ``load_recipe`` gives it, completed from the file in ``init.weights`` if it says so.
+
+    Args:
+        recipe, keys: as for ``train``.
+        run: if it has begun, it knows what was taken from the file.
+
+    Raises:
+        RecipeError: a key or value that cannot be, or no ``init.weights`` where it is needed.
+        WeightsError: no readable backbone there.
+    """
+    flat = _flat_keys(keys)
+    resolved, ignored = load_recipe(recipe, flat)
+    if resolved.init.architecture == "recipe":
+        return resolved, ignored
+    if resolved.init.weights is None:
+        raise RecipeError("this recipe continues from given weights: say which by init.weights=RUN|FILE")
+    if run and run.exists:  # it may have begun long ago, from a file that is gone
+        beneath = {key: value for key, value in flatten(run.recipe()).items() if key in build.ADOPTED}
+    else:
+        heads = resolved.student.num_heads
+        given = load(resolved.init.weights, **({} if heads is None else {"num_heads": heads}))
+        beneath = build.adopted(given, resolved)
+    return load_recipe(recipe, flat, beneath=beneath)
 
 
 def _roll_back(run: RunDirectory, state: loop.TrainState, recipe: Recipe, say: Callable[[str], object]) -> None:
@@ -317,7 +351,7 @@ def bench(data: Any, recipe: str | Path | Recipe = "small", *, seconds: float = 
         RecipeError: a key or value that cannot be.
         DataError: no usable images.
     """
-    resolved, _ = load_recipe(recipe, _flat_keys(keys))
+    resolved, _ = resolve(recipe, keys)
     source = open_source(data)
     plan = _plan(resolved, source)
     with _threads(plan.threads):
@@ -647,7 +681,8 @@ def _open_run(run: RunDirectory, data: Any, *, pictures: bool) -> pages.Run:
     )
 
 
-_UNSAID = ("student.num_heads", "student.interpolate_antialias", "student.interpolate_offset", "data.mean", "data.std")
+_RESAMPLING = ("interpolate_antialias", "interpolate_offset")
+_UNSAID = ("student.num_heads", *(f"student.{key}" for key in _RESAMPLING), "data.mean", "data.std")
 """Keys of what a foreign weights file cannot say."""
 
 

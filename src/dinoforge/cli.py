@@ -256,9 +256,18 @@ def _bench(options: argparse.Namespace) -> int:
 def _explain(options: argparse.Namespace) -> int:
     from dinoforge.config import load_recipe
 
-    recipe, ignored = load_recipe(options.recipe, _keys(options.keys))
+    keys = _keys(options.keys)
+    recipe, ignored = load_recipe(options.recipe, keys)
 
     from dinoforge.training import explain
+
+    if recipe.init.architecture == "file":
+        if recipe.init.weights is None:
+            print("without init.weights=RUN|FILE, for the network and crops of dinov2", file=sys.stderr)
+        else:
+            from dinoforge.api import resolve
+
+            recipe, ignored = resolve(options.recipe, keys)
 
     images = explain.IMAGENET_1K if options.images is None else options.images
     explanation = explain.explain(recipe, images=images, batch=options.batch, step=options.step)

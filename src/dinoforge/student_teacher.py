@@ -86,18 +86,26 @@ class StudentTeacher(nn.Module):
     def ibot_head_name(self) -> str:
         return "ibot_head" if "ibot_head" in self.student else "dino_head"
 
-    def forward(self, batch: Batch, *, teacher_temp: float, kept: Sequence[KeptSamples] | None = None) -> Losses:
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        teacher_temp: float,
+        kept: Sequence[KeptSamples] | None = None,
+        backbone_frozen: bool = False,
+    ) -> Losses:
         """The losses of a batch of normalised crops.
 
         Args:
             batch: crops float32 on the networks' device; see ``Batch`` for the order of crops.
             teacher_temp: temperature of the teacher's targets.
             kept: stochastic depth of the student: per block, the images that each branch keeps.
+            backbone_frozen: whether only the heads get a gradient; the student's backbone then takes no memory for one.
         """
         with record_function("teacher"):
             dino_targets, ibot_targets = self._targets(batch, teacher_temp)
 
-        with record_function("student"):
+        with record_function("student"), torch.set_grad_enabled(torch.is_grad_enabled() and not backbone_frozen):
             crops = self.student_crops(batch)
             masks: list[Tensor | None] = [batch.masks, None]  # also without the iBOT loss, as in the reference
             backbone = cast(VisionTransformer, self.student["backbone"])

@@ -67,9 +67,17 @@ def train_step(
         NonFiniteError: before anything was updated.
     """
     centers = [c.clone() for c in student_teacher.buffers()]  # moved in the forward pass
-    set_hyperparameters(optimizer, lr=hyper.lr, last_layer_lr=hyper.last_layer_lr, weight_decay=hyper.weight_decay)
+    set_hyperparameters(
+        optimizer,
+        lr=hyper.lr,
+        last_layer_lr=hyper.last_layer_lr,
+        weight_decay=hyper.weight_decay,
+        backbone_lr_mult=hyper.backbone_lr_mult,
+    )
     with autocast or nullcontext():
-        losses = student_teacher(batch, teacher_temp=hyper.teacher_temp, kept=kept)
+        losses = student_teacher(
+            batch, teacher_temp=hyper.teacher_temp, kept=kept, backbone_frozen=hyper.backbone_frozen
+        )
     with record_function("backward"):
         if scaler is None:
             losses.total.backward()
