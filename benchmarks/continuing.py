@@ -69,9 +69,9 @@ HIGHRES = 28  # pixels; the network was pretrained on crops of 20
 class Sizes:
     """How long everything is."""
 
-    pretraining: int = 1500  # steps
-    further: int = 400
-    highres: int = 200
+    pretraining: int = 1000  # steps
+    further: int = 300
+    highres: int = 160
     train_images: int = 20_000
     gallery: int = 5_000  # labelled images, of those
     test: int = 3_000

@@ -388,3 +388,18 @@ def test_a_step_moves_student_then_teacher():
         expected = 0.9 * before[f"teacher.{name}"] + 0.1 * student
         torch.testing.assert_close(networks.teacher.get_parameter(name), expected)
         assert student.grad is None
+
+
+def test_a_frozen_backbone_changes_neither_losses_nor_the_heads_gradients():
+    gradients = []
+    for frozen in (False, True):
+        networks = make(recipe=make_recipe())
+        losses = networks(make_batch(), teacher_temp=TEMP, backbone_frozen=frozen)
+        losses.total.backward()
+        gradients.append({name: p.grad for name, p in networks.student.named_parameters()} | vars(losses))
+    free, held = gradients
+    for name, value in free.items():
+        if name.startswith("backbone."):
+            assert held[name] is None
+        else:
+            assert torch.equal(held[name], value), name

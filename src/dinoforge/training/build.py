@@ -333,8 +333,9 @@ def initialise(student_teacher: StudentTeacher, given: VisionTransformer, in_cha
             f"init.weights does not fit the recipe: {'; '.join(wrong)}. Set student.* to the architecture of the file"
             + ("" if given.in_chans == student.in_chans else ", or init.in_chans to repeat, mean or fresh")
         )
-    for networks in (student_teacher.student, student_teacher.teacher):
-        networks["backbone"].load_state_dict(tensors)
+    if not student.pos_embed.is_meta:
+        for networks in (student_teacher.student, student_teacher.teacher):
+            networks["backbone"].load_state_dict(tensors)
     return notes
 
 
