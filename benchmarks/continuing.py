@@ -70,8 +70,8 @@ class Sizes:
     """How long everything is."""
 
     pretraining: int = 1000  # steps
-    further: int = 300
-    highres: int = 160
+    further: int = 240
+    highres: int = 120
     train_images: int = 20_000
     gallery: int = 5_000  # labelled images, of those
     test: int = 3_000
