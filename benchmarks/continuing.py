@@ -38,7 +38,6 @@ from dinoforge.training import build
 
 CLOTHES = Path("/usr/share/datasets/fashion-mnist")
 K = 20
-POINTS = 8  # of a curve, after its start
 NETWORK = {
     "student.embed_dim": 64,
     "student.depth": 4,
@@ -75,9 +74,10 @@ class Sizes:
     train_images: int = 20_000
     gallery: int = 5_000  # labelled images, of those
     test: int = 3_000
+    points: int = 8  # of a curve, after its start
 
 
-TINY = Sizes(pretraining=4, further=8, highres=8, train_images=200, gallery=64, test=32)
+TINY = Sizes(pretraining=4, further=12, highres=12, train_images=64, gallery=32, test=16, points=2)
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,9 @@ def accuracy(network: VisionTransformer, domain: Domain, size: int, sizes: Sizes
     return float((predicted == labels)[sizes.gallery :].double().mean())
 
 
-def trained(data: np.ndarray, recipe: str, out: Path, steps: int, console: Console, **keys: Any) -> None:
-    """A run, gone on with if it was begun; its checkpoints at every eighth stay."""
-    every = max(steps // POINTS, 1)
+def trained(data: np.ndarray, recipe: str, out: Path, steps: int, sizes: Sizes, console: Console, **keys: Any) -> None:
+    """A run, gone on with if it was begun; the checkpoints that its curve is measured at stay."""
+    every = max(steps // sizes.points, 1)
     keys = EVERY_RUN | {"train.steps": steps, "checkpoint.every_steps": every, "checkpoint.keep_every": every} | keys
     dinoforge.train(data, recipe, out, console=console, **keys)
 
@@ -166,7 +166,7 @@ def measure(out: Path, sizes: Sizes, console: Console) -> dict[str, list[tuple[i
     here = clothes(sizes)
     there = elsewhere(here)
     first = out / "pretraining"
-    trained(here.train, "small", first, sizes.pretraining, console, **NETWORK)
+    trained(here.train, "small", first, sizes.pretraining, sizes, console, **NETWORK)
     start = dinoforge.load(first).network
     from_first = {"init.weights": str(first)}
     curves = {}
@@ -174,13 +174,13 @@ def measure(out: Path, sizes: Sizes, console: Console) -> dict[str, list[tuple[i
         for recipe in ("continue", "small"):
             run = out / f"{name.split()[0]}-{recipe}"
             keys = from_first | ({} if recipe == "continue" else NETWORK)
-            trained(domain.train, recipe, run, sizes.further, console, **keys)
+            trained(domain.train, recipe, run, sizes.further, sizes, console, **keys)
             curves[f"{name}, {recipe}"] = curve(run, start, domain, NETWORK["crops.global_crops_size"], sizes)
     larger = {"crops.global_crops_size": HIGHRES, "crops.local_crops_size": 16}
     for recipe in ("highres", "small"):
         run = out / f"larger-{recipe}"
         keys = from_first | ({} if recipe == "highres" else NETWORK) | larger
-        trained(here.train, recipe, run, sizes.highres, console, **keys)
+        trained(here.train, recipe, run, sizes.highres, sizes, console, **keys)
         curves[f"larger crops, {recipe}"] = curve(run, start, here, HIGHRES, sizes)
     return curves
 
