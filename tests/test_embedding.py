@@ -178,7 +178,7 @@ def killed_at(moment, work):
 @pytest.mark.parametrize("suffix", embedding.SUFFIXES)
 def test_killed_anywhere_the_same_command_goes_on(suffix, model, images, tmp_path, monkeypatch):
     monkeypatch.setattr(embedding, "_BATCH", 2)
-    monkeypatch.setattr(embedding, "_PART_IMAGES", 2)
+    monkeypatch.setattr(embedding, "_PART_IMAGES", 4)
     write_features(model, images, tmp_path / "whole" / f"it{suffix}", patches=True)
     whole = sums(tmp_path / "whole")
     moments = 0
@@ -196,10 +196,10 @@ def test_killed_anywhere_the_same_command_goes_on(suffix, model, images, tmp_pat
             write()
         assert sums(out.parent) == whole
         assert [path.name for path in out.parent.iterdir() if path.is_dir()] == []
-    assert moments > 12
+    assert moments > 9
 
     out = tmp_path / "again" / f"it{suffix}"  # and at one after the other
-    for moment in (3, 1, 2, 4, 5):
+    for moment in (3, 1, 2, 4):
         assert not killed_at(moment, partial(write_features, model, images, out, patches=True))
     write_features(model, images, out, patches=True)
     assert sums(out.parent) == whole

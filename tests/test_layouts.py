@@ -69,6 +69,8 @@ def test_hugging_face_folder(tmp_path, registers, swiglu):
         theirs, ours = model(images).last_hidden_state, load_backbone(tmp_path).network(images)
     both = torch.cat([ours.cls[:, None], ours.registers, ours.patches], dim=1)
     torch.testing.assert_close(both, theirs, rtol=0, atol=1e-4)
+    with pytest.raises(WeightsError, match="says num_heads=2, not 4"):
+        load_backbone(tmp_path, {"num_heads": 4})
 
 
 @pytest.mark.parametrize("registers", [False, True])
