@@ -1,6 +1,6 @@
 """Does further training keep what a backbone knows? Recipes continue and highres beside naive continuation.
 
-    python benchmarks/continuing.py [--out FOLDER] [--tiny] [--threads N] [--json]
+    python benchmarks/continuing.py [--out FOLDER] [--times N] [--tiny] [--threads N] [--json]
 
 A small network is pretrained on images of clothes (Fashion-MNIST, Debian's dataset-fashion-mnist) by recipe small, and
 then trained on from its file: on the same images; on a new domain, the same clothes in negative before a cloudy
@@ -18,7 +18,7 @@ import gzip
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -201,13 +201,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/continuing"), help="default: runs/continuing")
     parser.add_argument("--tiny", action="store_true", help="a few steps of everything")
+    parser.add_argument("--times", type=int, default=1, help="so many times as many steps of everything; default: 1")
     parser.add_argument("--threads", type=int, help="for computing; default: all processors")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     options = parser.parse_args()
     if options.threads:
         EVERY_RUN["train.threads"] = options.threads
         torch.set_num_threads(options.threads)
-    curves = measure(options.out, TINY if options.tiny else Sizes(), Console(stderr=True))
+    sizes = TINY if options.tiny else Sizes()
+    longer = {key: getattr(sizes, key) * options.times for key in ("pretraining", "further", "highres")}
+    curves = measure(options.out, replace(sizes, **longer), Console(stderr=True))
     print(json.dumps(curves) if options.json else render(curves))
     return 0
 
