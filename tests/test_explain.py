@@ -92,8 +92,9 @@ def test_every_parameter_of_every_recipe(recipe, step, capsys):
         if group["last_layer"] and number < frozen and values.optim.freeze_last_layer == "lr":
             assert group["lr"] == 0
         else:
-            assert group["lr"] == now.lr * group["lr_multiplier"]
-        assert group["lr"] > 0 or number < frozen
+            held = now.backbone_lr_mult if module == "backbone" else 1.0
+            assert group["lr"] == now.lr * group["lr_multiplier"] * held
+        assert group["lr"] > 0 or number < max(frozen, schedules.freeze_backbone_steps)
     assert parameters["backbone", "cls_token"]["weight_decay"] > 0
 
 

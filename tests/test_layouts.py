@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dinoforge.errors import WeightsError
 from dinoforge.models.vit import VisionTransformer
@@ -66,6 +67,29 @@ def test_hugging_face_folder(tmp_path, registers, swiglu):
     images = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
         theirs, ours = model(images).last_hidden_state, load_backbone(tmp_path).network(images)
+    both = torch.cat([ours.cls[:, None], ours.registers, ours.patches], dim=1)
+    torch.testing.assert_close(both, theirs, rtol=0, atol=1e-4)
+    with pytest.raises(WeightsError, match="says num_heads=2, not 4"):
+        load_backbone(tmp_path, {"num_heads": 4})
+
+
+@pytest.mark.parametrize("registers", [False, True])
+@pytest.mark.parametrize("size", [(56, 56), (84, 84), (28, 70)])
+def test_a_timm_model_at_any_size_by_its_own_rule(tmp_path, registers, size):
+    """What the file cannot say is told, and once it is said outputs are the same; with registers nothing is missing."""
+    timm = pytest.importorskip("timm")
+    name = f"vit_small_patch14{'_reg4' if registers else ''}_dinov2"
+    arguments = {"img_size": 56, "depth": 2, "embed_dim": 32, "num_heads": 2, "dynamic_img_size": True}
+    model = randomised(timm.create_model(name, **arguments))
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    assumed = load_backbone(tmp_path / "w.safetensors", HEADS)
+    told = [note for note in assumed.notes if "interpolate_antialias=true interpolate_offset=0.0" in note]
+    assert len(told) == (0 if registers else 1)
+    rule = {"interpolate_antialias": True, "interpolate_offset": 0.0}
+    said = assumed if registers else load_backbone(tmp_path / "w.safetensors", HEADS | rule)
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        theirs, ours = model.forward_features(images), said.forward_features(images)
     both = torch.cat([ours.cls[:, None], ours.registers, ours.patches], dim=1)
     torch.testing.assert_close(both, theirs, rtol=0, atol=1e-4)
 

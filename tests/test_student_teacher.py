@@ -488,3 +488,18 @@ def test_what_a_recipe_does_without_has_no_number():
     assert names({"dino.loss_weight": 0, "ibot.loss_weight": 0}) == set()
     assert names({}, make_batch(local=0)) == features | (dino - {"kl.dino_local"}) | ibot
     assert names({}, make_batch(share=0.0)) == features | dino
+
+
+def test_a_frozen_backbone_changes_neither_losses_nor_the_heads_gradients():
+    gradients = []
+    for frozen in (False, True):
+        networks = make(recipe=make_recipe())
+        losses = networks(make_batch(), teacher_temp=TEMP, backbone_frozen=frozen)
+        losses.total.backward()
+        gradients.append({name: p.grad for name, p in networks.student.named_parameters()} | vars(losses))
+    free, held = gradients
+    for name, value in free.items():
+        if name.startswith("backbone."):
+            assert held[name] is None
+        else:
+            assert torch.equal(held[name], value), name

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from dinoforge import checkpoint, distributed, features, weights
+from dinoforge import checkpoint, distributed, embedding, features, weights
 from dinoforge.config import (
     Eval,
     Recipe,
@@ -117,15 +117,15 @@ def train(
         TrainingError: losses or gradients that stay non-finite; see docs/reliability.md.
     """
     console = console or Console()
-    resolved: Recipe | None = None
-    if recipe != "auto":
-        resolved, ignored = load_recipe(recipe, _flat_keys(keys))
-    source = open_source(data)
     data_name = str(data) if isinstance(data, str | os.PathLike) else type(data).__name__
     if out is None:
         recipe_name = "custom" if isinstance(recipe, Recipe) else Path(recipe).stem
         out = Path("runs", f"{Path(os.path.abspath(data_name)).name}-{recipe_name}")
     run = RunDirectory(Path(out))
+    resolved: Recipe | None = None
+    if recipe != "auto":
+        resolved, ignored = resolve(recipe, keys, run)
+    source = open_source(data)
     choices: dict[str, auto.Choice] = {}
     if resolved is None:
         resolved, ignored, choices = _auto_recipe(source, _flat_keys(keys), run)
@@ -357,12 +357,46 @@ def _initialise(networks: StudentTeacher, recipe: Recipe, say: Callable[[str], o
     """Puts the weights that the recipe names into fresh networks; on the meta device, only checks that they fit."""
     if recipe.init.weights is None:
         return
-    given = load(recipe.init.weights)
-    if any(note.startswith("assumed num_heads") for note in given.notes):  # the recipe knows better than a rule
-        given = load(recipe.init.weights, num_heads=build.vit_arguments(recipe)["num_heads"])
-    reshaped = build.initialise(networks, given.network, recipe.init.in_chans)
-    for note in (f"from {recipe.init.weights}", *given.notes, *reshaped):
+    heads = build.vit_arguments(recipe)["num_heads"]
+    given = load(recipe.init.weights, num_heads=heads)
+    if recipe.init.architecture == "file":  # what was assumed about it may have been overridden
+        network = build.vit_arguments(recipe)
+        rule = {key: network[key] for key in _RESAMPLING if any(n.startswith(f"assumed {key}") for n in given.notes)}
+        given = load(recipe.init.weights, num_heads=heads, **rule)
+    notes = [*given.notes, *build.initialise(networks, given.network, recipe.init.in_chans)]
+    if recipe.init.heads == "run":
+        there = next(iter(networks.parameters())).device.type != "meta"
+        notes.append(build.heads_of_run(networks, Path(recipe.init.weights)) if there else "heads of its checkpoint")
+    for note in (f"from {recipe.init.weights}", *notes):
         say(f"init     {note}")
+
+
+def resolve(
+    recipe: str | Path | Recipe, keys: Mapping[str, Any], run: RunDirectory | None = None
+) -> tuple[Recipe, dict[str, str]]:
+    """A recipe as ``load_recipe`` gives it, completed from the file in ``init.weights`` if it says so.
+
+    Args:
+        recipe, keys: as for ``train``.
+        run: if it has begun, it knows what was taken from the file.
+
+    Raises:
+        RecipeError: a key or value that cannot be, or no ``init.weights`` where it is needed.
+        WeightsError: no readable backbone there.
+    """
+    flat = _flat_keys(keys)
+    resolved, ignored = load_recipe(recipe, flat)
+    if resolved.init.architecture == "recipe":
+        return resolved, ignored
+    if resolved.init.weights is None:
+        raise RecipeError("this recipe continues from given weights: say which by init.weights=RUN|FILE")
+    if run and run.exists:  # it may have begun long ago, from a file that is gone
+        beneath = {key: value for key, value in flatten(run.recipe()).items() if key in build.ADOPTED}
+    else:
+        heads = resolved.student.num_heads
+        given = load(resolved.init.weights, **({} if heads is None else {"num_heads": heads}))
+        beneath = build.adopted(given, resolved)
+    return load_recipe(recipe, flat, beneath=beneath)
 
 
 def _roll_back(run: RunDirectory, state: loop.TrainState, recipe: Recipe, say: Callable[[str], object]) -> None:
@@ -447,7 +481,7 @@ def bench(data: Any, recipe: str | Path | Recipe = "small", *, seconds: float = 
         DataError: no usable images.
     """
     source = open_source(data)
-    resolved = auto_recipe(source, **keys)[0] if recipe == "auto" else load_recipe(recipe, _flat_keys(keys))[0]
+    resolved = auto_recipe(source, **keys)[0] if recipe == "auto" else resolve(recipe, keys)[0]
     plan = _plan(resolved, source)
     with _threads(plan.threads):
         return benchmarks.measure(plan, source, seconds=seconds)
@@ -624,6 +658,52 @@ def embed(model: str | Path | weights.Backbone, data: Any, **keys: Any) -> np.nd
         first = found.skipped[0]
         raise DataError(f"{len(found.skipped)} images cannot be read, first {first.name}: {first.reason}")
     return found.cls.numpy()
+
+
+def write_features(
+    model: str | Path | weights.Backbone,
+    data: Any,
+    out: str | Path,
+    *,
+    patches: bool = False,
+    on_progress: Callable[[int, int], object] = lambda done, total: None,
+    **keys: Any,
+) -> embedding.Embedded:
+    """Writes names and features of every image to a file; the same call goes on with what another one left.
+
+    Args:
+        model, data, keys: as for ``embed``.
+        out: ``….parquet`` with columns ``name``, ``cls`` and, if asked, ``patches``; or ``….npy`` with the cls tokens,
+            and beside it ``….names.txt`` and ``….patches.npy``.
+        patches: whether patch tokens are written, too.
+        on_progress: told images done and images in all, every few seconds.
+
+    Raises:
+        RunError: ``out`` is there already, was begun with something else, or cannot be written.
+        ExportError: another kind of file, or pyarrow is missing.
+        DataError: not one image can be read; single ones get no row and are listed in ``….skipped.txt``.
+        WeightsError: no readable backbone.
+    """
+    backbone, keys = _opened(model, keys)
+    settings = _eval_keys(Eval(), keys)
+    reading = _reading(backbone.image, backbone.network.patch_size, settings)
+    meaning = {
+        "model": "given" if isinstance(model, weights.Backbone) else str(model),
+        "step": backbone.step,
+        "size": reading["size"],
+        "crop": settings.crop,
+        "mean": list(reading["mean"]),
+        "std": list(reading["std"]),
+    }
+    return embedding.write_features(
+        backbone.network,
+        open_source(data),
+        Path(out),
+        patches=patches,
+        meaning=meaning,
+        on_progress=on_progress,
+        **reading,
+    )
 
 
 def evaluate_knn(
@@ -842,7 +922,8 @@ def open_run(
     )
 
 
-_UNSAID = ("student.num_heads", "student.interpolate_antialias", "student.interpolate_offset", "data.mean", "data.std")
+_RESAMPLING = ("interpolate_antialias", "interpolate_offset")
+_UNSAID = ("student.num_heads", *(f"student.{key}" for key in _RESAMPLING), "data.mean", "data.std")
 """Keys of what a foreign weights file cannot say."""
 
 

@@ -173,6 +173,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_keys(export, "what a foreign file cannot say, such as student.num_heads=6")
     export.set_defaults(run=_export, parser=export)
 
+    embed = commands.add_parser(
+        "embed",
+        help="write the features of a folder of images to a file",
+        description="Writes the name and the cls token of every image, in the order of the names. The same command "
+        "again continues after an interruption. An image that cannot be read gets no row and is listed in "
+        "….skipped.txt.",
+        epilog="example: dinoforge embed runs/photos photos/ --out features.parquet",
+    )
+    embed.add_argument("model", metavar="RUN|FILE", help="run directory or weights file")
+    embed.add_argument("data", metavar="DATA", help="folder of images, walked recursively")
+    embed.add_argument("--out", required=True, metavar="FILE", help="….parquet, or ….npy with ….names.txt")
+    embed.add_argument("--patches", action="store_true", help="the patch tokens, too")
+    _add_keys(embed, "eval.size=N, eval.crop=true, student.num_heads=N")
+    embed.set_defaults(run=_embed, parser=embed)
+
     evaluate = commands.add_parser("eval", help="measure a backbone on labelled images")
     evaluate.set_defaults(run=partial(_help, evaluate), parser=evaluate)
     methods = evaluate.add_subparsers(metavar="METHOD")
@@ -275,9 +290,18 @@ def _bench(options: argparse.Namespace) -> int:
 def _explain(options: argparse.Namespace) -> int:
     from dinoforge.config import load_recipe
 
-    recipe, ignored = load_recipe(options.recipe, _keys(options.keys))
+    keys = _keys(options.keys)
+    recipe, ignored = load_recipe(options.recipe, keys)
 
     from dinoforge.training import explain
+
+    if recipe.init.architecture == "file":
+        if recipe.init.weights is None:
+            print("without init.weights=RUN|FILE, for the network and crops of dinov2", file=sys.stderr)
+        else:
+            from dinoforge.api import resolve
+
+            recipe, ignored = resolve(options.recipe, keys)
 
     images = explain.IMAGENET_1K if options.images is None else options.images
     explanation = explain.explain(recipe, images=images, batch=options.batch, step=options.step)
@@ -340,6 +364,19 @@ def _export(options: argparse.Namespace) -> int:
 
     size = (options.size[0], options.size[-1]) if options.size else None
     print(render(export(options.model, options.to, options.out, size=size, bake=options.bake, **keys)))
+    return 0
+
+
+def _embed(options: argparse.Namespace) -> int:
+    keys = _keys(options.keys)
+    from dinoforge.api import write_features
+    from dinoforge.embedding import Progress, render
+
+    with Progress() as progress:
+        result = write_features(
+            options.model, options.data, options.out, patches=options.patches, on_progress=progress, **keys
+        )
+    print(render(result))
     return 0
 
 

@@ -100,6 +100,7 @@ class Student:
 class Teacher:
     momentum_teacher: float = 0.992
     final_momentum_teacher: float = 1.0
+    frozen_momentum_teacher: float | None = None  # ours: while the backbone is frozen; null: as at any step
     warmup_teacher_temp: float = 0.04
     teacher_temp: float = 0.07
     warmup_teacher_temp_epochs: float = 30
@@ -121,6 +122,7 @@ class Optim:
     freeze_last_layer_epochs: float = 1
     freeze_last_layer_length: str | None = None  # ours: a length; wins over the epochs
     freeze_last_layer: Literal["lr", "gradient"] = "lr"  # ours: lr is the reference's way
+    freeze_backbone_length: str | None = None  # ours: a length in which only heads learn; null: none
     patch_embed_lr_mult: float = 0.2
     layerwise_decay: float = 0.9
     adamw_beta1: float = 0.9
@@ -177,6 +179,11 @@ class Init:
 
     weights: str | None = None  # a run, a file or a Hugging Face folder; null: random weights
     in_chans: Literal["repeat", "mean", "fresh"] | None = None  # for another number of channels; null: refuse
+    architecture: Literal["recipe", "file"] = (
+        "recipe"  # file: student.*, crop sizes, mean and std not given are its own
+    )
+    enlarge: float = 1.0  # with architecture: file, crops are so many times as large as its own
+    heads: Literal["fresh", "run"] = "fresh"  # run: heads and centres of the run's checkpoint, where weights is a run
 
 
 @dataclass(frozen=True)
@@ -326,13 +333,18 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(
-    recipe: str | Path | Recipe = "dinov2", overrides: Mapping[str, Any] | Iterable[str] = ()
+    recipe: str | Path | Recipe = "dinov2",
+    overrides: Mapping[str, Any] | Iterable[str] = (),
+    *,
+    beneath: Mapping[str, Any] | None = None,
 ) -> tuple[Recipe, dict[str, str]]:
     """A recipe by name or file, with overrides on top.
 
     Args:
         recipe: a name of ``recipe_names()``, a YAML file of ours or of the reference, or a recipe.
         overrides: ``"section.key=value"`` strings, or a mapping from dotted keys to values.
+        beneath: values of the file in ``init.weights`` by dotted keys; whatever the recipe says lies over them. As long
+            as a recipe with ``init.architecture: file`` has none, what depends on them is not checked.
 
     Returns:
         The recipe, and the keys that were given but have no meaning here, each with the reason.
@@ -340,7 +352,7 @@ def load_recipe(
     Raises:
         RecipeError: an unknown recipe or key (the nearest one is named), a wrong type, a contradiction.
     """
-    values = flatten(recipe) if isinstance(recipe, Recipe) else {}
+    values = dict(beneath or {}) | (flatten(recipe) if isinstance(recipe, Recipe) else {})
     ignored: dict[str, str] = {}
     if not isinstance(recipe, Recipe):
         for layer in _layers(recipe):
@@ -349,6 +361,8 @@ def load_recipe(
     ignored |= _merge(values, given)
     result = _build(values)
     _validate(result)
+    if result.init.architecture == "recipe" or beneath is not None:
+        _validate_sizes(result)
     return result, ignored
 
 
@@ -621,10 +635,37 @@ def _validate(recipe: Recipe) -> None:
     )
     for share in recipe.augment.blur_probability or ():
         _require(0 <= share <= 1, f"augment.blur_probability: expected values from 0 to 1, got {share:g}")
-    for key in ("optim.warmup_length", "optim.freeze_last_layer_length", "teacher.warmup_teacher_temp_length"):
-        if flat[key] is not None:
+    for key in flat:
+        if key.endswith("_length") and flat[key] is not None:
             parse_length(flat[key])
+    _require(recipe.init.enlarge > 0, f"init.enlarge: expected more than 0, got {recipe.init.enlarge:g}")
+    momentum = recipe.teacher.frozen_momentum_teacher
+    _require(momentum is None or 0 <= momentum <= 1, "teacher.frozen_momentum_teacher: expected 0 to 1")
+    dino = recipe.dino.loss_weight * (recipe.dino.global_loss_weight + recipe.dino.local_loss_weight)
+    _require(
+        dino + recipe.ibot.loss_weight + recipe.dino.koleo_loss_weight > 0,
+        "every loss is off: dino.loss_weight (times its two parts), ibot.loss_weight and dino.koleo_loss_weight are 0",
+    )
+    _require(
+        dino + recipe.dino.koleo_loss_weight > 0 or recipe.ibot.mask_sample_probability * high_ratio > 0,
+        "only the iBOT loss is on, but ibot.mask_sample_probability or ibot.mask_ratio_min_max masks nothing",
+    )
+    frozen = recipe.optim.freeze_backbone_length
+    _require(
+        dino + recipe.ibot.loss_weight > 0 or frozen is None or parse_length(frozen).amount == 0,
+        f"optim.freeze_backbone_length={frozen}: there is no head that could learn meanwhile, because dino.loss_weight "
+        "and ibot.loss_weight are 0",
+    )
+    _require(
+        recipe.train.steps is None or recipe.train.epochs is None,
+        "train.steps and train.epochs contradict each other: give one of them",
+    )
+    _require(recipe.train.seed < 2**63, "train.seed: expected less than 2^63")
 
+
+def _validate_sizes(recipe: Recipe) -> None:
+    """Contradictions of crops and pixel values with the network."""
+    flat = flatten(recipe)
     patch = recipe.student.patch_size
     sizes = {"crops.global_crops_size": recipe.crops.global_crops_size}
     if recipe.crops.local_crops_number:
@@ -648,17 +689,3 @@ def _validate(recipe: Recipe) -> None:
             f"{key} has {count} values for student.in_chans={channels}: give one, or one for each channel",
         )
     _require(all(s > 0 for s in recipe.data.std), f"data.std: expected values above 0, got {list(recipe.data.std)}")
-    dino = recipe.dino.loss_weight * (recipe.dino.global_loss_weight + recipe.dino.local_loss_weight)
-    _require(
-        dino + recipe.ibot.loss_weight + recipe.dino.koleo_loss_weight > 0,
-        "every loss is off: dino.loss_weight (times its two parts), ibot.loss_weight and dino.koleo_loss_weight are 0",
-    )
-    _require(
-        dino + recipe.dino.koleo_loss_weight > 0 or recipe.ibot.mask_sample_probability * high_ratio > 0,
-        "only the iBOT loss is on, but ibot.mask_sample_probability or ibot.mask_ratio_min_max masks nothing",
-    )
-    _require(
-        recipe.train.steps is None or recipe.train.epochs is None,
-        "train.steps and train.epochs contradict each other: give one of them",
-    )
-    _require(recipe.train.seed < 2**63, "train.seed: expected less than 2^63")

@@ -13,6 +13,7 @@ from dinoforge.data.crops import whole
 from dinoforge.data.decode import decode
 from dinoforge.data.sources import Source, printable
 from dinoforge.errors import DataError, ImageError, WeightsError
+from dinoforge.models.vit import Tokens
 
 # Images kept for a comparison with raw pixels stay in memory as uint8.
 MAX_KEPT_BYTES = 8 * 2**30
@@ -86,12 +87,10 @@ def extract(
     skipped: list[Skipped] = []
     cls: list[Tensor] = []
     kept_images: list[Tensor] = []
-    for read in _batches(source, indices, reading):
-        images = [image for _, image in read if isinstance(image, Tensor)]
-        kept += [index for index, image in read if isinstance(image, Tensor)]
-        skipped += [Skipped(printable(source.name(index)), reason) for index, reason in read if isinstance(reason, str)]
-        if images:
-            batch = torch.stack(images)  # [B, C, size, size] uint8
+    for indices_read, batch, unread in _batches(source, indices, reading):
+        kept += indices_read
+        skipped += unread
+        if indices_read:
             cls.append(embed(backbone, batch, **reading))
             if keep_images:
                 kept_images.append(batch)
@@ -101,28 +100,49 @@ def extract(
     return Features(torch.cat(cls), torch.cat(kept_images) if keep_images else None, kept, skipped)
 
 
+def stream(
+    backbone: nn.Module, source: Source, indices: Sequence[int], **reading: Unpack[Reading]
+) -> Iterator[tuple[list[int], Tokens | None, list[Skipped]]]:
+    """All tokens, batch by batch, in the order of ``indices``; memory: one batch of images and tokens.
+
+    Args:
+        backbone, source, indices, reading: as for ``extract``.
+
+    Yields:
+        The images of a batch that could be read, their tokens in float32 on the CPU, and those that could not; no
+        tokens where none could be read.
+
+    Raises:
+        WeightsError: the backbone's output is not finite.
+    """
+    for kept, batch, skipped in _batches(source, indices, reading):
+        yield kept, _tokens(backbone, batch, reading) if kept else None, skipped
+
+
 def embed(backbone: nn.Module, images: Tensor, **reading: Unpack[Reading]) -> Tensor:
     """The cls tokens [N, D], float32 on the CPU, of uint8 images [N, C, H, W], batch by batch.
 
     Raises:
         WeightsError: the backbone's output is not finite.
     """
+    return torch.cat([_tokens(backbone, b, reading).cls for b in images.split(reading.get("batch_size", 64))])
+
+
+def _tokens(backbone: nn.Module, images: Tensor, reading: Reading) -> Tokens:
+    """Tokens in float32 on the CPU of uint8 images [B, C, H, W]."""
     device = reading.get("device", torch.device("cpu"))
     dtype = reading.get("autocast")
     was_training = backbone.training
     backbone.eval()
-    cls: list[Tensor] = []
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-            for batch in images.split(reading.get("batch_size", 64)):
-                tokens = backbone(normalize(batch.to(device), reading["mean"], reading["std"]))
-                cls.append(tokens.cls.float().cpu())
+            tokens: Tokens = backbone(normalize(images.to(device), reading["mean"], reading["std"]))
     finally:
         backbone.train(was_training)
-    result = torch.cat(cls)
-    if not result.isfinite().all():
+    tokens = Tokens(*(t.float().cpu() for t in (tokens.cls, tokens.registers, tokens.patches)))
+    if not (tokens.cls.isfinite().all() and tokens.patches.isfinite().all()):
         raise WeightsError("the backbone's features are not finite: its weights are damaged, or its training diverged")
-    return result
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -150,14 +170,21 @@ class _Images(Dataset[tuple[int, Tensor | str]]):
             return index, str(error)
 
 
-def _batches(source: Source, indices: Sequence[int], reading: Reading) -> Iterator[list[tuple[int, Tensor | str]]]:
-    return iter(
-        DataLoader(
-            _Images(source, indices, reading),
-            batch_size=reading.get("batch_size", 64),
-            num_workers=reading.get("num_workers", 0),
-            collate_fn=list,
-            # Without its own generator the loader would draw from the global one, and a probe would change a run.
-            generator=torch.Generator(),
-        )
+def _batches(
+    source: Source, indices: Sequence[int], reading: Reading
+) -> Iterator[tuple[list[int], Tensor, list[Skipped]]]:
+    """Batch by batch: the images that could be read, their pixels [B, C, size, size] uint8, and the others."""
+    loader = DataLoader(
+        _Images(source, indices, reading),
+        batch_size=reading.get("batch_size", 64),
+        num_workers=reading.get("num_workers", 0),
+        collate_fn=list,
+        # Without its own generator the loader would draw from the global one, and a probe would change a run.
+        generator=torch.Generator(),
     )
+    none = torch.empty(0, reading["channels"], reading["size"], reading["size"], dtype=torch.uint8)
+    for read in loader:
+        images = [image for _, image in read if isinstance(image, Tensor)]
+        kept = [index for index, image in read if isinstance(image, Tensor)]
+        skipped = [Skipped(printable(source.name(i)), reason) for i, reason in read if isinstance(reason, str)]
+        yield kept, torch.stack(images) if images else none, skipped

@@ -94,6 +94,7 @@ class StudentTeacher(nn.Module):
         teacher_temp: float,
         kept: Sequence[KeptSamples] | None = None,
         diagnostics: Diagnostics | None = None,
+        backbone_frozen: bool = False,
     ) -> Losses:
         """The losses of a batch of normalised crops.
 
@@ -102,11 +103,12 @@ class StudentTeacher(nn.Module):
             teacher_temp: temperature of the teacher's targets.
             kept: stochastic depth of the student: per block, the images that each branch keeps.
             diagnostics: filled with what the step says about its health; takes time, changes nothing.
+            backbone_frozen: whether only the heads get a gradient; the student's backbone then takes no memory for one.
         """
         with record_function("teacher"):
             dino_targets, ibot_targets = self._targets(batch, teacher_temp, diagnostics)
 
-        with record_function("student"):
+        with record_function("student"), torch.set_grad_enabled(torch.is_grad_enabled() and not backbone_frozen):
             crops = self.student_crops(batch)
             masks: list[Tensor | None] = [batch.masks, None]  # also without the iBOT loss, as in the reference
             backbone = cast(VisionTransformer, self.student["backbone"])

@@ -180,6 +180,12 @@ def _load_folder(path: Path, given: Mapping[str, Any]) -> Backbone:
             raise WeightsError(
                 f"{path / 'preprocessor_config.json'} does not say image_mean and image_std: {error}"
             ) from error
+    heads = known.get("num_heads")
+    if heads is not None and given.get("num_heads", heads) != heads:
+        raise WeightsError(
+            f"{path / 'config.json'} says num_heads={heads}, not {given['num_heads']}: what a file says cannot be "
+            "given otherwise"
+        )
     _, state = _read(file)
     return _load_foreign(file, state, known | dict(given))
 

@@ -265,7 +265,7 @@ class _NormLinear(torch.autograd.Function):
     ) -> Tensor:
         w = weight.to(dtype)
         b = None if bias is None else bias.to(dtype)
-        out = x.new_empty(len(x), len(w), dtype=dtype)
+        out = x.new_empty(x.shape[0], len(w), dtype=dtype)  # len(x) would be a constant in an exported graph
         moments: list[tuple[Tensor, Tensor]] = []
         for rows in _few_rows(x):
             normed, mean, rstd = torch.native_layer_norm(x[rows], x.shape[-1:], norm_weight, norm_bias, eps)
@@ -299,6 +299,9 @@ class _NormLinear(torch.autograd.Function):
 
 def _few_rows(x: Tensor) -> Iterator[slice]:
     """Rows to work on at a time: on CPUs so few that they stay in the cache from one operation to the next."""
+    if torch.compiler.is_exporting():  # a graph for any number of images has no loop over them
+        yield slice(None)
+        return
     at_once = _ROWS if x.device.type == "cpu" else max(len(x), 1)
     for start in range(0, max(len(x), 1), at_once):
         yield slice(start, min(start + at_once, len(x)))
@@ -345,7 +348,7 @@ class _ScaledLinear(torch.autograd.Function):
         # In half precision one rounding less, and no pass over the output.
         w = (weight * scale[:, None]).to(x.dtype) if in_half else weight
         b = (bias * scale).to(x.dtype) if in_half and bias is not None else bias
-        out = x.new_empty(len(x), len(w))
+        out = x.new_empty(x.shape[0], len(w))  # as above
         for rows in _few_rows(x):
             _linear(F.gelu(x[rows]) if gelu else x[rows], w, b, out=out[rows])
             if not in_half:

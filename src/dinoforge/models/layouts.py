@@ -61,6 +61,10 @@ def official_names(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[st
     if any("patch_embeddings." in name for name in named):
         named = _from_hugging_face(named)
         notes.append("Hugging Face's layout")
+        if "register_tokens" not in named:
+            notes.append(
+                "transformers resamples position embeddings of other sizes by another rule, interpolate_offset=0.0"
+            )
     if heads := [name for name in named if _HEADS.match(name)]:
         named = {name: t for name, t in named.items() if name not in heads}
         notes.append(f"left out, of heads: {listed(heads)}")
@@ -112,6 +116,11 @@ def _from_timm(named: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
     if "mask_token" not in named and "cls_token" in named:
         named["mask_token"] = torch.zeros(1, named["cls_token"].shape[-1], dtype=named["cls_token"].dtype)
         notes.append("missing: mask_token, set to zero (only pretraining reads it)")
+        if "register_tokens" not in named:
+            notes.append(
+                "no mask_token, as in timm's files; timm resamples position embeddings of other sizes by another rule, "
+                "interpolate_antialias=true interpolate_offset=0.0"
+            )
     return named
 
 

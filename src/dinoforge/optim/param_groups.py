@@ -105,10 +105,17 @@ def parameter_groups(
 
 
 def set_hyperparameters(
-    optimizer: torch.optim.Optimizer, *, lr: float, last_layer_lr: float, weight_decay: float
+    optimizer: torch.optim.Optimizer,
+    *,
+    lr: float,
+    last_layer_lr: float,
+    weight_decay: float,
+    backbone_lr_mult: float = 1.0,
 ) -> None:
     """Writes learning rate and weight decay into every group: the only place that does."""
     for group in optimizer.param_groups:
         group["lr"] = (last_layer_lr if group["last_layer"] else lr) * group["lr_multiplier"]
+        if group["module"] == "backbone":
+            group["lr"] *= backbone_lr_mult
         fixed = group["fixed_weight_decay"]
         group["weight_decay"] = weight_decay * group["wd_multiplier"] if fixed is None else fixed

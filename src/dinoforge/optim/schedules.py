@@ -30,6 +30,8 @@ class Hyperparameters:
     momentum: float
     teacher_temp: float
     last_layer_frozen: bool  # by gradient; when it is frozen by lr, last_layer_lr is 0
+    backbone_frozen: bool = False  # only heads learn
+    backbone_lr_mult: float = 1.0  # on lr
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class Schedules:
         warmup_teacher_temp, teacher_temp, teacher_temp_steps: linear over the first steps, then constant.
         freeze_last_layer_steps: steps in which the heads' last layer does not move.
         freeze_by_gradient: whether that is done by dropping its gradient instead of by a learning rate of 0.
+        freeze_backbone_steps: steps in which only the heads learn. Then the backbone's learning rate rises from 0 to
+            that of the heads, over as many steps as the warm-up.
+        frozen_momentum: of the moving average in those steps, in which it moves only the heads; None: no other.
     """
 
     total_steps: int
@@ -60,15 +65,22 @@ class Schedules:
     teacher_temp_steps: int
     freeze_last_layer_steps: int
     freeze_by_gradient: bool = False
+    freeze_backbone_steps: int = 0
+    frozen_momentum: float | None = None
 
     def __call__(self, step: int) -> Hyperparameters:
         lr = cosine(step, self.lr, self.min_lr, self.total_steps, self.warmup_steps)
         frozen = step < self.freeze_last_layer_steps
+        thawed = step - self.freeze_backbone_steps  # steps since
+        rising = self.freeze_backbone_steps > 0 and thawed < self.warmup_steps
+        momentum = cosine(step, self.momentum, self.final_momentum, self.total_steps)
+        if thawed < 0 and self.frozen_momentum is not None:
+            momentum = self.frozen_momentum
         return Hyperparameters(
             lr=lr,
             last_layer_lr=0.0 if frozen and not self.freeze_by_gradient else lr,
             weight_decay=cosine(step, self.weight_decay, self.weight_decay_end, self.total_steps),
-            momentum=cosine(step, self.momentum, self.final_momentum, self.total_steps),
+            momentum=momentum,
             teacher_temp=cosine(
                 step,
                 self.teacher_temp,
@@ -78,6 +90,8 @@ class Schedules:
                 self.warmup_teacher_temp,
             ),
             last_layer_frozen=frozen and self.freeze_by_gradient,
+            backbone_frozen=thawed < 0,
+            backbone_lr_mult=0.0 if thawed < 0 else (thawed + 1) / (self.warmup_steps + 1) if rising else 1.0,
         )
 
 

@@ -1,13 +1,16 @@
 """Recipe to objects: the only place that unpacks a recipe for training."""
 
+import inspect
 import math
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from dinoforge.config import Dino, Ibot, Recipe, parse_length
+from dinoforge import checkpoint
+from dinoforge.config import Dino, Ibot, Recipe, flatten, load_recipe, parse_length
 from dinoforge.data.crops import BLUR_PROBABILITY, MultiCrop
 from dinoforge.data.loader import BadImages, DrawMasks, TrainingData
 from dinoforge.data.masks import batch_masks, max_num_patches
@@ -22,6 +25,7 @@ from dinoforge.optim.schedules import Schedules, sqrt_scaled_lr
 from dinoforge.student_teacher import Objective, StudentTeacher
 from dinoforge.training.device import resolve_precision
 from dinoforge.training.loop import TrainState
+from dinoforge.weights import Backbone
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,55 @@ def vit_arguments(recipe: Recipe) -> dict[str, Any]:
         "interpolate_antialias": s.interpolate_antialias,
         "interpolate_offset": s.interpolate_offset,
     }
+
+
+def adopted(given: Backbone, recipe: Recipe) -> dict[str, Any]:
+    """What ``init.architecture: file`` takes from a backbone, by the keys of ``ADOPTED``: its network and its images.
+
+    Crops are as large as in the run that made it, times ``init.enlarge``; of other files, 224 pixels, or what their
+    position embeddings are for if that is smaller, with local crops of 3/7 of it, as in the reference. With
+    ``init.heads: run``, heads are of the sizes, and targets of the kinds, of that run; else those of recipe ``small``.
+    """
+    signature = inspect.signature(VisionTransformer).parameters
+    network = {n: p.default for n, p in signature.items() if p.default is not p.empty} | given.architecture
+    values = {f"student.{key}": network[key] for key in signature if key != "image_size"}
+    values |= {"student.arch": "vit_custom"}
+    values |= {f"data.{key}": getattr(given.image, key) for key in ("mean", "std", "sixteen_bit")}
+    before = given.metadata.get("recipe") or {}
+    sizes = before.get("crops", {})
+    whole = sizes.get("global_crops_size", min(network["image_size"], _OFFICIAL_CROPS[0]))
+    part = sizes.get("local_crops_size", whole * _OFFICIAL_CROPS[1] / _OFFICIAL_CROPS[0])
+    patch = network["patch_size"]
+    for key, side in (("global", whole), ("local", part)):
+        values[f"crops.{key}_crops_size"] = max(patch, round(side * recipe.init.enlarge / patch) * patch)
+    if recipe.init.heads == "run":
+        known = flatten(load_recipe("small")[0])
+        known |= {
+            f"{section}.{key}": v for section in ("dino", "ibot", "train") for key, v in before.get(section, {}).items()
+        }
+        values |= {key: known[key] for key in _OF_HEADS}
+    assert values.keys() <= ADOPTED
+    return values
+
+
+_OFFICIAL_CROPS = (224, 96)  # global and local, in pixels
+_OF_HEADS = {
+    "train.centering",
+    "ibot.separate_head",
+    *(
+        f"{section}.{key}"
+        for section in ("dino", "ibot")
+        for key in ("head_n_prototypes", "head_bottleneck_dim", "head_nlayers", "head_hidden_dim", "targets")
+    ),
+}
+ADOPTED = {
+    "student.arch",
+    *(f"student.{key}" for key in inspect.signature(VisionTransformer).parameters if key != "image_size"),
+    *(f"data.{key}" for key in ("mean", "std", "sixteen_bit")),
+    *(f"crops.{key}_crops_size" for key in ("global", "local")),
+    *_OF_HEADS,
+}
+"""Keys of the recipe that ``init.architecture: file`` can take from a file."""
 
 
 def build_student_teacher(recipe: Recipe) -> StudentTeacher:
@@ -211,6 +264,8 @@ def build_schedules(recipe: Recipe, length: RunLength) -> Schedules:
             "optim.freeze_last_layer", o.freeze_last_layer_length, o.freeze_last_layer_epochs
         ),
         freeze_by_gradient=o.freeze_last_layer == "gradient",
+        freeze_backbone_steps=steps_of("optim.freeze_backbone", o.freeze_backbone_length or "0%", 0),
+        frozen_momentum=t.frozen_momentum_teacher,
     )
 
 
@@ -278,9 +333,24 @@ def initialise(student_teacher: StudentTeacher, given: VisionTransformer, in_cha
             f"init.weights does not fit the recipe: {'; '.join(wrong)}. Set student.* to the architecture of the file"
             + ("" if given.in_chans == student.in_chans else ", or init.in_chans to repeat, mean or fresh")
         )
-    for networks in (student_teacher.student, student_teacher.teacher):
-        networks["backbone"].load_state_dict(tensors)
+    if not student.pos_embed.is_meta:
+        for networks in (student_teacher.student, student_teacher.teacher):
+            networks["backbone"].load_state_dict(tensors)
     return notes
+
+
+def heads_of_run(student_teacher: StudentTeacher, run: Path) -> str:
+    """Puts the heads and centres of a run's newest checkpoint into fresh networks; says what it did.
+
+    Raises:
+        WeightsError: heads of other sizes, or no whole checkpoint.
+    """
+    steps = checkpoint.steps(run)
+    if not steps:
+        return "heads start fresh: there is no checkpoint of a run to take them from"
+    theirs = {name: t for name, t in student_teacher.state_dict().items() if ".backbone." not in name}
+    checkpoint.load(run, steps[-1], theirs)
+    return f"heads and centres of the checkpoint at step {steps[-1]:,}"
 
 
 def build_masks(recipe: Recipe) -> DrawMasks:

@@ -178,6 +178,11 @@ def _freeze(r: Recipe) -> str:
     return f"{how[o.freeze_last_layer]}; {length}"
 
 
+def _freeze_backbone(r: Recipe) -> str:
+    length = r.optim.freeze_backbone_length
+    return f"only heads learn for {length}, then a warm-up of its own" if length else "none"
+
+
 def _layer_decay(r: Recipe) -> str:
     d = r.optim.layerwise_decay
     return "none, one learning rate for all layers" if d == 1 else f"× {_number(d)} for each block below the top"
@@ -191,7 +196,10 @@ def _weight_decay(r: Recipe) -> str:
 
 
 def _momentum(r: Recipe) -> str:
-    return f"{_number(r.teacher.momentum_teacher)} → {_number(r.teacher.final_momentum_teacher)}"
+    t = r.teacher
+    frozen = t.frozen_momentum_teacher
+    held = "" if frozen is None else f"; {_number(frozen)} while the backbone is frozen"
+    return f"{_number(t.momentum_teacher)} → {_number(t.final_momentum_teacher)}{held}"
 
 
 def _teacher_temp(r: Recipe) -> str:
@@ -373,6 +381,7 @@ _ASPECTS = (
         f"optim.freeze_last_layer optim.freeze_last_layer_epochs optim.freeze_last_layer_length {_EPOCH}",
         _freeze,
     ),
+    _Aspect("method", "freeze of the backbone", "optim.freeze_backbone_length", _freeze_backbone),
     _Aspect("method", "layer-wise decay", "optim.layerwise_decay", _layer_decay),
     _Aspect(
         "method",
@@ -389,7 +398,7 @@ _ASPECTS = (
     _Aspect(
         "method",
         "momentum of the teacher",
-        "teacher.momentum_teacher teacher.final_momentum_teacher",
+        "teacher.momentum_teacher teacher.final_momentum_teacher teacher.frozen_momentum_teacher",
         _momentum,
     ),
     _Aspect(

@@ -126,7 +126,13 @@ def explain(
         networks = build_student_teacher(recipe)
     optimizer = build_optimizer(recipe, networks)
     hyper = schedules(step)
-    set_hyperparameters(optimizer, lr=hyper.lr, last_layer_lr=hyper.last_layer_lr, weight_decay=hyper.weight_decay)
+    set_hyperparameters(
+        optimizer,
+        lr=hyper.lr,
+        last_layer_lr=hyper.last_layer_lr,
+        weight_decay=hyper.weight_decay,
+        backbone_lr_mult=hyper.backbone_lr_mult,
+    )
     groups = [_group(group, frozen=hyper.last_layer_frozen) for group in optimizer.param_groups]
     masks = measure_masks(recipe, batch=length.batch_size)
     device = resolve_device("auto")
@@ -278,6 +284,7 @@ def as_json(e: Explanation) -> dict[str, Any]:
             "teacher_temp_steps": s.teacher_temp_steps,
             "freeze_last_layer_steps": s.freeze_last_layer_steps,
             "freeze_last_layer": e.recipe.optim.freeze_last_layer,
+            "freeze_backbone_steps": s.freeze_backbone_steps,
             "images": e.length.images,
             "batch_size": e.length.batch_size,
             "epochs": e.length.epochs,
@@ -306,7 +313,7 @@ def render(e: Explanation) -> str:
         ["batch", f"{n.batch_size:,} images, {processes}: {n.epochs:.1f} epochs"],
     ]
     parts = {
-        "PARAMETER GROUPS": f"{_groups_table(e)}\n{_freeze_in_words(e)}",
+        "PARAMETER GROUPS": "\n".join([_groups_table(e), _freeze_in_words(e), *_backbone_in_words(e)]),
         "SCHEDULES": _schedules_table(e),
         "MASKS, measured": _masks_table(e),
         "WORK of a step, matrix products": _work_table(e),
@@ -340,6 +347,17 @@ def _freeze_in_words(e: Explanation) -> str:
     return f"The heads' last layer is frozen in the first {steps:,} steps ({now}), by\n{how}."
 
 
+def _backbone_in_words(e: Explanation) -> list[str]:
+    s = e.schedules
+    if not s.freeze_backbone_steps:
+        return []
+    now = "this is one of them" if e.step < s.freeze_backbone_steps else "this one comes after"
+    return [
+        f"Only the heads learn in the first {s.freeze_backbone_steps:,} steps ({now}). Then the backbone's",
+        f"learning rate rises to theirs over {s.warmup_steps:,} steps.",
+    ]
+
+
 def _schedules_table(e: Explanation) -> str:
     s = e.schedules
     first, now, last = (s(step) for step in (0, e.step, s.total_steps - 1))
@@ -350,13 +368,15 @@ def _schedules_table(e: Explanation) -> str:
     warmup = f"linear from 0 over {s.warmup_steps:,} steps to {s.lr:.6g}, then " if s.warmup_steps else ""
     zero = s.freeze_last_layer_steps and not s.freeze_by_gradient
     frozen = f"; 0 in the first {s.freeze_last_layer_steps:,} steps" if zero else ""
+    held = "" if s.frozen_momentum is None else f"{s.frozen_momentum:g} while the backbone is frozen, "
     temp = f"linear over {s.teacher_temp_steps:,} steps, then constant" if s.teacher_temp_steps else "constant"
     rows = [
         ["", "first step", f"step {e.step:,}", "last step", ""],
         row("learning rate", "lr", f"{warmup}cosine to {s.min_lr:g}"),
         row("of the last layer", "last_layer_lr", f"the same{frozen}"),
+        *([row("of the backbone", "backbone_lr_mult", "times the same")] if s.freeze_backbone_steps else []),
         row("weight decay", "weight_decay", f"cosine from {s.weight_decay:g} to {s.weight_decay_end:g}"),
-        row("teacher momentum", "momentum", f"cosine from {s.momentum:g} to {s.final_momentum:g}"),
+        row("teacher momentum", "momentum", f"{held}cosine from {s.momentum:g} to {s.final_momentum:g}"),
         row("teacher temperature", "teacher_temp", temp),
     ]
     return _table(rows)
@@ -438,7 +458,8 @@ def plot_schedules(e: Explanation, path: Path) -> None:
     }
     last = e.length.steps - 1
     s = e.schedules
-    ends = (s.warmup_steps, s.freeze_last_layer_steps, s.teacher_temp_steps)
+    thawed = s.freeze_backbone_steps
+    ends = (s.warmup_steps, s.freeze_last_layer_steps, s.teacher_temp_steps, thawed, thawed and thawed + s.warmup_steps)
     corners = {step for end in ends for step in (end - 1, end) if 0 <= step <= last}  # where a curve bends or jumps
     steps = sorted({round(i * last / 500) for i in range(501)} | corners)
     values = [s(step) for step in steps]

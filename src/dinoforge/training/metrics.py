@@ -63,7 +63,7 @@ class MetricsHook:
         due = self.is_due(step)
         if not due and now - self._shown < _LINE_SECONDS:
             return
-        hyper = {k: float(v) for k, v in vars(report.hyper).items() if k != "last_layer_frozen"}
+        hyper = {k: float(v) for k, v in vars(report.hyper).items() if not k.endswith("_frozen")}
         metrics = {
             "step": step,
             **report.result.values(),

@@ -112,11 +112,16 @@ def render_schedules(plan: Plan) -> str:
     """Hyper-parameters at the steps where something changes."""
     s = plan.schedules
     last = s.total_steps - 1
+    thawed = s.freeze_backbone_steps
     steps = {0, s.freeze_last_layer_steps, s.warmup_steps, s.teacher_temp_steps, last // 2, last}
-    lines = [f"{'step':>9}  {'lr':>9}  {'last layer':>10}  {'decay':>7}  {'momentum':>8}  {'temp':>6}"]
+    steps |= {thawed, thawed + s.warmup_steps} if thawed else set()
+    backbone = f"  {'backbone':>8}" if thawed else ""
+    lines = [f"{'step':>9}  {'lr':>9}  {'last layer':>10}{backbone}  {'decay':>7}  {'momentum':>8}  {'temp':>6}"]
     for step in sorted(i for i in steps if 0 <= i <= last):
         h = s(step)
         last_layer = "frozen" if h.last_layer_frozen else f"{h.last_layer_lr:.2e}"
+        if thawed:
+            last_layer += "    frozen" if h.backbone_frozen else f"  × {h.backbone_lr_mult:>6.3f}"
         lines.append(
             f"{step:>9,}  {h.lr:>9.2e}  {last_layer:>10}  {h.weight_decay:>7.4f}  {h.momentum:>8.5f}  "
             f"{h.teacher_temp:>6.4f}"

@@ -75,10 +75,22 @@ def train_step(
         NonFiniteError: before anything was updated.
     """
     centers = [c.clone() for c in student_teacher.buffers()]  # moved in the forward pass
-    set_hyperparameters(optimizer, lr=hyper.lr, last_layer_lr=hyper.last_layer_lr, weight_decay=hyper.weight_decay)
+    set_hyperparameters(
+        optimizer,
+        lr=hyper.lr,
+        last_layer_lr=hyper.last_layer_lr,
+        weight_decay=hyper.weight_decay,
+        backbone_lr_mult=hyper.backbone_lr_mult,
+    )
     diagnostics = Diagnostics() if measure else None
     with autocast or nullcontext():
-        losses = student_teacher(batch, teacher_temp=hyper.teacher_temp, kept=kept, diagnostics=diagnostics)
+        losses = student_teacher(
+            batch,
+            teacher_temp=hyper.teacher_temp,
+            kept=kept,
+            diagnostics=diagnostics,
+            backbone_frozen=hyper.backbone_frozen,
+        )
     with record_function("backward"):
         if scaler is None:
             losses.total.backward()
