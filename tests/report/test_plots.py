@@ -13,7 +13,7 @@ from dinoforge.report import plots
 from dinoforge.report.charts import curve
 
 pytest.importorskip("matplotlib", reason="needs the Python package matplotlib")
-LACKING = {"probes", "health"}  # such metrics the run has not
+LACKING = {"probes"}  # such metrics the run has not
 
 
 @pytest.fixture(scope="module")
