@@ -26,7 +26,7 @@ def quiet():
 
 def test_all_of_it_in_small(benchmark, quiet, require_system, tmp_path, monkeypatch):
     require_system(benchmark.CLOTHES / "train-images-idx3-ubyte.gz", "dataset-fashion-mnist")
-    for key, value in {"train.num_workers": 0, "train.threads": 1}.items():
+    for key, value in {"train.num_workers": 0, "train.threads": 1, "train.batch_size_per_gpu": 32}.items():
         monkeypatch.setitem(benchmark.EVERY_RUN, key, value)
     curves = benchmark.measure(tmp_path, benchmark.TINY, quiet)
     assert set(curves) == {
