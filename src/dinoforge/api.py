@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from dinoforge import checkpoint, features, weights
+from dinoforge import checkpoint, distributed, features, weights
 from dinoforge.config import Eval, Recipe, differences, dump, flatten, load_recipe
 from dinoforge.data.batch import normalize, prepare
 from dinoforge.data.crops import resize
@@ -41,6 +41,7 @@ from dinoforge.training import plan as plans
 from dinoforge.training import replay as replays
 from dinoforge.training.metrics import Display, JsonLines, MetricsHook, Sink, TensorBoard, check_writable, duration
 from dinoforge.training.non_finite import NonFinitePolicy, RollBackError
+from dinoforge.training.parallel import Parallel, wrap
 from dinoforge.training.run import DataIdentity, RunDirectory
 from dinoforge.training.saver import Saver
 
@@ -86,8 +87,25 @@ def train(
         RunError: ``out`` is another run's, or cannot be written.
         TrainingError: losses or gradients that stay non-finite; see docs/reliability.md.
     """
-    console = console or Console()
     resolved, ignored = load_recipe(recipe, _flat_keys(keys))
+    with distributed.process_group(devices.rank_device(resolved.device), resolved.parallel.backend):
+        if console is None or not distributed.is_first():
+            console = Console(quiet=not distributed.is_first())
+        return _train_together(data, recipe, resolved, ignored, out, dry_run=dry_run, console=console)
+
+
+def _train_together(
+    data: Any,
+    recipe: str | Path | Recipe,
+    resolved: Recipe,
+    ignored: Mapping[str, str],
+    out: str | Path | None,
+    *,
+    dry_run: bool,
+    console: Console,
+) -> RunResult:
+    """``train`` on the ranks that there are."""
+    resolved = build.with_batch_cut(resolved, world_size=distributed.world_size())
     source = open_source(data)
     data_name = str(data) if isinstance(data, str | os.PathLike) else type(data).__name__
     if out is None:
@@ -95,9 +113,9 @@ def train(
         out = Path("runs", f"{Path(os.path.abspath(data_name)).name}-{recipe_name}")
     run = RunDirectory(Path(out))
     identity = DataIdentity(os.path.abspath(data_name), len(source), source.fingerprint())
-    run.require_free_or_same(resolved, identity)
-
     plan = _plan(resolved, source)
+    if distributed.is_first():  # the others would see what it writes
+        run.require_free_or_same(resolved, identity, batch_size=plan.length.batch_size)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     say(plans.render(plan, data_path=data_name, out=str(run.path)))
     if ignored:
@@ -109,7 +127,7 @@ def train(
         say(f"\n{plans.render_schedules(plan)}\n\n{dump(resolved)}", end="")
         return RunResult(run.path, 0, plan.length.steps)
 
-    finished = run.exists and run.read_summary().get("finished")
+    finished = distributed.from_first(lambda: run.exists and run.read_summary().get("finished"))
     if finished:
         result = RunResult(run.path, plan.length.steps, plan.length.steps, summary=run.read_summary())
         say(f"\nThis run is finished: the backbone is {run.teacher}. For another one, choose another --out.")
@@ -128,29 +146,35 @@ def _train(
     recipe, device = plan.recipe, plan.device
     image = _image_input(recipe)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
-    check_writable(run.path)
-    run.require_space(int((recipe.checkpoint.keep_last + 1) * _checkpoint_bytes(plan)))
+    saved, damage = distributed.from_first(lambda: _open_for_writing(run, plan))
     devices.keep_freed_memory(device)
-    checkpoint.clean(run.path)
-    state = build.build_state(recipe, device, images=len(source))
-    saved, damage = checkpoint.load_newest(run.path, state.tensors())
     for sentence in damage:
         say(f"\n{sentence}. It is set aside; continuing from the one before it.")
-    if saved is None:
-        _initialise(state.student_teacher, recipe, say)
-    else:
-        state.load_values(saved)
+    start = _Start(plan, say)
+    state = start.state(images=len(source), fresh=saved is None)
+    if saved is not None:
+        state.load_values(checkpoint.load(run.path, saved, state.tensors(), verify=False))
         say(f"\nContinuing at step {state.step:,} of {plan.length.steps:,}.")
-    run.list_skipped(state.bad_images.skipped.values(), first=True)
-    run.record_start(recipe, identity, device=device, precision=plan.precision, step=state.step)
+    if distributed.is_first():
+        run.list_skipped(state.bad_images.skipped.values(), first=True)
+        run.record_start(
+            recipe,
+            identity,
+            device=device,
+            precision=plan.precision,
+            step=state.step,
+            ranks=distributed.world_size(),
+            mode=plan.mode,
+            batch_size=plan.length.batch_size,
+        )
 
     limit = recipe.train.max_minutes
     first_step = state.step
-    metrics_file = JsonLines(run.metrics, first_step=first_step)
-    sinks: list[Sink] = [metrics_file]
-    board = TensorBoard(run.path / "tensorboard", first_step=first_step) if recipe.log.tensorboard else None
-    if board:
-        sinks.append(board)
+    files: list[JsonLines | TensorBoard] = []
+    if distributed.is_first():
+        files.append(JsonLines(run.metrics, first_step=first_step))
+        if recipe.log.tensorboard:
+            files.append(TensorBoard(run.path / "tensorboard", first_step=first_step))
     say("")
     with (
         _Stop(limit) as stop,
@@ -158,7 +182,7 @@ def _train(
         Saver(run, state, plan, image, say) as saver,
     ):
         metrics_hook = MetricsHook(
-            sinks,
+            list[Sink](files),
             display,
             every_steps=recipe.log.every_steps,
             total_steps=plan.length.steps,
@@ -169,7 +193,7 @@ def _train(
         try:
             while True:
                 batches = make_loader(
-                    build.build_data(recipe, source),
+                    build.build_data(recipe, source, rank=distributed.rank(), world_size=distributed.world_size()),
                     start_step=state.next_batch,
                     end_step=plan.length.steps + state.passed_over,
                     num_workers=plan.num_workers,
@@ -183,6 +207,8 @@ def _train(
                         plan.schedules,
                         seed=recipe.train.seed,
                         samples_per_step=plan.length.batch_size,
+                        accumulate=recipe.train.accumulate,
+                        parallel=start.parallel,
                         drop_path_rates=build.build_drop_path_rates(recipe),
                         clip_grad=recipe.optim.clip_grad,
                         prepare=partial(prepare, device=device, mean=image.mean, std=image.std),
@@ -195,33 +221,79 @@ def _train(
                     break
                 except RollBackError:
                     saver.wait()
-                    _roll_back(run, state, recipe, say)
-                    for sink in (metrics_file, board):
-                        if sink:
-                            sink.cut(state.step)
+                    _roll_back(run, state, start)
+                    for file in files:
+                        file.cut(state.step)
                 except DataError:
-                    saver.finish()  # what was done until then
+                    if not distributed.is_active():  # otherwise perhaps of one rank, and all save together
+                        saver.finish()  # what was done until then
                     raise
                 finally:
                     batches.close()  # ends the workers
             saver.finish()
         finally:
-            metrics_file.close()
-            if board:
-                board.close()
+            for file in files:
+                file.close()
 
-    result = RunResult(run.path, state.step, plan.length.steps, stop.reason, run.read_summary())
+    stopped_by = next((reason for reason in distributed.all_ranks(stop.reason) if reason), None)
+    result = RunResult(run.path, state.step, plan.length.steps, stopped_by, run.read_summary())
     trained = duration(state.seconds)
     if result.finished:
         waited = f"{saver.waited:.1f} s of waiting for checkpoints"
         say(f"\nDone: {state.step:,} steps in {trained} and {waited}. The backbone is {run.teacher}")
     else:
-        why = f"after {limit:g} minutes (train.max_minutes)" if stop.reason == "max_minutes" else f"by {stop.reason}"
+        why = f"after {limit:g} minutes (train.max_minutes)" if stopped_by == "max_minutes" else f"by {stopped_by}"
         say(
             f"\nStopped {why} at step {state.step:,} of {plan.length.steps:,}, with a checkpoint. "
             "Run the same command again to continue."
         )
     return result
+
+
+def _open_for_writing(run: RunDirectory, plan: plans.Plan) -> tuple[int | None, list[str]]:
+    """Sees that the run can be written; ``checkpoint.newest`` of what is there."""
+    check_writable(run.path)
+    run.require_space(int((plan.recipe.checkpoint.keep_last + 1) * _checkpoint_bytes(plan)))
+    checkpoint.clean(run.path)
+    return checkpoint.newest(run.path)
+
+
+class _Start:
+    """Makes states at step 0, laid over the ranks.
+
+    Args:
+        plan: of the run.
+        say: tells the user.
+    """
+
+    parallel: Parallel
+    """How the networks of the first state are laid out."""
+
+    def __init__(self, plan: plans.Plan, say: Callable[[str], object]) -> None:
+        self.plan, self.say = plan, say
+
+    def state(self, *, images: int, fresh: bool = True) -> loop.TrainState:
+        """A state; unless it is ``fresh``, its weights do not matter."""
+        recipe = self.plan.recipe
+        return build.build_state(
+            recipe,
+            self.plan.device,
+            images=images,
+            initialise=lambda networks: _initialise(networks, recipe, self.say) if fresh else None,
+            lay_out=self._lay_out,
+        )
+
+    def _lay_out(self, networks: StudentTeacher) -> None:
+        settings = self.plan.recipe.parallel
+        parallel = wrap(
+            networks,
+            self.plan.mode,
+            self.plan.device,
+            activation_checkpointing=settings.activation_checkpointing,
+            shard_ranks=settings.shard_ranks,
+        )
+        if not hasattr(self, "parallel"):
+            self.parallel = parallel
 
 
 def _initialise(networks: StudentTeacher, recipe: Recipe, say: Callable[[str], object]) -> None:
@@ -236,24 +308,24 @@ def _initialise(networks: StudentTeacher, recipe: Recipe, say: Callable[[str], o
         say(f"init     {note}")
 
 
-def _roll_back(run: RunDirectory, state: loop.TrainState, recipe: Recipe, say: Callable[[str], object]) -> None:
+def _roll_back(run: RunDirectory, state: loop.TrainState, start: _Start) -> None:
     """Takes the state of the newest checkpoint, or of the start, and leaves out the batches since."""
-    tensors, batch, step = state.tensors(), state.next_batch, state.step
-    values, damage = checkpoint.load_newest(run.path, tensors)
+    tensors, batch, step, train = state.tensors(), state.next_batch, state.step, start.plan.recipe.train
+    saved, damage = distributed.from_first(lambda: checkpoint.newest(run.path))
     for sentence in damage:
-        say(f"{sentence}. It is set aside.")
-    if values is None:
-        device = next(state.student_teacher.parameters()).device
-        fresh = build.build_state(recipe, device, images=state.bad_images.length)
-        _initialise(fresh.student_teacher, recipe, say)
+        start.say(f"{sentence}. It is set aside.")
+    if saved is None:
+        fresh = start.state(images=state.bad_images.length)
         with torch.no_grad():
             for name, tensor in fresh.tensors().items():
                 tensors[name].copy_(tensor)
         values = fresh.values()
+    else:
+        values = checkpoint.load(run.path, saved, tensors, verify=False)
     state.go_back(values)
-    say(
-        f"rollback   at step {step:,}, the last {recipe.train.max_skips} of them skipped: back to step {state.step:,}, "
-        f"and on with the batches from number {batch:,} (rollback {state.rollbacks} of {recipe.train.max_rollbacks})"
+    start.say(
+        f"rollback   at step {step:,}, the last {train.max_skips} of them skipped: back to step {state.step:,}, "
+        f"and on with the batches from number {batch:,} (rollback {state.rollbacks} of {train.max_rollbacks})"
     )
 
 
@@ -292,15 +364,18 @@ def replay(
     if came != expected:
         raise WeightsError(f"{batch} is of another run: channels and size of its crops are {came}, not {expected}")
 
-    length = build.run_length(recipe, images=images)
+    length = build.run_length(recipe, images=images, world_size=run.ranks())
     schedules = build.build_schedules(recipe, length)
     rates = build.build_drop_path_rates(recipe)
+    (kept,) = loop.kept_samples(
+        state.student_teacher, saved.batch, rates, seed=recipe.train.seed, number=saved.number, rank=saved.rank
+    )
     dtype = devices.resolve_precision(recipe.precision if precision == "recipe" else "fp32", device)
     findings = replays.find(
         state.student_teacher,
         saved.batch.to(device),
         schedules(min(saved.step, length.steps - 1)),
-        kept=loop.kept_samples(state.student_teacher, saved.batch, rates, seed=recipe.train.seed, number=saved.number),
+        kept=kept,
         autocast=partial(devices.autocast, device, dtype),
     )
     return findings, saved, steps[-1] if steps else 0
@@ -317,7 +392,7 @@ def bench(data: Any, recipe: str | Path | Recipe = "small", *, seconds: float = 
         RecipeError: a key or value that cannot be.
         DataError: no usable images.
     """
-    resolved, _ = load_recipe(recipe, _flat_keys(keys))
+    resolved = build.with_batch_cut(load_recipe(recipe, _flat_keys(keys))[0], world_size=1)
     source = open_source(data)
     plan = _plan(resolved, source)
     with _threads(plan.threads):
@@ -710,6 +785,8 @@ class _Stop:
 
 
 def _tell_skipped(run: RunDirectory, say: Any, new: list[Skipped]) -> None:
+    if not distributed.is_first():
+        return
     for _, name, reason in new:
         say(f"skipped  {name}: {reason}")
     run.list_skipped((name, reason) for _, name, reason in new)

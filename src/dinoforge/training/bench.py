@@ -91,7 +91,8 @@ class StepBench:
         self._recipe, self._device, self._precision = recipe, device, precision
         keep_freed_memory(device)
         # Longer than any warm-up and freeze, and past them, so that the step is an ordinary one.
-        length = run_length(recipe, images=recipe.train.batch_size_per_gpu)
+        self._images = recipe.train.batch_size_per_gpu * recipe.train.accumulate
+        length = run_length(recipe, images=self._images)
         self._schedules = build_schedules(recipe, length)
         self._state = build_state(recipe, device, images=length.images)
         self._step = length.steps // 2
@@ -100,7 +101,7 @@ class StepBench:
     def batch(self) -> Batch:
         """Random crops with masks as the recipe draws them."""
         r = self._recipe
-        images, channels, side = r.train.batch_size_per_gpu, r.student.in_chans, r.crops.global_crops_size
+        images, channels, side = self._images, r.student.in_chans, r.crops.global_crops_size
         grid = (side // r.student.patch_size,) * 2
         masks = torch.from_numpy(build_masks(r)(2 * images, grid, sample_rng(r.train.seed, self._step, "masks")))
 
@@ -121,7 +122,7 @@ class StepBench:
         r, networks = self._recipe, self._state.student_teacher
         prepared = prepare(batch, device=self._device, mean=r.data.mean, std=r.data.std)
         rates = build_drop_path_rates(r)
-        kept = kept_samples(networks, prepared, rates, seed=r.train.seed, number=self._step)
+        kept = kept_samples(networks, prepared, rates, seed=r.train.seed, number=self._step, parts=r.train.accumulate)
         train_step(
             networks,
             self._state.optimizer,

@@ -56,8 +56,14 @@ class RunDirectory:
     def exists(self) -> bool:
         return self._recipe.is_file() and self._info.is_file()
 
-    def require_free_or_same(self, recipe: Recipe, data: DataIdentity) -> None:
-        """Raises RunError unless the folder is new, or holds the run of this recipe on these images."""
+    def require_free_or_same(self, recipe: Recipe, data: DataIdentity, *, batch_size: int) -> None:
+        """Raises RunError unless the folder is new, or holds the run of this recipe on these images.
+
+        Args:
+            recipe: to run.
+            data: the images.
+            batch_size: images of a step over all ranks, which may differ in number from those before.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file, not a folder: choose another place with --out")
         if not self.exists:
@@ -69,6 +75,12 @@ class RunDirectory:
         if changed:
             lines = "\n".join(f"  {key}: {old} there, {new} now" for key, (old, new) in changed.items())
             raise RunError(f"{self.path} holds a run of another recipe:\n{lines}\n{way_out}")
+        before = self.batch_size()
+        if before != batch_size:
+            raise RunError(
+                f"{self.path} holds a run with {before} images in a step over all ranks and micro-batches, now there "
+                f"are {batch_size}: set train.batch_size={before}, so that they are cut to fit.\n{way_out}"
+            )
         there = self.info()["data"]
         if there["fingerprint"] != data.fingerprint:
             raise RunError(
@@ -83,6 +95,15 @@ class RunDirectory:
     def info(self) -> dict[str, Any]:
         return _read_json(self._info)
 
+    def batch_size(self) -> int:
+        """Images of a step over all ranks."""
+        info, train = self.info(), self.recipe().train
+        return int(info.get("batch_size", train.batch_size_per_gpu))
+
+    def ranks(self) -> int:
+        """On how many ranks it was started the last time."""
+        return int(self.info()["starts"][-1].get("ranks", 1))
+
     def read_summary(self) -> dict[str, Any]:
         """The summary so far; empty before the first."""
         return _read_json(self.summary) if self.summary.exists() else {}
@@ -92,15 +113,26 @@ class RunDirectory:
         write_text(self.summary, json.dumps(self.read_summary() | values, indent=2) + "\n")
 
     def record_start(
-        self, recipe: Recipe, data: DataIdentity, *, device: torch.device, precision: torch.dtype, step: int
+        self,
+        recipe: Recipe,
+        data: DataIdentity,
+        *,
+        device: torch.device,
+        precision: torch.dtype,
+        step: int,
+        ranks: int,
+        mode: str,
+        batch_size: int,
     ) -> None:
-        """Writes what the run is, and that it was started now at ``step``."""
+        """Writes what the run is, and that it was started now at ``step`` on so many ranks."""
         start = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "step": step,
             "device": _device_name(device),
             "precision": str(precision).removeprefix("torch."),
             "threads": torch.get_num_threads(),
+            "ranks": ranks,
+            "parallel": mode,
             "versions": {
                 "dinoforge": __version__,
                 "python": platform.python_version(),
@@ -112,7 +144,12 @@ class RunDirectory:
         }
         before = self.info() if self._info.exists() else {}
         starts = [*before.get("starts", []), start]
-        info = before | {"data": vars(data), "seed": recipe.train.seed, "starts": starts}
+        info = before | {
+            "data": vars(data),
+            "seed": recipe.train.seed,
+            "batch_size": batch_size,
+            "starts": starts,
+        }
         write_text(self._info, json.dumps(info, indent=2) + "\n")
         write_text(self._recipe, dump(recipe))
 
