@@ -25,7 +25,7 @@ from dinoforge.data.crops import resize
 from dinoforge.data.decode import decode
 from dinoforge.data.loader import STOP_SIGNALS, Skipped, inspect, make_loader
 from dinoforge.data.sources import Source, open_source, read_labels
-from dinoforge.errors import DataError, DinoforgeError, RecipeError, RunError, WeightsError
+from dinoforge.errors import DataError, DinoforgeError, RecipeError, RunError, TrainingError, WeightsError
 from dinoforge.evaluation.classifiers import ClassifierResult, Method, run_classifier
 from dinoforge.evaluation.knn import KnnResult, run_knn
 from dinoforge.export import make as exports
@@ -91,7 +91,15 @@ def train(
     with distributed.process_group(devices.rank_device(resolved.device), resolved.parallel.backend):
         if console is None or not distributed.is_first():
             console = Console(quiet=not distributed.is_first())
-        return _train_together(data, recipe, resolved, ignored, out, dry_run=dry_run, console=console)
+        try:
+            return _train_together(data, recipe, resolved, ignored, out, dry_run=dry_run, console=console)
+        except RuntimeError as error:
+            if distributed.is_active() and distributed.is_lost_connection(error):
+                raise TrainingError(
+                    "another rank is gone. Run the same command again to continue at the last checkpoint; torchrun "
+                    "does it by itself with --max-restarts, dinoforge with --nproc"
+                ) from error
+            raise
 
 
 def _train_together(

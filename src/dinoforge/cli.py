@@ -7,10 +7,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from dinoforge import __version__
-from dinoforge.errors import DinoforgeError
+from dinoforge.errors import DataError, DinoforgeError, TrainingError
 
 if TYPE_CHECKING:
     from dinoforge.features import Skipped
@@ -33,10 +33,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except DinoforgeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(error)
         return _EXIT_USER_ERROR
     except KeyboardInterrupt:
         return _EXIT_SIGNALS["SIGINT"]
+
+
+def _print_error(error: DinoforgeError) -> None:
+    """Prints an error that all ranks have once, and one that perhaps only this rank has."""
+    rank = os.environ.get("RANK", "0") if _is_rank() else "0"
+    if rank == "0":
+        print(f"error: {error}", file=sys.stderr)
+    elif isinstance(error, DataError | TrainingError):
+        print(f"error on rank {rank}: {error}", file=sys.stderr)
+
+
+def _is_rank() -> bool:
+    """Whether torchrun or another launcher started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def run() -> NoReturn:
+    """The program ``dinoforge``."""
+    code = main()
+    if _is_rank():
+        # gloo's threads outlive the process group, and may abort the process while the interpreter shuts down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,6 +83,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--recipe", default="small", metavar="NAME|FILE", help="default: small; see docs/recipes.md")
     train.add_argument("--out", metavar="RUN", help="run directory; default: runs/FOLDER-RECIPE")
     train.add_argument("--dry-run", action="store_true", help="say what would run, and write nothing")
+    train.add_argument("--nproc", metavar="N|auto", help="train on N ranks of this machine; auto: one for each GPU")
+    train.add_argument(
+        "--restarts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="with --nproc: new starts after a rank has died; default: 3",
+    )
     _add_keys(train, "recipe keys, such as train.steps=2000")
     train.set_defaults(run=_train, parser=train)
 
@@ -104,6 +137,24 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--json", action="store_true", help="print one line of JSON")
     _add_keys(explain, "recipe keys, such as optim.layerwise_decay=0.8")
     explain.set_defaults(run=_explain, parser=explain)
+
+    plan = commands.add_parser(
+        "plan",
+        help="estimate what a run takes on GPUs that are not here",
+        description="Memory of each GPU by part under DDP and FSDP2, with and without activation checkpointing, "
+        "communication and time of a step, hours of the run, images per second that the data has to give. From "
+        "published peaks and a stated utilisation: an estimate, not a measurement.",
+        epilog="example: dinoforge plan --recipe dinov2 --images 1281167 --gpus 8xH100",
+    )
+    plan.add_argument("--recipe", default="small", metavar="NAME|FILE", help="default: small; see docs/recipes.md")
+    plan.add_argument("--images", type=int, required=True, metavar="N", help="images in the data")
+    plan.add_argument("--gpus", required=True, metavar="NxDEVICE", help="such as 8xH100")
+    plan.add_argument(
+        "--utilisation", type=float, default=0.35, metavar="SHARE", help="of the peak that is reached; default: 0.35"
+    )
+    plan.add_argument("--json", action="store_true", help="print one line of JSON")
+    _add_keys(plan, "recipe keys, such as train.batch_size=1024")
+    plan.set_defaults(run=_plan, parser=plan)
 
     compare = commands.add_parser(
         "compare",
@@ -201,9 +252,22 @@ def _train(options: argparse.Namespace) -> int:
     keys = _keys(options.keys)
     load_recipe(options.recipe, keys)  # a mistyped key is answered before torch is imported
 
+    if options.nproc is not None and not _is_rank():
+        from dinoforge.training.launch import launch, number_of_ranks
+
+        given = ["--recipe", options.recipe] + (["--out", options.out] if options.out else [])
+        given += ["--dry-run"] if options.dry_run else []
+        return launch(
+            ["train", options.data, *given, *options.keys],
+            ranks=number_of_ranks(options.nproc),
+            restarts=options.restarts,
+        )
+
     from dinoforge.api import train
 
     result = train(options.data, options.recipe, options.out, dry_run=options.dry_run, **keys)
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        return 0  # or else the ranks, which stopped because they were asked to, would be started again
     return _EXIT_SIGNALS.get(result.stopped_by or "", 0)
 
 
@@ -251,6 +315,19 @@ def _explain(options: argparse.Namespace) -> int:
         explain.plot_schedules(explanation, Path(options.plot))
     _say_ignored(ignored)
     print(json.dumps(explain.as_json(explanation)) if options.json else explain.render(explanation))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from dinoforge.config import load_recipe
+
+    recipe, ignored = load_recipe(options.recipe, _keys(options.keys))
+
+    from dinoforge.training import clusters
+
+    answer = clusters.requirements(recipe, images=options.images, gpus=options.gpus, utilisation=options.utilisation)
+    _say_ignored(ignored)
+    print(json.dumps(clusters.as_json(answer)) if options.json else clusters.render(answer))
     return 0
 
 
@@ -325,4 +402,4 @@ def _print_evaluation(text: str, skipped: "Sequence[Skipped]") -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

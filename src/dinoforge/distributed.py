@@ -79,6 +79,12 @@ def world_size() -> int:
     return dist.get_world_size() if is_active() else 1
 
 
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether an error says that another rank cannot be reached; gloo has no type for it."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    return isinstance(error, dist.DistNetworkError | dist.DistBackendError) or any(s in str(error) for s in signs)
+
+
 def is_first() -> bool:
     """Whether this is the rank that writes and prints."""
     return rank() == 0

@@ -202,7 +202,7 @@ def work_of_a_step(recipe: Recipe, networks: StudentTeacher, *, masked: float) -
         networks: on any device, also ``meta``.
         masked: masked patches of a step, in all global crops of the process.
     """
-    o, batch = networks.objective, recipe.train.batch_size_per_gpu
+    o, batch = networks.objective, recipe.train.batch_size_per_gpu * recipe.train.accumulate
     c, s = recipe.crops, recipe.student
     teaches = o.has_dino or o.has_ibot
     reads_local = o.dino_local_weight > 0 and c.local_crops_number > 0
