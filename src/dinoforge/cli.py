@@ -94,6 +94,28 @@ def _parser() -> argparse.ArgumentParser:
     _add_keys(train, "recipe keys, such as train.steps=2000")
     train.set_defaults(run=_train, parser=train)
 
+    submit = commands.add_parser(
+        "submit",
+        help="train as a job of Slurm that is queued again until it is finished",
+        description="Queues a training run by submitit, one task for each rank. When the job is pre-empted or its time "
+        "is over, the run stops with a checkpoint and is queued again. Needs pip install 'dinoforge[slurm]'.",
+        epilog="example: dinoforge submit /data/photos --slurm --out /scratch/run --nodes 2 --gpus-per-node 8",
+    )
+    submit.add_argument("data", metavar="DATA", help="folder of images that all machines see")
+    where = submit.add_mutually_exclusive_group(required=True)
+    where.add_argument("--slurm", dest="cluster", action="store_const", const="slurm", help="queue it in Slurm")
+    where.add_argument("--local", dest="cluster", action="store_const", const="local", help="try it on this machine")
+    submit.add_argument("--recipe", default="small", metavar="NAME|FILE", help="default: small; see docs/recipes.md")
+    submit.add_argument("--out", required=True, metavar="RUN", help="run directory that all machines see")
+    submit.add_argument("--nodes", type=int, default=1, metavar="N", help="machines; default: 1")
+    submit.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="and as many ranks; default: 0")
+    submit.add_argument("--ranks-per-node", type=int, metavar="N", help="default: --gpus-per-node, or 1 without GPUs")
+    submit.add_argument("--cpus-per-rank", type=int, default=8, metavar="N", help="default: 8")
+    submit.add_argument("--minutes", type=int, default=24 * 60, metavar="N", help="time limit of a job; default: a day")
+    submit.add_argument("--partition", metavar="NAME", help="of Slurm")
+    _add_keys(submit, "recipe keys, such as train.batch_size=1024")
+    submit.set_defaults(run=_submit, parser=submit)
+
     replay = commands.add_parser(
         "replay",
         help="run a batch again whose loss or gradients were not finite",
@@ -269,6 +291,30 @@ def _train(options: argparse.Namespace) -> int:
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         return 0  # or else the ranks, which stopped because they were asked to, would be started again
     return _EXIT_SIGNALS.get(result.stopped_by or "", 0)
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from dinoforge.config import load_recipe
+
+    load_recipe(options.recipe, _keys(options.keys))
+
+    from dinoforge.training.submit import Resources, submit
+
+    resources = Resources(
+        nodes=options.nodes,
+        ranks_per_node=options.ranks_per_node or options.gpus_per_node or 1,
+        gpus_per_node=options.gpus_per_node,
+        cpus_per_rank=options.cpus_per_rank,
+        minutes=options.minutes,
+        partition=options.partition,
+    )
+    recipe = str(Path(options.recipe).resolve()) if Path(options.recipe).is_file() else options.recipe
+    out = Path(options.out).resolve()
+    arguments = ["train", str(Path(options.data).resolve()), "--recipe", recipe, "--out", str(out), *options.keys]
+    folder = out.with_name(f"{out.name}-jobs")
+    job = submit(arguments, resources, folder=folder, cluster=options.cluster)
+    print(f"job {job.job_id}: logs in {folder}, the run in {out}")
+    return 0
 
 
 def _replay(options: argparse.Namespace) -> int:
