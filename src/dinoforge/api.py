@@ -122,8 +122,8 @@ def _train_together(
     run = RunDirectory(Path(out))
     identity = DataIdentity(os.path.abspath(data_name), len(source), source.fingerprint())
     plan = _plan(resolved, source)
-    if distributed.is_first():  # the others would see what it writes
-        run.require_free_or_same(resolved, identity, batch_size=plan.length.batch_size)
+    # Only the first looks, since the others might see what it writes.
+    distributed.from_first(lambda: run.require_free_or_same(resolved, identity, batch_size=plan.length.batch_size))
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     say(plans.render(plan, data_path=data_name, out=str(run.path)))
     if ignored:
@@ -658,7 +658,9 @@ def _open_run(run: RunDirectory, data: Any, *, pictures: bool) -> pages.Run:
     missing, training_data, backbone = [], None, None
     if pictures:
         try:
-            training_data = build.build_data(recipe, open_source(info["data"]["path"] if data is None else data))
+            training_data = build.build_data(
+                build.in_one(recipe, run.batch_size()), open_source(info["data"]["path"] if data is None else data)
+            )
         except DinoforgeError as error:
             missing.append(f"There are no pictures, because the images are not found: {error}.")
         if run.teacher.exists():

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dinoforge.errors import RecipeError
+from dinoforge.errors import DinoforgeError, RecipeError
 
 T = TypeVar("T")
 
@@ -100,11 +100,18 @@ def any_over_ranks(flag: bool) -> bool:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What ``make`` gives on the first rank, which alone calls it, on every rank."""
+    """What ``make`` gives on the first rank, which alone calls it, on every rank; or the error that it raises."""
     if not is_active():
         return make()
-    box = [make() if rank() == 0 else None]
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = make()
+        except DinoforgeError as error:
+            box[1] = error
     dist.broadcast_object_list(box, device=torch.device("cpu"))
+    if box[1] is not None:
+        raise box[1]
     return cast(T, box[0])
 
 

@@ -173,6 +173,12 @@ def with_batch_cut(recipe: Recipe, *, world_size: int) -> Recipe:
     return recipe
 
 
+def in_one(recipe: Recipe, batch_size: int) -> Recipe:
+    """The recipe of a run with that global batch, as one rank takes it at once: the data is the same."""
+    train = replace(recipe.train, batch_size=batch_size, batch_size_per_gpu=batch_size, accumulate=1)
+    return replace(recipe, train=train)
+
+
 def run_length(recipe: Recipe, *, images: int, world_size: int = 1) -> RunLength:
     """Steps of the run: ``train.steps``, else ``train.epochs`` of the images, else ``optim.epochs`` nominal epochs.
 
