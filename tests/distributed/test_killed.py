@@ -28,7 +28,7 @@ def command(folder: Path, run: str, **keys: object) -> list[str]:
 def ranks_of(agent: int) -> list[int]:
     """Processes that the launcher started, the last one last."""
     children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
-    return sorted(int(child) for child in children)
+    return sorted(int(pid) for pid in children if b"dinoforge" in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
 def lines_of(run: Path) -> list[dict[str, float]]:
@@ -36,9 +36,9 @@ def lines_of(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int, *, saved: bool = False) -> None:
     deadline = time.monotonic() + 200
-    while (lines_of(run) or [{"step": 0}])[-1]["step"] < step:
+    while (lines_of(run) or [{"step": 0}])[-1]["step"] < step or (saved and not list(run.glob("checkpoints/step_*"))):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"no step {step}"
         time.sleep(0.02)
@@ -51,7 +51,7 @@ def test_a_rank_is_killed_three_times(tmp_path):
     process = subprocess.Popen(command(tmp_path, "killed"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         for step, which in ((4, 0), (12, 1), (22, 0)):
-            wait_for_step(process, tmp_path / "killed", step)
+            wait_for_step(process, tmp_path / "killed", step, saved=True)
             os.kill(ranks_of(process.pid)[which], signal.SIGKILL)
             seen = len(lines_of(tmp_path / "killed"))
             while len(lines_of(tmp_path / "killed")) == seen and process.poll() is None:

@@ -1,6 +1,8 @@
 """``dinoforge submit``: submitit's own executor for one machine takes the place of Slurm."""
 
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -27,7 +29,9 @@ def test_a_job_that_is_taken_away_is_queued_again_and_goes_on(tmp_path):
         assert time.monotonic() < deadline, job.stderr()
         assert not job.done(), job.stderr()
         time.sleep(0.05)
-    job._interrupt()  # as Slurm does before it takes a job away
+    controller = job._process.pid
+    for task in Path(f"/proc/{controller}/task/{controller}/children").read_text().split():
+        os.kill(int(task), signal.SIGUSR2)  # as Slurm does before it takes a job away
     assert job.results() == [0, 0]
     info, summary = (json.loads((run / name).read_text()) for name in ("run.json", "summary.json"))
     assert summary["finished"]
