@@ -310,7 +310,8 @@ class StudentTeacher(nn.Module):
         return teacher_logits(head.embed(tokens), *head.last_layer.parts(), temp, scratch=self._scratch, name=name)
 
     def _largest_logit(self, head_name: str, temp: float) -> float | None:
-        return largest_logit(cast(DINOHead, self.teacher[head_name]).last_layer.weight_g, temp)
+        weight_g = distributed.whole(cast(DINOHead, self.teacher[head_name]).last_layer.weight_g)
+        return largest_logit(weight_g, temp)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
