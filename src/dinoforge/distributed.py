@@ -39,7 +39,10 @@ def process_group(device: torch.device, backend: str = "auto") -> Iterator[None]
         backend = "cpu:gloo,cuda:nccl" if backend in ("auto", "nccl") else "gloo"
     else:
         backend = "gloo"
-    dist.init_process_group(backend)
+    # The elastic agent keeps its store when it starts ranks again, and there would still be the addresses of the dead.
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
         yield
     finally:
