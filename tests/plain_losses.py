@@ -32,7 +32,7 @@ def centering(logits, temp, center):
 
 
 def updated_center(center, logits, momentum, temp=0.5):
-    return targets.updated_center(center, over(logits, temp), temp, momentum)
+    return targets.updated_center(center, [over(logits, temp)], temp, momentum)
 
 
 def dino_loss(global_embeddings, local_embeddings, prototypes, of_teacher, **settings):

@@ -73,7 +73,7 @@ def test_large_states_are_spread_over_files(tmp_path, monkeypatch):
 
 def test_copies_do_not_follow_the_state():
     tensors = {"a": torch.ones(3, requires_grad=True)}
-    copies = checkpoint.copied(tensors)
+    copies = checkpoint.whole(tensors, copy=True)
     tensors["a"].detach().zero_()
     assert copies["a"].tolist() == [1, 1, 1]
     assert not copies["a"].requires_grad
@@ -186,7 +186,7 @@ def test_the_sums_are_those_of_the_well_known_tool(tmp_path):
 
 def test_the_newest_whole_checkpoint_is_taken(tmp_path):
     tensors = {name: torch.zeros_like(tensor) for name, tensor in tensors_of(1).items()}
-    assert checkpoint.load_newest(tmp_path, tensors) == (None, [])
+    assert checkpoint.newest(tmp_path) == (None, [])
     for step in (10, 20, 30, 40):
         save(tmp_path, step)
     (checkpoint.path_of(tmp_path, 40) / "SHA256SUMS").unlink()
@@ -194,14 +194,14 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    values, damage = checkpoint.load_newest(tmp_path, tensors)
-    assert values is not None
-    assert values["step"] == 20
+    step, damage = checkpoint.newest(tmp_path)
+    assert step == 20
+    assert checkpoint.load(tmp_path, step, tensors, verify=False)["step"] == 20
     assert all(torch.equal(tensors[name], expected) for name, expected in tensors_of(20).items())
     assert [("step_00000040" in text, "step_00000030" in text) for text in damage] == [(True, False), (False, True)]
     # What is damaged no longer counts, or keeping the newest would delete the good ones.
     assert names(tmp_path) == ["step_00000010", "step_00000020", "step_00000030.damaged", "step_00000040.damaged"]
-    assert checkpoint.load_newest(tmp_path, tensors)[1] == []
+    assert checkpoint.newest(tmp_path) == (20, [])
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path):
@@ -209,7 +209,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path):
         shutil.rmtree(save(tmp_path, step) / "SHA256SUMS", ignore_errors=True)
         (checkpoint.path_of(tmp_path, step) / "state.json").write_text("{}")
     with pytest.raises(WeightsError, match="No other checkpoint is left"):
-        checkpoint.load_newest(tmp_path, {})
+        checkpoint.newest(tmp_path)
     assert checkpoint.steps(tmp_path) == [1, 2]
 
 

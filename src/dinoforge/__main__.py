@@ -1,5 +1,3 @@
-import sys
+from dinoforge.cli import run
 
-from dinoforge.cli import main
-
-sys.exit(main())
+run()

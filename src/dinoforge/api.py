@@ -36,7 +36,7 @@ from dinoforge.data.decode import MAX_PIXELS, decode
 from dinoforge.data.loader import STOP_SIGNALS, Skipped, inspect, make_loader
 from dinoforge.data.sources import Source, open_source, read_labels
 from dinoforge.diagnosis import Finding, diagnose
-from dinoforge.errors import DataError, DinoforgeError, RecipeError, RunError, WeightsError
+from dinoforge.errors import DataError, DinoforgeError, RecipeError, RunError, TrainingError, WeightsError
 from dinoforge.evaluation.classifiers import ClassifierResult, Method, run_classifier
 from dinoforge.evaluation.knn import KnnResult, run_knn
 from dinoforge.evaluation.probe import Probe
@@ -59,12 +59,12 @@ from dinoforge.training.metrics import (
     Display,
     JsonLines,
     MetricsHook,
-    Sink,
     TensorBoard,
     check_writable,
     duration,
 )
 from dinoforge.training.non_finite import NonFinitePolicy, RollBackError
+from dinoforge.training.parallel import Parallel, wrap
 from dinoforge.training.probes import Probes
 from dinoforge.training.run import DataIdentity, RunDirectory
 from dinoforge.training.saver import Saver
@@ -116,26 +116,59 @@ def train(
         RunError: ``out`` is another run's, or cannot be written.
         TrainingError: losses or gradients that stay non-finite; see docs/reliability.md.
     """
-    console = console or Console()
+    device, backend = _where(recipe, _flat_keys(keys))
+    with distributed.process_group(devices.rank_device(device), backend):
+        if console is None or not distributed.is_first():
+            console = Console(quiet=not distributed.is_first())
+        try:
+            return _train_together(data, recipe, keys, out, labels, dry_run=dry_run, console=console)
+        except RuntimeError as error:
+            if distributed.is_active() and distributed.is_lost_connection(error):
+                raise TrainingError(
+                    "another rank is gone. Run the same command again to continue at the last checkpoint; torchrun "
+                    "does it by itself with --max-restarts, dinoforge with --nproc"
+                ) from error
+            raise
+
+
+def _where(recipe: str | Path | Recipe, given: Mapping[str, Any]) -> tuple[str, str]:
+    """Device and backend that a recipe asks for, before the images are known."""
+    if recipe == "auto":
+        said = converted(given)
+        return said.get("device", "auto"), said.get("parallel.backend", "auto")
+    resolved, _ = load_recipe(recipe, given)
+    return resolved.device, resolved.parallel.backend
+
+
+def _train_together(
+    data: Any,
+    recipe: str | Path | Recipe,
+    keys: Mapping[str, Any],
+    out: str | Path | None,
+    labels: str | Path | None,
+    *,
+    dry_run: bool,
+    console: Console,
+) -> RunResult:
+    """``train`` on the ranks that there are."""
     data_name = str(data) if isinstance(data, str | os.PathLike) else type(data).__name__
     if out is None:
         recipe_name = "custom" if isinstance(recipe, Recipe) else Path(recipe).stem
         out = Path("runs", f"{Path(os.path.abspath(data_name)).name}-{recipe_name}")
     run = RunDirectory(Path(out))
-    resolved: Recipe | None = None
-    if recipe != "auto":
-        resolved, ignored = resolve(recipe, keys, run)
-    source = open_source(data)
     choices: dict[str, auto.Choice] = {}
-    if resolved is None:
+    if recipe == "auto":
+        source = open_source(data)
         resolved, ignored, choices = _auto_recipe(source, _flat_keys(keys), run)
+    else:
+        resolved, ignored = distributed.from_first(lambda: resolve(recipe, keys, run))
+        source = open_source(data)
+    resolved = build.with_batch_cut(resolved, world_size=distributed.world_size())
     identity = DataIdentity(os.path.abspath(data_name), len(source), source.fingerprint())
-    run.require_free_or_same(resolved, identity)
-    known = None if labels is None else read_labels(labels, source)
-    if labels is None and resolved.probe.is_on:
-        known = source.labels()
-
     plan = _plan(resolved, source)
+    # Only the first looks, since the others might see what it writes.
+    distributed.from_first(lambda: run.require_free_or_same(resolved, identity, batch_size=plan.length.batch_size))
+    known = distributed.from_first(lambda: _labels(labels, source, resolved))
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     say(plans.render(plan, data_path=data_name, out=str(run.path)))
     if choices and dry_run:
@@ -149,7 +182,7 @@ def train(
         say(f"\n{plans.render_schedules(plan)}\n\n{dump(resolved)}", end="")
         return RunResult(run.path, 0, plan.length.steps)
 
-    finished = run.exists and run.read_summary().get("finished")
+    finished = distributed.from_first(lambda: run.exists and run.read_summary().get("finished"))
     if finished:
         result = RunResult(run.path, plan.length.steps, plan.length.steps, summary=run.read_summary())
         say(f"\nThis run is finished: the backbone is {run.teacher}. For another one, choose another --out.")
@@ -157,6 +190,13 @@ def train(
     with _threads(plan.threads):
         base = auto.BASE if choices else base_of(recipe)
         return _train(plan, source, known, run, identity, base, console)
+
+
+def _labels(labels: str | Path | None, source: Source, recipe: Recipe) -> list[str] | None:
+    """Of each image, if they are known or there is a use for them."""
+    if labels is not None:
+        return read_labels(labels, source)
+    return source.labels() if recipe.probe.is_on else None
 
 
 def _train(
@@ -171,32 +211,40 @@ def _train(
     recipe, device = plan.recipe, plan.device
     image = _image_input(recipe)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
-    check_writable(run.path)
-    run.require_space(int((recipe.checkpoint.keep_last + 1) * _checkpoint_bytes(plan)))
+    saved, damage = distributed.from_first(lambda: _open_for_writing(run, plan))
     devices.keep_freed_memory(device)
-    checkpoint.clean(run.path)
-    state = build.build_state(recipe, device, images=len(source))
-    saved, damage = checkpoint.load_newest(run.path, state.tensors())
     for sentence in damage:
         say(f"\n{sentence}. It is set aside; continuing from the one before it.")
-    if saved is None:
-        _initialise(state.student_teacher, recipe, say)
-    else:
-        state.load_values(saved)
+    start = _Start(plan, say)
+    state = start.state(images=len(source), fresh=saved is None)
+    if saved is not None:
+        state.load_values(checkpoint.load(run.path, saved, state.tensors(), verify=False))
         say(f"\nContinuing at step {state.step:,} of {plan.length.steps:,}.")
-    run.list_skipped(state.bad_images.skipped.values(), first=True)
-    run.record_start(
-        recipe, identity, base=base, look=plan.data, device=device, precision=plan.precision, step=state.step
-    )
+    if distributed.is_first():
+        run.list_skipped(state.bad_images.skipped.values(), first=True)
+        run.record_start(
+            recipe,
+            identity,
+            base=base,
+            look=plan.data,
+            device=device,
+            precision=plan.precision,
+            step=state.step,
+            ranks=distributed.world_size(),
+            mode=plan.mode,
+            batch_size=plan.length.batch_size,
+        )
 
     limit = recipe.train.max_minutes
     first_step = state.step
-    metrics_file = JsonLines(run.metrics, first_step=first_step)
-    alarm = Alarm(flatten(recipe), metrics_file, say)
-    sinks: list[Sink] = [metrics_file, alarm]
-    board = TensorBoard(run.path / "tensorboard", first_step=first_step) if recipe.log.tensorboard else None
-    if board:
-        sinks.append(board)
+    files: list[JsonLines | TensorBoard] = []
+    alarms: list[Alarm] = []
+    if distributed.is_first():
+        metrics_file = JsonLines(run.metrics, first_step=first_step)
+        files.append(metrics_file)
+        alarms.append(Alarm(flatten(recipe), metrics_file, say))
+        if recipe.log.tensorboard:
+            files.append(TensorBoard(run.path / "tensorboard", first_step=first_step))
     say("")
     with (
         _Stop(limit) as stop,
@@ -205,7 +253,7 @@ def _train(
     ):
         probes = _probes(run, state, plan, image, source, labels, say)
         metrics_hook = MetricsHook(
-            sinks,
+            [*files, *alarms],
             display,
             every_steps=recipe.log.every_steps,
             total_steps=plan.length.steps,
@@ -218,7 +266,7 @@ def _train(
         try:
             while True:
                 batches = make_loader(
-                    build.build_data(recipe, source),
+                    build.build_data(recipe, source, rank=distributed.rank(), world_size=distributed.world_size()),
                     start_step=state.next_batch,
                     end_step=plan.length.steps + state.passed_over,
                     num_workers=plan.num_workers,
@@ -232,6 +280,8 @@ def _train(
                         plan.schedules,
                         seed=recipe.train.seed,
                         samples_per_step=plan.length.batch_size,
+                        accumulate=recipe.train.accumulate,
+                        parallel=start.parallel,
                         drop_path_rates=build.build_drop_path_rates(recipe),
                         clip_grad=recipe.optim.clip_grad,
                         prepare=partial(prepare, device=device, mean=image.mean, std=image.std),
@@ -245,25 +295,26 @@ def _train(
                     break
                 except RollBackError:
                     saver.wait()
-                    _roll_back(run, state, recipe, say)
-                    for written in (metrics_file, board, probes):
+                    _roll_back(run, state, start)
+                    for written in (*files, probes):
                         if written:
                             written.cut(state.step)
-                    alarm.cut()
+                    for alarm in alarms:
+                        alarm.cut()
                 except DataError:
-                    saver.finish()  # what was done until then
+                    if not distributed.is_active():  # otherwise perhaps of one rank, and all save together
+                        saver.finish()  # what was done until then
                     raise
                 finally:
                     batches.close()  # ends the workers
             saver.finish()
-            stopped = stop.reason not in (None, "max_minutes")  # whoever sent a signal is in a hurry
-            reported = live is not None and not stopped and live.make()
+            reason = next((told for told in distributed.all_ranks(stop.reason) if told), None)
+            hurried = reason not in (None, "max_minutes")  # whoever sent a signal is in a hurry
+            reported = live is not None and not hurried and live.make()
         finally:
-            metrics_file.close()
-            if board:
-                board.close()
+            for file in files:
+                file.close()
 
-    reason = stop.reason
     if reason is None and state.step < plan.length.steps:
         reason = "probe.patience"
     result = RunResult(run.path, state.step, plan.length.steps, reason, run.read_summary())
@@ -315,7 +366,10 @@ def _probes(
 ) -> Probes | None:
     """What measures the teacher while it trains; None without labels, or where the recipe wants none."""
     settings = plan.recipe.probe
-    if labels is None or not settings.is_on:
+    if labels is None or not settings.is_on or not distributed.is_first():
+        return None
+    if plan.mode in ("fsdp", "hsdp"):
+        say(f"probe    none, since no rank has the whole teacher (parallel.mode is {plan.mode})")
         return None
     architecture = build.vit_arguments(plan.recipe)
     reading = _reading(image, architecture["patch_size"], plan.recipe.eval)
@@ -351,6 +405,53 @@ def _untrained(architecture: Mapping[str, Any], seed: int) -> VisionTransformer:
         # At the small LayerScale that training starts from, an untrained cls token hardly depends on the image.
         fresh = dict(architecture) | ({"layerscale": 1.0} if architecture["layerscale"] else {})
         return VisionTransformer(**fresh).eval()
+
+
+def _open_for_writing(run: RunDirectory, plan: plans.Plan) -> tuple[int | None, list[str]]:
+    """Sees that the run can be written; ``checkpoint.newest`` of what is there."""
+    check_writable(run.path)
+    run.require_space(int((plan.recipe.checkpoint.keep_last + 1) * _checkpoint_bytes(plan)))
+    checkpoint.clean(run.path)
+    return checkpoint.newest(run.path)
+
+
+class _Start:
+    """Makes states at step 0, laid over the ranks.
+
+    Args:
+        plan: of the run.
+        say: tells the user.
+    """
+
+    parallel: Parallel
+    """How the networks of the first state are laid out."""
+
+    def __init__(self, plan: plans.Plan, say: Callable[[str], object]) -> None:
+        self.plan, self.say = plan, say
+
+    def state(self, *, images: int, fresh: bool = True) -> loop.TrainState:
+        """A state; unless it is ``fresh``, its weights do not matter."""
+        recipe = self.plan.recipe
+        return build.build_state(
+            recipe,
+            self.plan.device,
+            images=images,
+            initialise=lambda networks: _initialise(networks, recipe, self.say) if fresh else None,
+            lay_out=self._lay_out,
+        )
+
+    def _lay_out(self, networks: StudentTeacher) -> None:
+        settings = self.plan.recipe.parallel
+        parallel = wrap(
+            networks,
+            self.plan.mode,
+            self.plan.device,
+            activation_checkpointing=settings.activation_checkpointing,
+            shard_ranks=settings.shard_ranks,
+            some_frozen=self.plan.schedules.freeze_backbone_steps > 0,
+        )
+        if not hasattr(self, "parallel"):
+            self.parallel = parallel
 
 
 def _initialise(networks: StudentTeacher, recipe: Recipe, say: Callable[[str], object]) -> None:
@@ -399,24 +500,24 @@ def resolve(
     return load_recipe(recipe, flat, beneath=beneath)
 
 
-def _roll_back(run: RunDirectory, state: loop.TrainState, recipe: Recipe, say: Callable[[str], object]) -> None:
+def _roll_back(run: RunDirectory, state: loop.TrainState, start: _Start) -> None:
     """Takes the state of the newest checkpoint, or of the start, and leaves out the batches since."""
-    tensors, batch, step = state.tensors(), state.next_batch, state.step
-    values, damage = checkpoint.load_newest(run.path, tensors)
+    tensors, batch, step, train = state.tensors(), state.next_batch, state.step, start.plan.recipe.train
+    saved, damage = distributed.from_first(lambda: checkpoint.newest(run.path))
     for sentence in damage:
-        say(f"{sentence}. It is set aside.")
-    if values is None:
-        device = next(state.student_teacher.parameters()).device
-        fresh = build.build_state(recipe, device, images=state.bad_images.length)
-        _initialise(fresh.student_teacher, recipe, say)
+        start.say(f"{sentence}. It is set aside.")
+    if saved is None:
+        fresh = start.state(images=state.bad_images.length)
         with torch.no_grad():
             for name, tensor in fresh.tensors().items():
                 tensors[name].copy_(tensor)
         values = fresh.values()
+    else:
+        values = checkpoint.load(run.path, saved, tensors, verify=False)
     state.go_back(values)
-    say(
-        f"rollback   at step {step:,}, the last {recipe.train.max_skips} of them skipped: back to step {state.step:,}, "
-        f"and on with the batches from number {batch:,} (rollback {state.rollbacks} of {recipe.train.max_rollbacks})"
+    start.say(
+        f"rollback   at step {step:,}, the last {train.max_skips} of them skipped: back to step {state.step:,}, "
+        f"and on with the batches from number {batch:,} (rollback {state.rollbacks} of {train.max_rollbacks})"
     )
 
 
@@ -455,15 +556,18 @@ def replay(
     if came != expected:
         raise WeightsError(f"{batch} is of another run: channels and size of its crops are {came}, not {expected}")
 
-    length = build.run_length(recipe, images=images)
+    length = build.run_length(recipe, images=images, world_size=run.ranks())
     schedules = build.build_schedules(recipe, length)
     rates = build.build_drop_path_rates(recipe)
+    (kept,) = loop.kept_samples(
+        state.student_teacher, saved.batch, rates, seed=recipe.train.seed, number=saved.number, rank=saved.rank
+    )
     dtype = devices.resolve_precision(recipe.precision if precision == "recipe" else "fp32", device)
     findings = replays.find(
         state.student_teacher,
         saved.batch.to(device),
         schedules(min(saved.step, length.steps - 1)),
-        kept=loop.kept_samples(state.student_teacher, saved.batch, rates, seed=recipe.train.seed, number=saved.number),
+        kept=kept,
         autocast=partial(devices.autocast, device, dtype),
     )
     return findings, saved, steps[-1] if steps else 0
@@ -482,7 +586,7 @@ def bench(data: Any, recipe: str | Path | Recipe = "small", *, seconds: float = 
     """
     source = open_source(data)
     resolved = auto_recipe(source, **keys)[0] if recipe == "auto" else resolve(recipe, keys)[0]
-    plan = _plan(resolved, source)
+    plan = _plan(build.with_batch_cut(resolved, world_size=1), source)
     with _threads(plan.threads):
         return benchmarks.measure(plan, source, seconds=seconds)
 
@@ -517,13 +621,15 @@ def _auto_recipe(
     facts = auto.facts_of(summary, str(device), distributed.world_size())
     timed: dict[str, Any] = {}
     if said.get("train.max_minutes") and not any(said.get(key) for key in auto.LENGTHS):
-        if run and run.exists:
-            timed = {"train.steps": run.recipe().train.steps}  # a second measurement would give another number
+        begun = distributed.from_first(lambda: run.recipe().train.steps if run and run.exists else None)
+        if begun is not None:
+            timed = {"train.steps": begun}  # a second measurement would give another number
         else:
             sample = auto.choose(facts, given | {"train.steps": auto.LONG})
             values = {key: choice.value for key, choice in sample.items()}
             recipe, _ = load_recipe(auto.BASE, values | given | {"train.steps": auto.LONG})
-            seconds = benchmarks.seconds_per_step(recipe, source)
+            # All ranks time it, since a step has to do with all of them, and the slowest is waited for.
+            seconds = max(distributed.all_ranks(benchmarks.seconds_per_step(recipe, source)))
             timed = {"train.steps": max(int(60 * said["train.max_minutes"] / seconds), 1)}
     choices = auto.choose(facts, given | timed)
     if timed:
@@ -913,7 +1019,7 @@ def open_run(
         groups=groups,
         masks=masks,
         skipped=tuple(skipped),
-        data=None if source is None else build.build_data(recipe, source),
+        data=None if source is None else build.build_data(build.in_one(recipe, run.batch_size()), source),
         labels=known,
         backbone=backbone,
         device=device or devices.resolve_device("auto"),
@@ -1030,6 +1136,8 @@ class _Stop:
 
 
 def _tell_skipped(run: RunDirectory, say: Any, new: list[Skipped]) -> None:
+    if not distributed.is_first():
+        return
     for _, name, reason in new:
         say(f"skipped  {name}: {reason}")
     run.list_skipped((name, reason) for _, name, reason in new)

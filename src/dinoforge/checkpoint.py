@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from dinoforge import distributed
 from dinoforge.errors import RunError, WeightsError
 from dinoforge.files import sync, sync_folder, writing_error
 
@@ -83,14 +84,22 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[st
     return path
 
 
-def load(run: Path, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def load(run: Path, step: int, tensors: Mapping[str, Tensor], *, verify: bool = True) -> dict[str, Any]:
     """Reads the state after ``step`` steps: writes into ``tensors``, and returns the values.
+
+    A sharded tensor gets its shard, however the checkpoint was made: on any number of ranks, sharded or not.
+
+    Args:
+        run: the run directory.
+        step: of a checkpoint.
+        tensors: what to write into.
+        verify: whether to compare the sums first; ``newest`` does it, too.
 
     Raises:
         WeightsError: the checkpoint is damaged (a changed byte is found by the sums), or is of other networks.
     """
     path = path_of(run, step)
-    values = _verified(path)
+    values = _verified(path) if verify else _values(path)
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load as read
 
@@ -102,16 +111,16 @@ def load(run: Path, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return values
 
 
-def load_newest(run: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any] | None, list[str]]:
-    """Reads the newest checkpoint that is whole, as ``load`` does.
+def newest(run: Path) -> tuple[int | None, list[str]]:
+    """The step of the newest checkpoint that is whole.
 
     Damaged ones are set aside as ``….damaged``: they must not count among the checkpoints that are kept.
 
     Returns:
-        Its values, None if there is no checkpoint yet; and a sentence on each damaged one.
+        Its step, None if there is no checkpoint yet; and a sentence on each damaged one.
 
     Raises:
-        WeightsError: there are checkpoints, and none is whole; or one is of other networks.
+        WeightsError: there are checkpoints, and none is whole.
     """
     damage = []
     for step in reversed(steps(run)):
@@ -125,7 +134,7 @@ def load_newest(run: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any
             aside = path.with_name(path.name + ".damaged")
             _remove(aside)
             path.rename(aside)
-        return load(run, step, tensors), damage
+        return step, damage
     if damage:
         raise WeightsError(
             f"{'; '.join(damage)}. No other checkpoint is left: restore one, or delete {folder_of(run)} to start anew"
@@ -203,9 +212,18 @@ def _verified(path: Path) -> dict[str, Any]:
             raise WeightsError(f"{damaged}: {', '.join(sorted(sums.keys() ^ names))} missing or not its own")
         if wrong := [name for name, digest in sorted(sums.items()) if _sum_of(path / name) != digest]:
             raise WeightsError(f"{damaged}: the checksum of {', '.join(wrong)} is wrong")
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{damaged}: {_SUMS} cannot be read ({type(error).__name__})") from error
+    return _values(path)
+
+
+def _values(path: Path) -> dict[str, Any]:
+    try:
         values: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{damaged}: {_SUMS} or {_STATE} cannot be read ({type(error).__name__})") from error
+        raise WeightsError(
+            f"the checkpoint {path} is damaged: {_STATE} cannot be read ({type(error).__name__})"
+        ) from error
     return values
 
 
@@ -214,7 +232,24 @@ def _sum_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as they are now, in the processor's memory: to be saved while training goes on."""
+def whole(tensors: Mapping[str, Tensor], *, copy: bool) -> dict[str, Tensor]:
+    """The tensors as they are now, sharded ones put together: to be saved by the first rank. Every rank has to ask.
+
+    Args:
+        tensors: of this rank.
+        copy: make copies in the processor's memory, to be saved while training goes on.
+
+    Returns:
+        Nothing on other ranks than the first.
+    """
+    result = {}
     with torch.no_grad():
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            full = distributed.whole(tensor)
+            if not distributed.is_first():
+                continue
+            if full is tensor:
+                result[name] = full.detach().to("cpu", copy=True) if copy else full
+            else:  # a copy already, which must not stay on the device
+                result[name] = full.detach().to("cpu")
+    return result

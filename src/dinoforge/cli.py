@@ -7,10 +7,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from dinoforge import __version__
-from dinoforge.errors import DinoforgeError
+from dinoforge.errors import DataError, DinoforgeError, TrainingError
 
 if TYPE_CHECKING:
     from dinoforge.features import Skipped
@@ -37,10 +37,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except DinoforgeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(error)
         return _EXIT_USER_ERROR
     except KeyboardInterrupt:
         return _EXIT_SIGNALS["SIGINT"]
+
+
+def _print_error(error: DinoforgeError) -> None:
+    """Prints an error that all ranks have once, and one that perhaps only this rank has."""
+    rank = os.environ.get("RANK", "0") if _is_rank() else "0"
+    if rank == "0":
+        print(f"error: {error}", file=sys.stderr)
+    elif isinstance(error, DataError | TrainingError):
+        print(f"error on rank {rank}: {error}", file=sys.stderr)
+
+
+def _is_rank() -> bool:
+    """Whether torchrun or another launcher started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def run() -> NoReturn:
+    """The program ``dinoforge``."""
+    code = main()
+    if _is_rank():
+        # gloo's threads outlive the process group, and may abort the process while the interpreter shuts down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,8 +98,39 @@ def _parser() -> argparse.ArgumentParser:
         "them while it trains, see probe.*",
     )
     train.add_argument("--dry-run", action="store_true", help="say what would run, and write nothing")
+    train.add_argument("--nproc", metavar="N|auto", help="train on N ranks of this machine; auto: one for each GPU")
+    train.add_argument(
+        "--restarts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="with --nproc: new starts after a rank has died; default: 3",
+    )
     _add_keys(train, "recipe keys, such as train.steps=2000")
     train.set_defaults(run=_train, parser=train)
+
+    submit = commands.add_parser(
+        "submit",
+        help="train as a job of Slurm that is queued again until it is finished",
+        description="Queues a training run by submitit, one task for each rank. When the job is pre-empted or its time "
+        "is over, the run stops with a checkpoint and is queued again. Needs pip install 'dinoforge[slurm]'.",
+        epilog="example: dinoforge submit /data/photos --slurm --out /scratch/run --nodes 2 --gpus-per-node 8",
+    )
+    submit.add_argument("data", metavar="DATA", help="folder of images that all machines see")
+    where = submit.add_mutually_exclusive_group(required=True)
+    where.add_argument("--slurm", dest="cluster", action="store_const", const="slurm", help="queue it in Slurm")
+    where.add_argument("--local", dest="cluster", action="store_const", const="local", help="try it on this machine")
+    submit.add_argument("--recipe", default="small", metavar="NAME|FILE", help="default: small; see docs/recipes.md")
+    submit.add_argument("--out", required=True, metavar="RUN", help="run directory that all machines see")
+    submit.add_argument("--labels", metavar="FILE.csv", help="as for train")
+    submit.add_argument("--nodes", type=int, default=1, metavar="N", help="machines; default: 1")
+    submit.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="and as many ranks; default: 0")
+    submit.add_argument("--ranks-per-node", type=int, metavar="N", help="default: --gpus-per-node, or 1 without GPUs")
+    submit.add_argument("--cpus-per-rank", type=int, default=8, metavar="N", help="default: 8")
+    submit.add_argument("--minutes", type=int, default=24 * 60, metavar="N", help="time limit of a job; default: a day")
+    submit.add_argument("--partition", metavar="NAME", help="of Slurm")
+    _add_keys(submit, "recipe keys, such as train.batch_size=1024")
+    submit.set_defaults(run=_submit, parser=submit)
 
     replay = commands.add_parser(
         "replay",
@@ -119,6 +175,24 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--json", action="store_true", help="print one line of JSON")
     _add_keys(explain, "recipe keys, such as optim.layerwise_decay=0.8")
     explain.set_defaults(run=_explain, parser=explain)
+
+    plan = commands.add_parser(
+        "plan",
+        help="estimate what a run takes on GPUs that are not here",
+        description="Memory of each GPU by part under DDP and FSDP2, with and without activation checkpointing, "
+        "communication and time of a step, hours of the run, images per second that the data has to give. From "
+        "published peaks and a stated utilisation: an estimate, not a measurement.",
+        epilog="example: dinoforge plan --recipe dinov2 --images 1281167 --gpus 8xH100",
+    )
+    plan.add_argument("--recipe", default="small", metavar="NAME|FILE", help="default: small; see docs/recipes.md")
+    plan.add_argument("--images", type=int, required=True, metavar="N", help="images in the data")
+    plan.add_argument("--gpus", required=True, metavar="NxDEVICE", help="such as 8xH100")
+    plan.add_argument(
+        "--utilisation", type=float, default=0.35, metavar="SHARE", help="of the peak that is reached; default: 0.35"
+    )
+    plan.add_argument("--json", action="store_true", help="print one line of JSON")
+    _add_keys(plan, "recipe keys, such as train.batch_size=1024")
+    plan.set_defaults(run=_plan, parser=plan)
 
     compare = commands.add_parser(
         "compare",
@@ -252,10 +326,48 @@ def _train(options: argparse.Namespace) -> int:
     keys = _keys(options.keys)
     _check(options.recipe, keys)  # a mistyped key is answered before torch is imported
 
+    if options.nproc is not None and not _is_rank():
+        from dinoforge.training.launch import launch, number_of_ranks
+
+        given = ["--recipe", options.recipe] + (["--out", options.out] if options.out else [])
+        given += ["--labels", options.labels] if options.labels else []
+        given += ["--dry-run"] if options.dry_run else []
+        return launch(
+            ["train", options.data, *given, *options.keys],
+            ranks=number_of_ranks(options.nproc),
+            restarts=options.restarts,
+        )
+
     from dinoforge.api import train
 
     result = train(options.data, options.recipe, options.out, labels=options.labels, dry_run=options.dry_run, **keys)
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        return 0  # or else the ranks, which stopped because they were asked to, would be started again
     return _EXIT_SIGNALS.get(result.stopped_by or "", 0)
+
+
+def _submit(options: argparse.Namespace) -> int:
+    _check(options.recipe, _keys(options.keys))
+
+    from dinoforge.training.submit import Resources, submit
+
+    resources = Resources(
+        nodes=options.nodes,
+        ranks_per_node=options.ranks_per_node or options.gpus_per_node or 1,
+        gpus_per_node=options.gpus_per_node,
+        cpus_per_rank=options.cpus_per_rank,
+        minutes=options.minutes,
+        partition=options.partition,
+    )
+    recipe = str(Path(options.recipe).resolve()) if Path(options.recipe).is_file() else options.recipe
+    out = Path(options.out).resolve()
+    labels = ["--labels", str(Path(options.labels).resolve())] if options.labels else []
+    arguments = ["train", str(Path(options.data).resolve()), "--recipe", recipe, "--out", str(out), *labels]
+    arguments += options.keys
+    folder = out.with_name(f"{out.name}-jobs")
+    job = submit(arguments, resources, folder=folder, cluster=options.cluster)
+    print(f"job {job.job_id}: logs in {folder}, the run in {out}")
+    return 0
 
 
 def _replay(options: argparse.Namespace) -> int:
@@ -309,6 +421,19 @@ def _explain(options: argparse.Namespace) -> int:
         explain.plot_schedules(explanation, Path(options.plot))
     _say_ignored(ignored)
     print(json.dumps(explain.as_json(explanation)) if options.json else explain.render(explanation))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from dinoforge.config import load_recipe
+
+    recipe, ignored = load_recipe(options.recipe, _keys(options.keys))
+
+    from dinoforge.training import clusters
+
+    answer = clusters.requirements(recipe, images=options.images, gpus=options.gpus, utilisation=options.utilisation)
+    _say_ignored(ignored)
+    print(json.dumps(clusters.as_json(answer)) if options.json else clusters.render(answer))
     return 0
 
 
@@ -414,4 +539,4 @@ def _print_evaluation(text: str, skipped: "Sequence[Skipped]") -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

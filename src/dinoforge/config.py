@@ -39,6 +39,8 @@ class Dino:
     targets: Targets | None = None  # ours: null takes train.centering
     student_temp: float = 0.1  # ours: a constant of the reference's DINOLoss
     center_momentum: float = 0.9  # ours: a constant of the reference's DINOLoss; 1: the centre stays 0
+    koleo_scope: Literal["rank", "global", "groups"] = "rank"  # ours: where neighbours are sought; see docs/running.md
+    koleo_group_size: int | None = None  # ours: consecutive images of the global batch, for koleo_scope=groups
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,14 @@ class Ibot:
     targets: Targets | None = None  # ours: null takes train.centering
     student_temp: float = 0.1  # ours: a constant of the reference's iBOTPatchLoss
     center_momentum: float = 0.9  # ours: a constant of the reference's iBOTPatchLoss; 1: the centre stays 0
+    center_mean: Literal["ranks", "patches"] = "ranks"  # ours: mean of the ranks' means, or over all masked patches
 
 
 @dataclass(frozen=True)
 class Train:
-    batch_size_per_gpu: int = 64
+    batch_size_per_gpu: int = 64  # images of a rank that are computed at once
+    accumulate: int = 1  # ours: so many of these make a rank's part of a step
+    batch_size: int | None = None  # ours: images of a step over all ranks; wins over batch_size_per_gpu
     centering: Targets = "centering"
     OFFICIAL_EPOCH_LENGTH: int = 1250  # steps of a nominal epoch: the unit of every *_epochs key
     seed: int = 0
@@ -235,6 +240,16 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Parallel:
+    """Ours: how a run is laid over ranks; nothing here changes what is computed."""
+
+    mode: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # auto: sharded only if it would not fit
+    backend: Literal["auto", "gloo", "nccl"] = "auto"  # auto: nccl on cuda, gloo on the CPU
+    shard_ranks: int | None = None  # of a copy under hsdp; null: the ranks of a machine
+    activation_checkpointing: bool = False  # less memory, about a third more work
+
+
+@dataclass(frozen=True)
 class Recipe:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device multiplies faster in it
     device: str = "auto"  # auto: cuda, then mps, then cpu
@@ -251,6 +266,7 @@ class Recipe:
     eval: Eval = field(default_factory=Eval)
     probe: Probe = field(default_factory=Probe)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    parallel: Parallel = field(default_factory=Parallel)
     log: Log = field(default_factory=Log)
     report: Report = field(default_factory=Report)
 
@@ -268,8 +284,12 @@ WITHOUT_MEANING: dict[str, str] = {
     "evaluation": "see eval",
 }
 
-# Keys that may differ between a run and its continuation.
+# Keys that may differ between a run and its continuation. How the global batch is cut is one, what it is in all is not.
 FREE_KEYS = (
+    "train.batch_size",  # and batch_size_per_gpu
+    "train.accumulate",
+    "train.threads",
+    "parallel.",
     "train.num_workers",
     "train.max_minutes",
     "train.max_skips",
@@ -582,7 +602,7 @@ def _validate(recipe: Recipe) -> None:
         "train.max_skips student.patch_size student.in_chans student.embed_dim student.depth student.num_heads "
         "crops.global_crops_size crops.local_crops_size eval.size checkpoint.every_steps checkpoint.keep_last "
         "checkpoint.keep_every log.every_steps probe.every_steps probe.max_images probe.patience "
-        "ibot.mask_min_patches data.max_pixels"
+        "ibot.mask_min_patches data.max_pixels train.accumulate train.batch_size parallel.shard_ranks"
     )
     for key in at_least_one.split():
         _require(flat[key] is None or flat[key] >= 1, f"{key}: expected at least 1, got {flat[key]}")
@@ -660,6 +680,17 @@ def _validate(recipe: Recipe) -> None:
         recipe.train.steps is None or recipe.train.epochs is None,
         "train.steps and train.epochs contradict each other: give one of them",
     )
+    group, scope = recipe.dino.koleo_group_size, recipe.dino.koleo_scope
+    _require(
+        (scope == "groups") == (group is not None) and (group is None or group >= 2),
+        f"dino.koleo_scope=groups goes with dino.koleo_group_size of at least 2, got {scope} and {group}",
+    )
+    _require(
+        recipe.parallel.shard_ranks is None or recipe.parallel.mode == "hsdp",
+        "parallel.shard_ranks is for parallel.mode=hsdp",
+    )
+    sharded = recipe.parallel.mode in ("fsdp", "hsdp")
+    _require(not (sharded and recipe.precision == "fp16"), "precision=fp16 cannot be sharded: set precision=bf16")
     _require(recipe.train.seed < 2**63, "train.seed: expected less than 2^63")
 
 

@@ -1,8 +1,74 @@
-"""Rank, world size and reductions that are valid on one process."""
+"""The process group, rank and world size, and reductions that are valid on one process."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from dinoforge.errors import DinoforgeError, RecipeError
+
+T = TypeVar("T")
+
+
+@contextmanager
+def process_group(device: torch.device, backend: str = "auto") -> Iterator[None]:
+    """The ranks that torchrun, ``dinoforge train --nproc`` or Slurm started beside this one, for as long as needed.
+
+    The only place that sets a process group up or takes it down. Nothing to do where this process was started alone,
+    or where the caller has a group already.
+
+    Args:
+        device: this rank's.
+        backend: ``gloo``, ``nccl`` or ``auto``: gloo for what is on the CPU, nccl for what is on a GPU. What ranks tell
+            each other about the run itself is always on the CPU.
+
+    Raises:
+        RecipeError: a backend that the device cannot use.
+    """
+    if launched_world_size() == 1 or dist.is_initialized():
+        yield
+        return
+    if backend == "nccl" and device.type != "cuda":
+        raise RecipeError(f"parallel.backend=nccl needs device=cuda, not {device.type}: expected auto or gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if backend in ("auto", "nccl") else "gloo"
+    else:
+        backend = "gloo"
+    # The elastic agent keeps its store when it starts ranks again, and there would still be the addresses of the dead.
+    store, rank, world_size = next(rendezvous("env://"))
+    store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def launched_world_size() -> int:
+    """How many ranks were started, before they know each other."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """This rank's number, before the ranks know each other."""
+    return int(os.environ.get("RANK", "0")) if launched_world_size() > 1 else 0
+
+
+def local_rank() -> int:
+    """This rank's number among those of this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if launched_world_size() > 1 else 0
+
+
+def local_world_size() -> int:
+    """How many ranks share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched_world_size() > 1 else 1
 
 
 def is_active() -> bool:
@@ -16,6 +82,61 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if is_active() else 1
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether an error says that another rank cannot be reached; gloo has no type for it."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    return isinstance(error, dist.DistNetworkError | dist.DistBackendError) or any(s in str(error) for s in signs)
+
+
+def is_first() -> bool:
+    """Whether this is the rank that writes and prints."""
+    return rank() == 0
+
+
+def any_over_ranks(flag: bool) -> bool:
+    """Whether ``flag`` is true on any rank: how all agree to stop, to save, to skip."""
+    if not is_active():
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What ``make`` gives on the first rank, which alone calls it, on every rank; or the error that it raises."""
+    if not is_active():
+        return make()
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = make()
+        except DinoforgeError as error:
+            box[1] = error
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    if box[1] is not None:
+        raise box[1]
+    return cast(T, box[0])
+
+
+def all_ranks(value: T) -> list[T]:
+    """Every rank's ``value``, in the order of ranks; small ones only."""
+    if not is_active():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def rows_of_all_ranks(x: Tensor) -> Tensor:
+    """``x`` [n, …] of every rank one below the other [W·n, …]; n is the same everywhere; outside of autograd."""
+    x = x.detach().contiguous()
+    if not is_active():
+        return x
+    rows = x.new_empty(world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(rows, x)
+    return rows
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -46,11 +167,16 @@ def logsumexp_over_ranks(x: Tensor) -> Tensor:
     return total.log() + top
 
 
-def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Replaces each gradient by its mean over ranks; nothing to do on one process."""
-    if not is_active():
-        return
-    for parameter in parameters:
-        if parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= world_size()
+def shards(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's part of each tensor that is sharded; the others as they are. They share their memory."""
+    from torch.distributed.tensor import DTensor
+
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, on every rank, so every rank has to ask; another as it is."""
+    from torch.distributed.tensor import DTensor
+
+    full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full

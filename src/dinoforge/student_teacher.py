@@ -1,20 +1,23 @@
 """The two networks, the losses between them, and the moving average: batch to named losses."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from dinoforge import distributed
 from dinoforge.data.batch import Batch
 from dinoforge.losses.cross_entropy import Term, cross_entropy
 from dinoforge.losses.diagnostics import Diagnostics
 from dinoforge.losses.dino import dino_terms
 from dinoforge.losses.ibot import ibot_term, patch_weights
-from dinoforge.losses.koleo import koleo_loss
+from dinoforge.losses.koleo import koleo_loss, koleo_loss_among
+from dinoforge.losses.parts import Parts, sinkhorn_knopp_scales
 from dinoforge.losses.targets import Targets, centering, sinkhorn_knopp, teacher_logits, updated_center
 from dinoforge.losses.tiles import Scratch, largest_logit
 from dinoforge.models.head import DINOHead
@@ -47,6 +50,9 @@ class Objective:
     dino_center_momentum: float = 0.9
     ibot_center_momentum: float = 0.9
     sinkhorn_iterations: int = 3
+    ibot_center_by_count: bool = False  # whether its centre is the mean over patches, or over ranks' means
+    koleo_scope: str = "rank"  # where neighbours are sought: also global, or groups of consecutive images
+    koleo_group_size: int | None = None
 
     @property
     def has_dino(self) -> bool:
@@ -55,6 +61,24 @@ class Objective:
     @property
     def has_ibot(self) -> bool:
         return self.ibot_weight > 0
+
+
+TargetsOfBoth = tuple[Targets | None, Targets | None]
+"""Of the cls tokens [2B] and of the masked patches [M]; None where the loss is off."""
+
+
+@dataclass(frozen=True)
+class OtherParts:
+    """What a micro-batch has to know of the others of its step.
+
+    targets: makes its own targets, which depend on all.
+    cls: the student's cls tokens of both views of the global batch [2, G, D]; None where KoLeo stays inside.
+    first: place of its first image among the G.
+    """
+
+    targets: Callable[[], TargetsOfBoth]
+    cls: Tensor | None
+    first: int
 
 
 class StudentTeacher(nn.Module):
@@ -93,6 +117,7 @@ class StudentTeacher(nn.Module):
         *,
         teacher_temp: float,
         kept: Sequence[KeptSamples] | None = None,
+        others: OtherParts | None = None,
         diagnostics: Diagnostics | None = None,
         backbone_frozen: bool = False,
     ) -> Losses:
@@ -102,11 +127,19 @@ class StudentTeacher(nn.Module):
             batch: crops float32 on the networks' device; see ``Batch`` for the order of crops.
             teacher_temp: temperature of the teacher's targets.
             kept: stochastic depth of the student: per block, the images that each branch keeps.
+            others: what ``look_at_parts`` gave, if the batch is one of several micro-batches of a step.
             diagnostics: filled with what the step says about its health; takes time, changes nothing.
             backbone_frozen: whether only the heads get a gradient; the student's backbone then takes no memory for one.
         """
         with record_function("teacher"):
-            dino_targets, ibot_targets = self._targets(batch, teacher_temp, diagnostics)
+            if others is None:
+                dino_targets, ibot_targets = self._targets(batch, teacher_temp, diagnostics)
+            else:
+                dino_targets, ibot_targets = others.targets()
+            if diagnostics is not None and dino_targets is not None:
+                diagnostics.add_targets("dino", dino_targets)
+            if diagnostics is not None and ibot_targets is not None and len(batch.masked):
+                diagnostics.add_targets("ibot", ibot_targets, patch_weights(batch.masks, len(batch.masked)))
 
         with record_function("student"), torch.set_grad_enabled(torch.is_grad_enabled() and not backbone_frozen):
             crops = self.student_crops(batch)
@@ -118,7 +151,7 @@ class StudentTeacher(nn.Module):
             )
             local_cls = local[0][0] if local else global_cls[:0]
         with record_function("losses"):
-            losses = self._losses(batch, global_cls, local_cls, patches, dino_targets, ibot_targets)
+            losses = self._losses(batch, global_cls, local_cls, patches, dino_targets, ibot_targets, others)
         if diagnostics is not None:
             diagnostics.add_cross_entropies(self._cross_entropies(losses, batch))
         return losses
@@ -131,6 +164,7 @@ class StudentTeacher(nn.Module):
         patches: Tensor,
         dino_targets: Targets | None,
         ibot_targets: Targets | None,
+        others: OtherParts | None,
     ) -> Losses:
         """Losses of the student's cls tokens [2B, D] and [L·B, D], and of its masked patches [M, D]."""
         o = self.objective
@@ -159,17 +193,30 @@ class StudentTeacher(nn.Module):
         for name, network in self.student.items():
             own = [(loss, term) for loss, head_name, term in terms if head_name == name]
             if own:
-                last = cast(DINOHead, network).last_layer
-                summed, values = cross_entropy([term for _, term in own], last.weight_g, last.weight_v, self._scratch)
+                last = cast(DINOHead, network).last_layer.parts()
+                summed, values = cross_entropy([term for _, term in own], *last, self._scratch)
                 total = total + summed
                 for (loss, _), value in zip(own, values, strict=True):
                     each[loss] = each[loss] + value
         if o.koleo_weight > 0:
             # Each view by itself: two views of one image should be close, not apart.
-            koleo = o.koleo_weight * sum((koleo_loss(view) for view in global_cls.chunk(2)), zero)
+            koleo = o.koleo_weight * sum(self._koleo(global_cls, others), zero)
             each["koleo"] = koleo.detach()
             total = total + koleo
         return Losses(**each, total=total)
+
+    def _koleo(self, cls: Tensor, others: OtherParts | None) -> list[Tensor]:
+        """KoLeo of each view of the global crops' cls tokens [2B, D]."""
+        views = cls.chunk(2)
+        if self.objective.koleo_scope == "rank":
+            return [koleo_loss(view) for view in views]
+        if others is None or others.cls is None:
+            first = distributed.rank() * len(views[0])
+            everyone = [distributed.rows_of_all_ranks(view.float()) for view in views]
+        else:
+            first, everyone = others.first, list(others.cls)
+        size = self.objective.koleo_group_size if self.objective.koleo_scope == "groups" else None
+        return [koleo_loss_among(view, rows, first, size) for view, rows in zip(views, everyone, strict=True)]
 
     def student_crops(self, batch: Batch) -> list[Tensor]:
         """The groups of crops that the student reads: local ones only if a loss does."""
@@ -177,22 +224,19 @@ class StudentTeacher(nn.Module):
         return [batch.global_crops, batch.local_crops] if has_local else [batch.global_crops]
 
     @torch.no_grad()
-    def _targets(
-        self, batch: Batch, temp: float, diagnostics: Diagnostics | None = None
-    ) -> tuple[Targets | None, Targets | None]:
-        """Targets of the cls tokens [2B] and of the masked patches [M]; None where the loss is off."""
+    def _targets(self, batch: Batch, temp: float, diagnostics: Diagnostics | None) -> TargetsOfBoth:
         o = self.objective
         if not (o.has_dino or o.has_ibot):
             return None, None
-        masked = batch.masked if o.has_ibot else batch.masked[:0]
-        backbone = cast(VisionTransformer, self.teacher["backbone"])
-        ((cls, patches),) = backbone.encode_some([batch.global_crops], [None], [masked])
+        cls, patches = self._teacher_tokens(batch)
+        if diagnostics is not None:
+            diagnostics.add_features(cls, patches, batch.masks)
         dino: Targets | None = None
         ibot: Targets | None = None
         if o.has_dino:
             logits = self._teacher_logits("dino_head", cls, temp, "cls targets")
             if o.dino_targets == "centering":
-                center = updated_center(self.dino_center, logits, temp, o.dino_center_momentum)
+                center = updated_center(self.dino_center, [logits], temp, o.dino_center_momentum)
                 dino = centering(logits, self.dino_center, temp)
                 self.dino_center.copy_(center)
             else:
@@ -200,18 +244,14 @@ class StudentTeacher(nn.Module):
         if o.has_ibot:
             logits = self._teacher_logits(self.ibot_head_name, patches, temp, "patch targets")
             if o.ibot_targets == "centering":
-                center = updated_center(self.ibot_center, logits, temp, o.ibot_center_momentum)
+                center = updated_center(
+                    self.ibot_center, [logits], temp, o.ibot_center_momentum, by_count=o.ibot_center_by_count
+                )
                 ibot = centering(logits, self.ibot_center, temp)
                 self.ibot_center.copy_(center)
             else:
                 largest = self._largest_logit(self.ibot_head_name, temp)
                 ibot = sinkhorn_knopp(logits, o.sinkhorn_iterations, largest)
-        if diagnostics is not None:
-            diagnostics.add_features(cls, patches, batch.masks)
-            if dino is not None:
-                diagnostics.add_targets("dino", dino)
-            if ibot is not None and len(patches):
-                diagnostics.add_targets("ibot", ibot, patch_weights(batch.masks, len(patches)))
         return dino, ibot
 
     @torch.no_grad()
@@ -229,20 +269,95 @@ class StudentTeacher(nn.Module):
             means["ibot"] = losses.ibot / (o.ibot_weight * masked_crops)
         return {name: mean.detach() for name, mean in means.items()}
 
+    def _teacher_tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The teacher's cls tokens [2B, D] and, if a loss reads them, masked patches [M, D]."""
+        masked = batch.masked if self.objective.has_ibot else batch.masked[:0]
+        backbone = cast(VisionTransformer, self.teacher["backbone"])
+        ((cls, patches),) = backbone.encode_some([batch.global_crops], [None], [masked])
+        return cls, patches
+
+    @torch.no_grad()
+    def look_at_parts(
+        self,
+        batches: Sequence[Batch],
+        kept: Sequence[Sequence[KeptSamples] | None],
+        *,
+        teacher_temp: float,
+        diagnostics: Diagnostics | None = None,
+    ) -> list[OtherParts]:
+        """What each of this rank's micro-batches of a step has to know of the others: a look at all of them.
+
+        The teacher sees them all first, since targets are made over the global batch. So does the student, a second
+        time and without gradients, if KoLeo looks beyond a micro-batch.
+
+        Args:
+            batches: equally many images each; together, this rank's part of the global batch.
+            kept, teacher_temp: as for ``forward``.
+            diagnostics: filled with what the features of the first micro-batch say.
+        """
+        o = self.objective
+        tokens = [self._teacher_tokens(batch) for batch in batches] if o.has_dino or o.has_ibot else []
+        if diagnostics is not None and tokens:
+            diagnostics.add_features(*tokens[0], batches[0].masks)
+        dino: Parts | None = None
+        ibot: Parts | None = None
+        if o.has_dino:
+            of_cls = [cls for cls, _ in tokens]
+            dino = self._parts("dino_head", of_cls, teacher_temp, "cls targets")
+            dino_scales = self._scales(dino, o.dino_targets, "dino_center", o.dino_center_momentum, by_count=False)
+        if o.has_ibot:
+            of_patches = [patches for _, patches in tokens]
+            ibot = self._parts(self.ibot_head_name, of_patches, teacher_temp, "patch targets")
+            ibot_scales = self._scales(
+                ibot, o.ibot_targets, "ibot_center", o.ibot_center_momentum, by_count=o.ibot_center_by_count
+            )
+        cls = None
+        if o.koleo_weight > 0 and o.koleo_scope != "rank":
+            seen = [self._global_cls(*each) for each in zip(batches, kept, strict=True)]
+            views = zip(*(each.float().chunk(2) for each in seen), strict=True)
+            cls = torch.stack([distributed.rows_of_all_ranks(torch.cat(view)) for view in views])
+
+        def targets_of(part: int) -> TargetsOfBoth:
+            own = None if dino is None else dino.targets(part, dino_scales)
+            return own, None if ibot is None else ibot.targets(part, ibot_scales)
+
+        first, images = distributed.rank() * len(batches), len(batches[0].indices)
+        return [OtherParts(partial(targets_of, i), cls, (first + i) * images) for i in range(len(batches))]
+
+    def _global_cls(self, batch: Batch, kept: Sequence[KeptSamples] | None) -> Tensor:
+        """The student's cls tokens of the global crops [2B, D]."""
+        backbone = cast(VisionTransformer, self.student["backbone"])
+        first = kept and [KeptSamples(attn=block.attn[:1], ffn=block.ffn[:1]) for block in kept]
+        ((cls, _),) = backbone.encode_some([batch.global_crops], [batch.masks], [None], first)
+        return cls
+
+    def _parts(self, head_name: str, tokens: list[Tensor], temp: float, name: str) -> Parts:
+        head = cast(DINOHead, self.teacher[head_name])
+        return Parts([head.embed(each) for each in tokens], *head.last_layer.parts(), temp, self._scratch, name)
+
+    def _scales(self, parts: Parts, kind: str, center_name: str, momentum: float, *, by_count: bool) -> Tensor:
+        """What the logits are shifted by [K]; moves the centre, if there is one."""
+        if kind != "centering":
+            return sinkhorn_knopp_scales(parts, self.objective.sinkhorn_iterations)
+        center = self.get_buffer(center_name)
+        before = center.clone()
+        center.copy_(updated_center(center, parts.logits(), parts.temp, momentum, by_count=by_count))
+        return -before / parts.temp
+
     def _teacher_logits(self, head_name: str, tokens: Tensor, temp: float, name: str) -> Tensor:
         head = cast(DINOHead, self.teacher[head_name])
-        last = head.last_layer
-        return teacher_logits(head.embed(tokens), last.weight_g, last.weight_v, temp, scratch=self._scratch, name=name)
+        return teacher_logits(head.embed(tokens), *head.last_layer.parts(), temp, scratch=self._scratch, name=name)
 
     def _largest_logit(self, head_name: str, temp: float) -> float | None:
-        return largest_logit(cast(DINOHead, self.teacher[head_name]).last_layer.weight_g, temp)
+        weight_g = distributed.whole(cast(DINOHead, self.teacher[head_name]).last_layer.weight_g)
+        return largest_logit(weight_g, temp)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """``teacher = momentum · teacher + (1 - momentum) · student``, for every parameter."""
         teacher: list[Tensor] = list(self.teacher.parameters())
         student: list[Tensor] = list(self.student.parameters())
-        torch._foreach_lerp_(teacher, student, 1 - momentum)
+        torch._foreach_lerp_(distributed.shards(teacher), distributed.shards(student), 1 - momentum)
 
     @torch.no_grad()
     def cancel_last_layer_gradients(self) -> None:

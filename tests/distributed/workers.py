@@ -1,19 +1,14 @@
-"""What each of two processes does; ``test_reductions.py`` starts it as a script.
+"""What each of two processes does; ``test_reductions.py`` starts it as a script, by ``ranks.py``.
 
-    python workers.py TASK RANK WORLD_SIZE STORE OUT
-
-It writes tensors to OUT: what the process got, and nothing of how that should look.
+It gives what the process got, and nothing of how that should look.
 """
 
-import os
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinoforge import distributed
 from dinoforge.config import load_recipe
@@ -21,9 +16,12 @@ from dinoforge.data.batch import Batch, masked_patches
 from dinoforge.optim.schedules import Hyperparameters
 from dinoforge.student_teacher import StudentTeacher
 from dinoforge.training.build import build_optimizer, build_student_teacher
+from dinoforge.training.parallel import wrap
 from dinoforge.training.step import train_step
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path += [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+import ranks
+
 from plain_losses import sinkhorn_knopp, updated_center
 
 INFINITY = float("inf")
@@ -42,7 +40,7 @@ def logits(name: str, rank: int) -> Tensor:
     return whole.split(SPLITS[name])[rank]
 
 
-def reductions(rank: int) -> dict[str, Tensor]:
+def reductions(rank: int, folder: Path) -> dict[str, Tensor]:
     x = VALUES[rank].clone()
     results = {
         "rank": torch.tensor([distributed.rank(), distributed.world_size(), int(distributed.is_active())]),
@@ -53,19 +51,10 @@ def reductions(rank: int) -> dict[str, Tensor]:
     return results | {"unchanged": torch.tensor(torch.equal(x, VALUES[rank]))}
 
 
-def targets(rank: int) -> dict[str, Tensor]:
+def targets(rank: int, folder: Path) -> dict[str, Tensor]:
     results = {name: sinkhorn_knopp(logits(name, rank), 0.3).rows(slice(None)) for name in SPLITS}
     center = torch.arange(5.0)
     return results | {f"center_{name}": updated_center(center, logits(name, rank), 0.9) for name in SPLITS}
-
-
-def gradients(rank: int) -> dict[str, Tensor]:
-    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))]
-    parameters[0].grad = torch.arange(3.0) * (rank + 1)
-    parameters[1].grad = torch.tensor([float(rank), -float(rank)])
-    distributed.average_gradients(parameters)
-    assert parameters[2].grad is None
-    return {str(i): p.grad for i, p in enumerate(parameters) if p.grad is not None}
 
 
 RECIPE = {
@@ -96,7 +85,7 @@ def batch_of(rank: int, masked_ranks: tuple[int, ...]) -> Batch:
     )
 
 
-def step(rank: int) -> dict[str, Tensor]:
+def step(rank: int, folder: Path) -> dict[str, Tensor]:
     """Two steps in which a rank, or every rank, has no masked patch."""
     results = {}
     for targets_name in ("centering", "sinkhorn_knopp"):
@@ -104,10 +93,13 @@ def step(rank: int) -> dict[str, Tensor]:
             recipe, _ = load_recipe("dinov2", RECIPE | {"train.centering": targets_name})
             torch.manual_seed(0)
             networks: StudentTeacher = build_student_teacher(recipe)
+            parallel = wrap(networks, "ddp", torch.device("cpu"))
             optimizer = build_optimizer(recipe, networks)
             hyper = Hyperparameters(1e-2, 1e-2, 0.04, 0.9, 0.05, last_layer_frozen=False)
             for _ in range(2):
-                result = train_step(networks, optimizer, batch_of(rank, masked_ranks), hyper, clip_grad=3.0)
+                result = train_step(
+                    networks, optimizer, batch_of(rank, masked_ranks), hyper, clip_grad=3.0, parallel=parallel
+                )
             prefix = f"{targets_name}_{''.join(map(str, masked_ranks))}"
             results |= {f"{prefix}.loss.{k}": v.detach() for k, v in vars(result.losses).items()}
             results |= {f"{prefix}.norm.{k}": v for k, v in result.grad_norms.items()}
@@ -115,27 +107,12 @@ def step(rank: int) -> dict[str, Tensor]:
     return results
 
 
-TASKS: dict[str, Callable[[int], dict[str, Tensor]]] = {
+TASKS: dict[str, Callable[[int, Path], dict[str, Tensor]]] = {
     "reductions": reductions,
     "targets": targets,
-    "gradients": gradients,
     "step": step,
 }
 
 
-def main() -> None:
-    tasks, rank, world_size, store, out = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-    )
-    try:
-        torch.save({task: TASKS[task](rank) for task in tasks}, out)
-    finally:
-        dist.destroy_process_group()
-    # gloo's threads outlive the group and may drop a tensor while the interpreter shuts down, which aborts the process.
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    ranks.serve(TASKS)

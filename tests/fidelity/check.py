@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from dinoforge.optim.schedules import Hyperparameters
 from dinoforge.student_teacher import StudentTeacher
 from dinoforge.training.build import build_optimizer, build_student_teacher
 from dinoforge.training.device import autocast
+from dinoforge.training.parallel import Mode, wrap
 from dinoforge.training.step import train_step
 
 LOSS = 1e-5  # relative
@@ -132,13 +133,16 @@ def without_noise(name: str, tensor: Tensor) -> Tensor:
     return torch.cat([tensor[:third], tensor[2 * third :]])
 
 
-def run_case(folder: Path, dtype: torch.dtype = torch.float32, prepare: Prepare | None = None) -> Errors:
+def run_case(
+    folder: Path, dtype: torch.dtype = torch.float32, prepare: Prepare | None = None, mode: Mode = "none"
+) -> Errors:
     """Runs one rank of a case; on several ranks, call it on each. The errors are those of rank 0.
 
     Args:
         folder: the case.
         dtype: of matrix products, under autocast unless it is float32.
         prepare: done to the networks when they have the case's weights, such as compiling them.
+        mode: how the networks are laid over ranks.
     """
     case = json.loads((folder / "case.json").read_text())
     recipe = recipe_of(case)
@@ -148,12 +152,14 @@ def run_case(folder: Path, dtype: torch.dtype = torch.float32, prepare: Prepare 
     load_networks(student_teacher, initial)
     if prepare is not None:
         prepare(student_teacher)
+    parallel = wrap(student_teacher, mode, torch.device("cpu"))
     optimizer = build_optimizer(recipe, student_teacher)
     for group in optimizer.param_groups:
         group["eps"] = case["optimizer"]["eps"]
     prefix = f"rank{distributed.rank()}_" if case.get("world_size", 1) > 1 else ""
 
     errors = Errors()
+    clipped: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
     names = ("lr", "last_layer_lr", "weight_decay", "momentum", "teacher_temp")
     patches = (recipe.crops.global_crops_size // recipe.student.patch_size) ** 2
@@ -161,31 +167,32 @@ def run_case(folder: Path, dtype: torch.dtype = torch.float32, prepare: Prepare 
         hyper = Hyperparameters(**{name: schedule[name] for name in names}, last_layer_frozen=False)
         batch = read_batch(folder, f"{prefix}batch_{i}", patches)
         groups = [len(crops) for crops in student_teacher.student_crops(batch)]
-        handles = _keep_gradients(student_teacher, gradients) if i == 0 else []
+        handle = (
+            optimizer.register_step_pre_hook(lambda *_: _keep_gradients(student_teacher, clipped)) if i == 0 else None
+        )
         result = train_step(
             student_teacher,
             optimizer,
             batch,
             hyper,
             clip_grad=recipe.optim.clip_grad,
-            kept=read_subsets(folder, prefix, i, case["vit"]["depth"], groups),
+            kept=[read_subsets(folder, prefix, i, case["vit"]["depth"], groups)],
             autocast=autocast(torch.device("cpu"), dtype),
+            parallel=parallel,
         )
-        for handle in handles:
+        if handle is not None:
             handle.remove()
+            limit = recipe.optim.clip_grad or float("inf")
+            scales = {name: max(1.0, (float(norm) + 1e-6) / limit) for name, norm in result.grad_norms.items()}
+            gradients = {name: scales[name.split(".")[0]] * gradient for name, gradient in clipped.items()}
         for term, value in vars(result.losses).items():
-            ours, theirs = float(distributed.mean_over_ranks(value)), float(reference.get(term, 0.0))
+            ours, theirs = float(value), float(reference.get(term, 0.0))
             errors.add("loss", abs(ours - theirs), LOSS * abs(theirs), f"{term} at step {i}: {ours:.8g}, {theirs:.8g}")
         for network, theirs in reference.get("grad_norm", {}).items():
             ours = float(result.grad_norms.get(network, torch.nan))
             where = f"{network} at step {i}: {ours:.8g}, {theirs:.8g}"
             errors.add("gradient norm", abs(ours - theirs), GRAD_NORM * abs(theirs), where)
 
-    # All ranks in the same order, and also what got no gradient on one of them.
-    gradients = {
-        name: distributed.mean_over_ranks(gradients.get(name, torch.zeros_like(parameter)))
-        for name, parameter in student_teacher.student.named_parameters()
-    }
     _compare_gradients(errors, gradients, expected)
     _compare_parameters(errors, student_teacher, initial, expected)
     for name in ("dino_center", "ibot_center"):
@@ -196,14 +203,10 @@ def run_case(folder: Path, dtype: torch.dtype = torch.float32, prepare: Prepare 
     return errors
 
 
-def _keep_gradients(student_teacher: StudentTeacher, into: dict[str, Tensor]) -> list[Any]:
-    """Keeps this rank's gradients as the backward pass leaves them, before averaging over ranks and clipping."""
-
-    def keep(name: str) -> Callable[[Tensor], None]:
-        return lambda parameter: into.update({name: cast(Tensor, parameter.grad).clone()})
-
-    named = student_teacher.student.named_parameters()
-    return [p.register_post_accumulate_grad_hook(keep(name)) for name, p in named]
+def _keep_gradients(student_teacher: StudentTeacher, into: dict[str, Tensor]) -> None:
+    """Keeps the gradients as the optimizer gets them: averaged over ranks and clipped, whole on every rank."""
+    for name, p in student_teacher.student.named_parameters():
+        into[name] = torch.zeros_like(p.detach()) if p.grad is None else distributed.whole(p.grad).clone()
 
 
 def _compare_gradients(errors: Errors, gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -221,7 +224,7 @@ def _compare_parameters(
     errors: Errors, student_teacher: StudentTeacher, initial: dict[str, Tensor], expected: dict[str, Tensor]
 ) -> None:
     for role in ("student", "teacher"):
-        ours = getattr(student_teacher, role).state_dict()
+        ours = {name: distributed.whole(p) for name, p in getattr(student_teacher, role).state_dict().items()}
         theirs = {k.removeprefix("final."): v for k, v in expected.items() if k.startswith(f"final.{role}.")}
         if set(theirs) != {f"{role}.{name}" for name in ours}:
             errors.add("parameter", 1.0, 0.0, f"{role}: other parameters than the reference has")
@@ -234,12 +237,16 @@ def _compare_parameters(
 
 
 def _run_rank(rank: int, folder: str, dtype: torch.dtype, world_size: int, store: str, out: str) -> None:
+    """Runs the case with DDP and with FSDP2."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     try:
-        errors = run_case(Path(folder), dtype)
+        both = Errors()
+        for mode in ("ddp", "fsdp"):
+            for kind, (ratio, where) in run_case(Path(folder), dtype, mode=mode).worst.items():
+                both.add(kind, ratio, 1.0, f"{mode}: {where}")
         if rank == 0:
-            Path(out).write_text(json.dumps(errors.worst))
+            Path(out).write_text(json.dumps(both.worst))
     finally:
         dist.destroy_process_group()
     # gloo's threads outlive the group and may drop a tensor while the interpreter shuts down, which aborts the process.
@@ -247,7 +254,7 @@ def _run_rank(rank: int, folder: str, dtype: torch.dtype, world_size: int, store
 
 
 def check(folder: Path, dtype: torch.dtype = torch.float32) -> Errors:
-    """Runs a case on as many processes as it has ranks, with matrix products in ``dtype``."""
+    """Runs a case with matrix products in ``dtype``; one of several ranks on as many processes, by DDP and by FSDP2."""
     world_size = json.loads((folder / "case.json").read_text()).get("world_size", 1)
     if world_size == 1:
         return run_case(folder, dtype)

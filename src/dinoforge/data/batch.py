@@ -45,6 +45,44 @@ class Batch:
             indices=self.indices.to(device, non_blocking=True),
         )
 
+    def split(self, parts: int) -> list["Batch"]:
+        """Cut the batch into parts of equally many images, in their order; it is prepared, and its parts are, too.
+
+        Args:
+            parts: Divides B. What could not be read stays with the first part.
+        """
+        if parts == 1:
+            return [self]
+        assert self.photometry is None
+
+        def cut(crops: torch.Tensor) -> list[torch.Tensor]:
+            if not len(crops):  # no local crops
+                return [crops] * parts
+            by_image = crops.unflatten(0, (-1, len(self.indices)))  # [crops, B, …]
+            return [part.flatten(0, 1) for part in by_image.chunk(parts, dim=1)]
+
+        # Counted on the CPU, where `masked` is: which part each masked patch belongs to, and where it is there.
+        patches = self.masks.shape[1]
+        crop, patch = self.masked // patches, self.masked % patches
+        image, view = crop % len(self.indices), crop // len(self.indices)
+        share = len(self.indices) // parts
+        columns = zip(
+            *(cut(crops) for crops in (self.global_crops, self.local_crops, self.masks)),
+            self.indices.chunk(parts),
+            strict=True,
+        )
+        return [
+            Batch(
+                global_crops=global_crops,
+                local_crops=local_crops,
+                masks=masks,
+                masked=((view * share + image % share) * patches + patch)[image // share == number],
+                indices=indices,
+                skipped=self.skipped if number == 0 else (),
+            )
+            for number, (global_crops, local_crops, masks, indices) in enumerate(columns)
+        ]
+
     def pin_memory(self) -> "Batch":
         """Copy the tensors to page-locked memory."""
         return replace(

@@ -27,3 +27,21 @@ def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
             nearest = similarity.fill_diagonal_(-torch.inf).argmax(dim=1)
         distance = F.pairwise_distance(x, x[nearest], eps=eps)
         return -torch.log(distance + eps).mean()
+
+
+def koleo_loss_among(x: Tensor, everyone: Tensor, first: int, group_size: int | None = None) -> Tensor:
+    """The same with neighbours sought among the images of all ranks and micro-batches.
+
+    Its value is the loss of all; its gradient is this part's share of that loss's, times the number of parts, because
+    gradients are averaged over parts. It includes what other images' distances to these say.
+
+    Args:
+        x: features of this part [B, D].
+        everyone: features of the global batch [G, D], without a gradient; ``x`` takes the place of its own rows.
+        first: place of the first of its own rows.
+        group_size: seek neighbours among so many consecutive images; it divides G. None: among all.
+    """
+    rows = torch.cat([everyone[:first], x.float(), everyone[first + len(x) :]])
+    groups = rows.split(group_size or len(rows))
+    loss = torch.stack([koleo_loss(group) for group in groups]).mean()
+    return loss.detach() + (loss - loss.detach()) * (len(everyone) / len(x))

@@ -4,6 +4,7 @@ Both give probabilities of the form ``exp(logits / temp) · u[prototype] · v[sa
 of the logits, which is the only matrix that is kept; the probabilities are made where they are read, a tile at a time.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -173,10 +174,31 @@ def _float32(tile: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def updated_center(center: Tensor, logits: Tensor, temp: float, momentum: float) -> Tensor:
-    """The running mean [K] with this step's ``logits`` (over ``temp``) [K, N] in it: the mean of each rank's mean.
+def updated_center(
+    center: Tensor, logits: Iterable[Tensor], temp: float, momentum: float, *, by_count: bool = False
+) -> Tensor:
+    """The running mean [K] with this step's ``logits`` in it.
 
-    A rank without samples counts as its share of the old centre, so that it neither makes NaN nor pulls to 0.
+    Args:
+        center: [K].
+        logits: of each of this rank's micro-batches, over ``temp`` [K, N].
+        temp: the teacher's temperature.
+        momentum: of the running mean.
+        by_count: take the mean over all samples. Otherwise it is the mean of each rank's, or micro-batch's, mean, as in
+            the reference. One without samples counts as its share of the old centre, so that it neither makes NaN nor
+            pulls to 0.
     """
-    mean = logits.mean(dim=1, dtype=center.dtype) * temp if logits.shape[1] else center
-    return center * momentum + distributed.mean_over_ranks(mean) * (1 - momentum)
+    sums, means, count = torch.zeros_like(center), torch.zeros_like(center), 0
+    parts = 0
+    for part in logits:
+        n = part.shape[1]
+        mean = part.mean(dim=1, dtype=center.dtype) * temp if n else center
+        means += mean
+        sums += n * mean
+        count, parts = count + n, parts + 1
+    if by_count:
+        *_, samples = both = distributed.sum_over_ranks(torch.cat([sums, sums.new_tensor([count])]))
+        mean = torch.where(samples > 0, both[:-1] / samples.clamp(min=1), center)
+    else:
+        mean = distributed.mean_over_ranks(means / parts)
+    return center * momentum + mean * (1 - momentum)

@@ -21,6 +21,10 @@ class Prototypes(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(count, 1))
         self.weight_v = nn.Parameter(torch.empty(count, dim).uniform_(-(dim**-0.5), dim**-0.5))
 
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """What the effective weight is made of: ``weight_g`` [K, 1] and ``weight_v`` [K, d], also where sharded."""
+        return self.weight_g, self.weight_v
+
     def weight(self) -> Tensor:
         """The effective weight [K, d]."""
         weight: Tensor = self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))

@@ -28,6 +28,8 @@ _DIVISORS = (
     "student.embed_dim",
     "crops.global_crops_size",
     "train.batch_size_per_gpu",
+    "train.batch_size",
+    "train.accumulate",
     "train.steps",
 )
 _GREY = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"))
@@ -125,9 +127,14 @@ def choose(facts: Facts, given: Mapping[str, Any]) -> dict[str, Choice]:
     settle("ibot.mask_min_patches", max(min(4, patches // 8), 1), f"a small share of {patches} patches")
 
     # Batch and length
-    share = batch_size(max(facts.images // facts.ranks, 1), fast=facts.fast)
-    share = settle("train.batch_size_per_gpu", share, f"{facts.images:,} images; small batches make more steps")
-    batch = share * facts.ranks
+    parts = facts.ranks * said.get("train.accumulate", 1)
+    if "train.batch_size" in said:
+        share = max(said["train.batch_size"] // parts, 1)
+        settle("train.batch_size_per_gpu", share, f"train.batch_size over {parts} ranks and micro-batches")
+    else:
+        share = batch_size(max(facts.images // parts, 1), fast=facts.fast)
+        share = settle("train.batch_size_per_gpu", share, f"{facts.images:,} images; small batches make more steps")
+    batch = share * parts
     if "train.epochs" in said:
         steps = max(math.ceil(said["train.epochs"] * facts.images / batch), 1)
     elif "optim.epochs" in said:

@@ -17,6 +17,7 @@ from dinoforge.data.batch import Batch, masked_patches, prepare
 from dinoforge.data.loader import Failure, make_loader, sample_rng
 from dinoforge.data.sources import Source
 from dinoforge.errors import DataError
+from dinoforge.student_teacher import StudentTeacher
 from dinoforge.training.build import (
     build_data,
     build_drop_path_rates,
@@ -35,6 +36,7 @@ from dinoforge.training.device import (
 )
 from dinoforge.training.explain import work_of_a_step
 from dinoforge.training.loop import kept_samples
+from dinoforge.training.parallel import Mode, wrap
 from dinoforge.training.plan import Plan
 from dinoforge.training.step import PHASES, train_step
 
@@ -123,22 +125,28 @@ class StepBench:
     Args:
         recipe: the run; its weights and masks come from its seed.
         device, precision: as resolved.
+        mode: how the networks are laid over the ranks, each of which makes a bench of its own.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device, precision: torch.dtype) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, precision: torch.dtype, mode: Mode = "none") -> None:
         self._recipe, self._device, self._precision = recipe, device, precision
         keep_freed_memory(device)
         # Longer than any warm-up and freeze, and past them, so that the step is an ordinary one.
-        length = run_length(recipe, images=recipe.train.batch_size_per_gpu)
+        self._images = recipe.train.batch_size_per_gpu * recipe.train.accumulate
+        length = run_length(recipe, images=self._images)
         self._schedules = build_schedules(recipe, length)
-        self._state = build_state(recipe, device, images=length.images)
+        self._state = build_state(recipe, device, images=length.images, lay_out=partial(self._lay_out, mode))
         self._step = length.steps // 2
         self._generator = torch.Generator().manual_seed(recipe.train.seed)
+
+    def _lay_out(self, mode: Mode, networks: StudentTeacher) -> None:
+        checkpointed = self._recipe.parallel.activation_checkpointing
+        self.parallel = wrap(networks, mode, self._device, activation_checkpointing=checkpointed)
 
     def batch(self) -> Batch:
         """Random crops with masks as the recipe draws them."""
         r = self._recipe
-        images, channels, side = r.train.batch_size_per_gpu, r.student.in_chans, r.crops.global_crops_size
+        images, channels, side = self._images, r.student.in_chans, r.crops.global_crops_size
         grid = (side // r.student.patch_size,) * 2
         masks = torch.from_numpy(build_masks(r)(2 * images, grid, sample_rng(r.train.seed, self._step, "masks")))
 
@@ -159,7 +167,7 @@ class StepBench:
         r, networks = self._recipe, self._state.student_teacher
         prepared = prepare(batch, device=self._device, mean=r.data.mean, std=r.data.std)
         rates = build_drop_path_rates(r)
-        kept = kept_samples(networks, prepared, rates, seed=r.train.seed, number=self._step)
+        kept = kept_samples(networks, prepared, rates, seed=r.train.seed, number=self._step, parts=r.train.accumulate)
         train_step(
             networks,
             self._state.optimizer,
@@ -169,6 +177,7 @@ class StepBench:
             kept=kept,
             autocast=autocast(self._device, self._precision),
             scaler=self._state.scaler,
+            parallel=self.parallel,
         )
         self._step += 1
 

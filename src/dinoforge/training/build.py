@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -152,6 +153,9 @@ def build_student_teacher(recipe: Recipe) -> StudentTeacher:
         dino_center_momentum=d.center_momentum,
         ibot_center_momentum=i.center_momentum,
         sinkhorn_iterations=recipe.train.sinkhorn_iterations,
+        ibot_center_by_count=i.center_mean == "patches",
+        koleo_scope=d.koleo_scope,
+        koleo_group_size=d.koleo_group_size,
     )
     backbone = VisionTransformer(**vit_arguments(recipe))
     heads = {}
@@ -200,18 +204,47 @@ def build_drop_path_rates(recipe: Recipe) -> list[float]:
     return drop_path_rates(recipe.student.drop_path_rate, depth, recipe.student.drop_path_uniform)
 
 
+def with_batch_cut(recipe: Recipe, *, world_size: int) -> Recipe:
+    """The recipe with the ``train.batch_size_per_gpu`` that ``train.batch_size`` means on so many ranks.
+
+    Raises:
+        RecipeError: a global batch that cannot be cut into equal parts.
+    """
+    train = recipe.train
+    parts = world_size * train.accumulate
+    if train.batch_size is not None:
+        if train.batch_size % parts:
+            near = max(1, round(train.batch_size / parts)) * parts
+            raise RecipeError(
+                f"train.batch_size={train.batch_size} cannot be cut evenly over {world_size} ranks × "
+                f"{train.accumulate} micro-batches (train.accumulate): the nearest that can is {near}"
+            )
+        recipe = replace(recipe, train=replace(train, batch_size_per_gpu=train.batch_size // parts))
+    images, group = recipe.train.batch_size_per_gpu * parts, recipe.dino.koleo_group_size
+    if group is not None and images % group:
+        raise RecipeError(f"dino.koleo_group_size={group} does not divide the batch of {images} images")
+    return recipe
+
+
+def in_one(recipe: Recipe, batch_size: int) -> Recipe:
+    """The recipe of a run with that global batch, as one rank takes it at once: the data is the same."""
+    train = replace(recipe.train, batch_size=batch_size, batch_size_per_gpu=batch_size, accumulate=1)
+    return replace(recipe, train=train)
+
+
 def run_length(recipe: Recipe, *, images: int, world_size: int = 1) -> RunLength:
     """Steps of the run: ``train.steps``, else ``train.epochs`` of the images, else ``optim.epochs`` nominal epochs.
 
     Raises:
         RecipeError: a batch that is larger than the data.
     """
-    batch_size = recipe.train.batch_size_per_gpu * world_size
+    parts = world_size * recipe.train.accumulate
+    batch_size = recipe.train.batch_size_per_gpu * parts
     if batch_size > images:
         raise RecipeError(
             f"the batch of {batch_size} images is larger than the data ({images} images): "
-            f"set train.batch_size_per_gpu to {max(images // world_size, 1)} or less"
-            + (f", on {images} ranks or fewer" if images < world_size else "")
+            f"set train.batch_size_per_gpu to {max(images // parts, 1)} or less"
+            + (f", on {images} ranks or fewer" if images < parts else "")
         )
     if recipe.train.steps is not None:
         steps = recipe.train.steps
@@ -269,12 +302,31 @@ def build_schedules(recipe: Recipe, length: RunLength) -> Schedules:
     )
 
 
-def build_state(recipe: Recipe, device: torch.device, *, images: int) -> TrainState:
-    """A run at step 0. The weights are a function of the recipe's seed; torch's global random state is left alone."""
+def build_state(
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    images: int,
+    initialise: Callable[[StudentTeacher], object] | None = None,
+    lay_out: Callable[[StudentTeacher], object] | None = None,
+) -> TrainState:
+    """A run at step 0. The weights are a function of the recipe's seed; torch's global random state is left alone.
+
+    Args:
+        recipe: the run.
+        device: where to.
+        images: in the data.
+        initialise: puts other weights into the fresh networks.
+        lay_out: shards the networks, which the optimizer follows.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
         student_teacher = build_student_teacher(recipe)
+    if initialise:
+        initialise(student_teacher)
     student_teacher.to(device)
+    if lay_out:
+        lay_out(student_teacher)
     half = resolve_precision(recipe.precision, device) is torch.float16
     return TrainState(
         student_teacher=student_teacher,
@@ -402,7 +454,7 @@ def build_data(recipe: Recipe, source: Source, *, rank: int = 0, world_size: int
         reduced_decode=recipe.data.reduced_decode,
         photometry=a.device == "workers",
         seed=recipe.train.seed,
-        batch_size=recipe.train.batch_size_per_gpu * world_size,
+        batch_size=recipe.train.batch_size_per_gpu * world_size * recipe.train.accumulate,
         rank=rank,
         world_size=world_size,
     )

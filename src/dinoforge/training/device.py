@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from dinoforge import distributed
 from dinoforge.errors import RecipeError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -32,6 +33,23 @@ def resolve_device(name: str) -> torch.device:
         here = ", ".join(k for k, v in available.items() if v)
         raise RecipeError(f"device={name} is not available here: this PyTorch sees {here}")
     return device
+
+
+def rank_device(name: str) -> torch.device:
+    """The device of this rank: each rank of a machine has a GPU of its own, and all share the CPU.
+
+    Raises:
+        RecipeError: as ``resolve_device``; or fewer GPUs than ranks.
+    """
+    device = resolve_device(name)
+    if device.type != "cuda" or device.index is not None or distributed.launched_world_size() == 1:
+        return device
+    if distributed.local_rank() >= torch.cuda.device_count():
+        raise RecipeError(
+            f"{distributed.local_world_size()} ranks on a machine with {torch.cuda.device_count()} GPUs: start as many "
+            "ranks as there are GPUs, or set device=cpu"
+        )
+    return torch.device("cuda", distributed.local_rank())
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
@@ -70,7 +88,9 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def usable_processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Of this process: ranks that share a machine share its processors."""
+    number = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, number // distributed.local_world_size())
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -25,6 +25,7 @@ from dinoforge.training.build import (
     build_student_teacher,
     run_length,
     vit_size,
+    with_batch_cut,
 )
 from dinoforge.training.device import resolve_device, resolve_precision
 from dinoforge.training.memory import estimate
@@ -88,7 +89,7 @@ class Explanation:
 
     @property
     def processes(self) -> int:
-        return self.length.batch_size // self.recipe.train.batch_size_per_gpu
+        return self.length.batch_size // (self.recipe.train.batch_size_per_gpu * self.recipe.train.accumulate)
 
 
 def explain(
@@ -110,11 +111,14 @@ def explain(
         if number is not None and number < 1:
             raise RecipeError(f"{name}: expected at least 1, got {number}")
     processes = 1
+    recipe = with_batch_cut(recipe, world_size=1)
     if batch is not None:
-        processes, rest = divmod(batch, recipe.train.batch_size_per_gpu)
+        processes, rest = divmod(batch, recipe.train.batch_size_per_gpu * recipe.train.accumulate)
         if rest or not processes:
             processes = 1
-            recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, batch_size_per_gpu=batch))
+            recipe = dataclasses.replace(
+                recipe, train=dataclasses.replace(recipe.train, batch_size_per_gpu=batch, accumulate=1)
+            )
     length = run_length(recipe, images=images, world_size=processes)
     schedules = build_schedules(recipe, length)
     if step == "last":
@@ -204,7 +208,7 @@ def work_of_a_step(recipe: Recipe, networks: StudentTeacher, *, masked: float) -
         networks: on any device, also ``meta``.
         masked: masked patches of a step, in all global crops of the process.
     """
-    o, batch = networks.objective, recipe.train.batch_size_per_gpu
+    o, batch = networks.objective, recipe.train.batch_size_per_gpu * recipe.train.accumulate
     c, s = recipe.crops, recipe.student
     teaches = o.has_dino or o.has_ibot
     reads_local = o.dino_local_weight > 0 and c.local_crops_number > 0

@@ -15,6 +15,7 @@ from dinoforge.data.loader import BadImages, Skipped
 from dinoforge.models.vit import KeptSamples, draw_kept_samples
 from dinoforge.optim.schedules import Hyperparameters, Schedules
 from dinoforge.student_teacher import StudentTeacher
+from dinoforge.training.parallel import Parallel
 from dinoforge.training.step import NonFiniteError, StepResult, train_step
 
 
@@ -106,6 +107,8 @@ def train(
     should_stop: Callable[[], bool],
     on_skipped: Callable[[list[Skipped]], None],
     on_non_finite: Callable[[Batch, dict[str, float]], None],
+    accumulate: int = 1,
+    parallel: Parallel | None = None,
 ) -> None:
     """Steps until the schedules end or ``should_stop`` says so.
 
@@ -118,21 +121,26 @@ def train(
         clip_grad: largest gradient norm per sub-network; 0 for none.
         prepare: brings a batch to the device, normalised.
         autocast: makes the context of the forward pass.
-        hooks: called after each step that was not skipped.
+        hooks: called after each step that was not skipped, on every rank.
         is_measured: says which steps' results have diagnostics, given the number of steps that will then be done.
-        should_stop: asked before each step.
-        on_skipped: given the images that newly turned out to be unreadable.
+        should_stop: asked before each step; all ranks stop when one says so.
+        on_skipped: given the images that newly turned out to be unreadable, on any rank.
         on_non_finite: given the batch and the terms of a step that was skipped since a loss or gradient is not
             finite; the state already counts it. What it raises ends the training.
+        accumulate: micro-batches that each rank cuts its part of the global batch into.
+        parallel: how the networks are laid over ranks; None for one process.
     """
-    while state.step < schedules.total_steps and not should_stop():
+    while state.step < schedules.total_steps and not distributed.any_over_ranks(should_stop()):
         started = time.perf_counter()
         batch = prepare(next(batches))
         waited = time.perf_counter() - started
-        on_skipped(state.bad_images.update(batch.skipped, (state.next_batch + 1) * samples_per_step))
+        skipped = _skipped_on_any_rank(batch)
+        on_skipped(state.bad_images.update(skipped, (state.next_batch + 1) * samples_per_step))
 
         hyper = schedules(state.step)
-        kept = kept_samples(state.student_teacher, batch, drop_path_rates, seed=seed, number=state.next_batch)
+        kept = kept_samples(
+            state.student_teacher, batch, drop_path_rates, seed=seed, number=state.next_batch, parts=accumulate
+        )
         try:
             result = train_step(
                 state.student_teacher,
@@ -144,6 +152,7 @@ def train(
                 autocast=autocast(),
                 scaler=state.scaler,
                 measure=is_measured(state.step + 1),
+                parallel=parallel,
             )
         except NonFiniteError as error:
             state.step += 1
@@ -161,20 +170,37 @@ def train(
             hook(report)
 
 
+def _skipped_on_any_rank(batch: Batch) -> list[Skipped]:
+    if not distributed.any_over_ranks(bool(batch.skipped)):
+        return []
+    return [image for skipped in distributed.all_ranks(batch.skipped) for image in skipped]
+
+
 def kept_samples(
-    student_teacher: StudentTeacher, batch: Batch, drop_path_rates: Sequence[float], *, seed: int, number: int
-) -> list[KeptSamples] | None:
-    """Stochastic depth of a batch on one rank, whatever happened before; None where no block has any.
+    student_teacher: StudentTeacher,
+    batch: Batch,
+    drop_path_rates: Sequence[float],
+    *,
+    seed: int,
+    number: int,
+    parts: int = 1,
+    rank: int | None = None,
+) -> list[list[KeptSamples] | None]:
+    """Stochastic depth of each micro-batch of a batch, whatever happened before; None where no block has any.
 
     Args:
         student_teacher: the networks.
-        batch: on any device.
+        batch: of one rank, on any device.
         drop_path_rates: per block of the student.
         seed: of the run.
         number: of the batch; see ``TrainState.next_batch``.
+        parts: micro-batches that the batch is cut into.
+        rank: whose batch it is; None: this one's.
     """
     if not any(drop_path_rates):
-        return None
-    mixed = ((seed * 1_000_003 + number) * 65_537 + distributed.rank()) % 2**63
-    sizes = [len(crops) for crops in student_teacher.student_crops(batch)]
-    return draw_kept_samples(drop_path_rates, sizes, torch.Generator().manual_seed(mixed))
+        return [None] * parts
+    # By its place in the global batch, so that it is the same on two ranks and in two micro-batches.
+    first = parts * (distributed.rank() if rank is None else rank)
+    sizes = [len(crops) // parts for crops in student_teacher.student_crops(batch)]
+    mixed = [((seed * 1_000_003 + number) * 65_537 + first + part) % 2**63 for part in range(parts)]
+    return [draw_kept_samples(drop_path_rates, sizes, torch.Generator().manual_seed(m)) for m in mixed]

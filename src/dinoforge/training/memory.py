@@ -37,7 +37,11 @@ def estimate(recipe: Recipe, networks: StudentTeacher, *, precision_bytes: int, 
     full = 4 * (4 * embed_dim)
     half = precision_bytes * (7 * embed_dim + 2 * hidden)
     casts = 2 * 2 * (2 * embed_dim + hidden) if precision_bytes == 2 else 0
-    activations = _SLACK * tokens * depth * kept * (full + half + casts)
+    of_a_block = tokens * kept * (full + half + casts)
+    if recipe.parallel.activation_checkpointing:  # each block's input, and one block's all while it is computed again
+        activations = _SLACK * (tokens * depth * 4 * embed_dim + of_a_block)
+    else:
+        activations = _SLACK * depth * of_a_block
 
     ratio = sum(recipe.ibot.mask_ratio_min_max) / 2
     masked = 2 * batch * recipe.ibot.mask_sample_probability * ratio * global_patches
@@ -57,5 +61,5 @@ def estimate(recipe: Recipe, networks: StudentTeacher, *, precision_bytes: int, 
         + 3 * 4 * prototype_weights,
         "buffers": _BUFFERS,
         "checkpoint": (4 * 4 * parameters if recipe.checkpoint.asynchronous and on_cpu else 0) + 2 * 2**26,
-        "batches": 3 * batch * student.in_chans * 5 * (2 * crops.global_crops_size**2),
+        "batches": 3 * batch * recipe.train.accumulate * student.in_chans * 5 * (2 * crops.global_crops_size**2),
     }

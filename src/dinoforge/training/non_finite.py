@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from dinoforge import distributed
 from dinoforge.data.batch import Batch
 from dinoforge.data.sources import Source, printable
 from dinoforge.errors import RunError, TrainingError
@@ -41,12 +42,13 @@ class NonFinitePolicy:
         state, train = self.state, self.plan.recipe.train
         step, number = state.step - 1, state.next_batch - 1
         told = f"loss or gradients are not finite at step {step:,} ({replay.describe_terms(terms)})"
-        path = self.run.non_finite / f"batch_{number:08d}.safetensors"
-        kept = len(list(self.run.non_finite.glob("*.safetensors"))) if self.run.non_finite.is_dir() else 0
+        suffix = f"_rank{distributed.rank()}" if distributed.is_active() else ""
+        path = self.run.non_finite / f"batch_{number:08d}{suffix}.safetensors"
+        kept = len(list(self.run.non_finite.glob(f"*{suffix}.safetensors"))) if self.run.non_finite.is_dir() else 0
         names = tuple(printable(self.source.name(i)) for i in batch.indices.tolist())
         if kept < _KEPT_BATCHES:
             try:
-                replay.save_batch(path, replay.SavedBatch(batch, step, number, names, terms))
+                replay.save_batch(path, replay.SavedBatch(batch, step, number, names, terms, distributed.rank()))
                 told += f"; the batch is {path}"
             except RunError as error:
                 told += f"; its batch is not kept: {error}"
@@ -55,12 +57,16 @@ class NonFinitePolicy:
             return
         if state.rollbacks < train.max_rollbacks:
             raise RollBackError
-        findings = self._look(batch, step, number)
+        looked = ""
+        if not distributed.is_active():  # a look takes as many passes as it finds reasons for, and ranks go together
+            findings = self._look(batch, step, number)
+            looked = (
+                f" The last batch, looked at again:\n{replay.describe(findings, names)}\n"
+                f"{_advice(findings, len(names), self.plan)}"
+            )
         raise TrainingError(
             f"{state.skipped_in_a_row} steps in a row, up to step {step:,}, gave losses or gradients that are not "
-            f"finite, and {state.rollbacks} rollbacks did not help. The last batch, looked at again:\n"
-            f"{replay.describe(findings, names)}\n"
-            f"{_advice(findings, len(names), self.plan)}\n"
+            f"finite, and {state.rollbacks} rollbacks did not help.{looked}\n"
             f"The checkpoints are from before these steps; the batches are in {self.run.non_finite}, to be looked at "
             f"by: dinoforge replay {self.run.path} --batch FILE"
         )
@@ -68,7 +74,7 @@ class NonFinitePolicy:
     def _look(self, batch: Batch, step: int, number: int) -> replay.Findings:
         recipe, networks = self.plan.recipe, self.state.student_teacher
         rates = build_drop_path_rates(recipe)
-        kept = loop.kept_samples(networks, batch, rates, seed=recipe.train.seed, number=number)
+        (kept,) = loop.kept_samples(networks, batch, rates, seed=recipe.train.seed, number=number)
         autocast = partial(devices.autocast, self.plan.device, self.plan.precision)
         return replay.find(networks, batch, self.plan.schedules(step), kept=kept, autocast=autocast)
 

@@ -5,13 +5,16 @@ from typing import Any
 
 import torch
 
+from dinoforge import distributed
 from dinoforge.config import Recipe
 from dinoforge.data.loader import DataSummary
+from dinoforge.errors import RecipeError
 from dinoforge.optim.schedules import Schedules
 from dinoforge.student_teacher import StudentTeacher
 from dinoforge.training.build import RunLength, build_schedules, build_student_teacher, run_length, vit_size
-from dinoforge.training.device import resolve_device, resolve_precision, usable_processors
+from dinoforge.training.device import rank_device, resolve_precision, usable_processors
 from dinoforge.training.memory import estimate
+from dinoforge.training.parallel import Mode, mode_here
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Plan:
     precision: torch.dtype
     threads: int
     num_workers: int
+    mode: Mode  # how the networks are laid over ranks
     parameters: dict[str, int]  # per sub-network of the student
     memory: dict[str, float]  # estimated bytes per part
 
@@ -40,12 +44,16 @@ def make_plan(recipe: Recipe, data: DataSummary) -> Plan:
     Raises:
         RecipeError: the recipe does not fit itself, the data or the machine.
     """
-    device = resolve_device(recipe.device)
+    ranks = distributed.world_size()
+    device = rank_device(recipe.device)
     precision = resolve_precision(recipe.precision, device)
-    length = run_length(recipe, images=data.count)
+    length = run_length(recipe, images=data.count, world_size=ranks)
     schedules = build_schedules(recipe, length)
     with torch.device("meta"):
         networks = build_student_teacher(recipe)
+    mode = mode_here(recipe, networks, device)
+    if mode in ("fsdp", "hsdp") and precision is torch.float16:
+        raise RecipeError("precision=fp16 cannot be sharded: set precision=bf16, or parallel.mode=ddp")
     processors = usable_processors()
     wanted = recipe.train.num_workers
     if wanted is None:
@@ -60,6 +68,7 @@ def make_plan(recipe: Recipe, data: DataSummary) -> Plan:
         precision=precision,
         threads=recipe.train.threads or processors,
         num_workers=min(wanted, processors),
+        mode=mode,
         parameters=_count(networks),
         memory=estimate(recipe, networks, precision_bytes=precision.itemsize, on_cpu=device.type == "cpu"),
     )
@@ -98,7 +107,7 @@ def render(plan: Plan, *, data_path: str, out: str) -> str:
         ),
         "compute": (
             f"{plan.device}, {str(plan.precision).removeprefix('torch.')}, {_count_of(plan.threads, 'thread')}, "
-            f"{_count_of(plan.num_workers, 'data worker')}"
+            f"{_count_of(plan.num_workers, 'data worker')}{_ranks(plan)}"
         ),
         "memory": f"about {total / 2**30:.1f} GiB ("
         + ", ".join(f"{name} {size / 2**30:.1f}" for name, size in top)
@@ -106,6 +115,16 @@ def render(plan: Plan, *, data_path: str, out: str) -> str:
         "out": out,
     }
     return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
+
+
+def _ranks(plan: Plan) -> str:
+    """How a step is cut, if it is."""
+    images, accumulate = plan.recipe.train.batch_size_per_gpu, plan.recipe.train.accumulate
+    ranks = plan.length.batch_size // (images * accumulate)
+    cut = f"{_count_of(accumulate, 'micro-batch').replace('batchs', 'batches')} of {images} images"
+    if ranks > 1:
+        return f", each of {ranks} ranks ({plan.mode}); a step is {ranks} × {cut}"
+    return f"; a step is {cut}" if accumulate > 1 else ""
 
 
 def render_schedules(plan: Plan) -> str:

@@ -41,6 +41,7 @@ class SavedBatch:
     number: int
     names: tuple[str, ...]
     terms: dict[str, float]
+    rank: int = 0  # whose it was
 
 
 def save_batch(path: Path, saved: SavedBatch) -> None:
@@ -52,7 +53,7 @@ def save_batch(path: Path, saved: SavedBatch) -> None:
     tensors = {name: getattr(saved.batch, name).detach().cpu().contiguous() for name in _TENSORS}
     # As text, since JSON has no word for infinity.
     terms = {name: repr(value) for name, value in saved.terms.items()}
-    about = {"step": saved.step, "number": saved.number, "names": saved.names, "terms": terms}
+    about = {"step": saved.step, "number": saved.number, "names": saved.names, "terms": terms, "rank": saved.rank}
     header = {"format": _FORMAT, "about": json.dumps(about)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
@@ -72,7 +73,7 @@ def load_batch(path: Path) -> SavedBatch:
         about = json.loads(header["about"])
         terms = {name: float(text) for name, text in about["terms"].items()}
         batch = Batch(**tensors, masked=masked_patches(tensors["masks"]))
-        return SavedBatch(batch, about["step"], about["number"], tuple(about["names"]), terms)
+        return SavedBatch(batch, about["step"], about["number"], tuple(about["names"]), terms, about.get("rank", 0))
     except FileNotFoundError as error:
         raise WeightsError(f"there is no file {path}") from error
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

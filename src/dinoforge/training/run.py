@@ -65,8 +65,14 @@ class RunDirectory:
     def exists(self) -> bool:
         return self._recipe.is_file() and self._info.is_file()
 
-    def require_free_or_same(self, recipe: Recipe, data: DataIdentity) -> None:
-        """Raises RunError unless the folder is new, or holds the run of this recipe on these images."""
+    def require_free_or_same(self, recipe: Recipe, data: DataIdentity, *, batch_size: int) -> None:
+        """Raises RunError unless the folder is new, or holds the run of this recipe on these images.
+
+        Args:
+            recipe: to run.
+            data: the images.
+            batch_size: images of a step over all ranks, which may differ in number from those before.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file, not a folder: choose another place with --out")
         if not self.exists:
@@ -78,6 +84,12 @@ class RunDirectory:
         if changed:
             lines = "\n".join(f"  {key}: {old} there, {new} now" for key, (old, new) in changed.items())
             raise RunError(f"{self.path} holds a run of another recipe:\n{lines}\n{way_out}")
+        before = self.batch_size()
+        if before != batch_size:
+            raise RunError(
+                f"{self.path} holds a run with {before} images in a step over all ranks and micro-batches, now there "
+                f"are {batch_size}: set train.batch_size={before}, so that they are cut to fit.\n{way_out}"
+            )
         there = self.info()["data"]
         if there["fingerprint"] != data.fingerprint:
             raise RunError(
@@ -91,6 +103,15 @@ class RunDirectory:
 
     def info(self) -> dict[str, Any]:
         return _read_json(self._info)
+
+    def batch_size(self) -> int:
+        """Images of a step over all ranks."""
+        info, train = self.info(), self.recipe().train
+        return int(info.get("batch_size", train.batch_size_per_gpu))
+
+    def ranks(self) -> int:
+        """On how many ranks it was started the last time."""
+        return int(self.info()["starts"][-1].get("ranks", 1))
 
     def read_summary(self) -> dict[str, Any]:
         """The summary so far; empty before the first."""
@@ -111,6 +132,9 @@ class RunDirectory:
         device: torch.device,
         precision: torch.dtype,
         step: int,
+        ranks: int,
+        mode: str,
+        batch_size: int,
     ) -> None:
         """Writes what the run is, and that it was started now at ``step``.
 
@@ -121,6 +145,8 @@ class RunDirectory:
             look: at some of the images.
             device, precision: where and how precisely it computes.
             step: steps done before.
+            ranks, mode: over how many ranks it is laid, and how.
+            batch_size: images of a step over all of them.
         """
         start = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -128,6 +154,8 @@ class RunDirectory:
             "device": _device_name(device),
             "precision": str(precision).removeprefix("torch."),
             "threads": torch.get_num_threads(),
+            "ranks": ranks,
+            "parallel": mode,
             "versions": {
                 "dinoforge": __version__,
                 "python": platform.python_version(),
@@ -141,7 +169,12 @@ class RunDirectory:
         starts = [*before.get("starts", []), start]
         looked = {"sampled": look.sampled, "widths": look.widths, "heights": look.heights, "modes": dict(look.modes)}
         info = {"base": base} | before  # a run is continued by its own recipe.yaml, too
-        info |= {"data": vars(data) | {"look": looked}, "seed": recipe.train.seed, "starts": starts}
+        info |= {
+            "data": vars(data) | {"look": looked},
+            "seed": recipe.train.seed,
+            "batch_size": batch_size,
+            "starts": starts,
+        }
         write_text(self._info, json.dumps(info, indent=2) + "\n")
         write_text(self._recipe, dump(recipe))
 

@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 
-from dinoforge import checkpoint, weights
+from dinoforge import checkpoint, distributed, weights
 from dinoforge.errors import RunError
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.training import build, loop
@@ -28,6 +28,8 @@ class Saver:
     A checkpoint that cannot be written, as on a full disk, is told and tried again a minute later: those before it
     are still there. Nor is a state written that is not finite, so every checkpoint is worth going back to. Only the
     last one, when training ends, raises.
+
+    On several ranks all decide together when; the first writes what all have.
 
     Args:
         run: where to.
@@ -64,7 +66,8 @@ class Saver:
 
     def __call__(self, report: loop.StepReport) -> None:
         every = self.settings.every_steps
-        if (every and self.state.step % every == 0) or time.monotonic() >= self._due:
+        late = self.settings.every_minutes is not None and distributed.any_over_ranks(time.monotonic() >= self._due)
+        if late or (every and self.state.step % every == 0):
             started = time.monotonic()
             self.wait()
             self._start()
@@ -80,12 +83,13 @@ class Saver:
         """
         started = time.monotonic()
         self.wait()
-        if self._saved_step != self.state.step:
+        if distributed.any_over_ranks(self._saved_step != self.state.step):
             self._start()
             if error := self._ended():
                 raise error
         self.waited += time.monotonic() - started
-        self.run.write_summary({"checkpoint_wait_seconds": round(self.waited, 2)})
+        if distributed.is_first():
+            self.run.write_summary({"checkpoint_wait_seconds": round(self.waited, 2)})
 
     def wait(self) -> None:
         """Until nothing is being written; tells what went wrong."""
@@ -107,9 +111,11 @@ class Saver:
     def _start(self) -> None:
         """Has the state written, or a copy of it."""
         step, total, batch_size = self.state.step, self.plan.length.steps, self.plan.length.batch_size
-        tensors, values = self.state.tensors(), self.state.values()
-        if self.settings.asynchronous:
-            tensors = checkpoint.copied(tensors)
+        tensors = checkpoint.whole(self.state.tensors(), copy=self.settings.asynchronous)
+        values = self.state.values()
+        self._saved_step, self._due = step, self._next_time()
+        if not distributed.is_first():
+            return
         summary = {
             "finished": step >= total,
             "steps": step,
@@ -144,7 +150,6 @@ class Saver:
             self.run.write_summary(summary)
 
         self._writing = self._thread.submit(write)
-        self._saved_step, self._due = step, self._next_time()
 
     def _next_time(self) -> float:
         minutes = self.settings.every_minutes

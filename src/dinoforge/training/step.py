@@ -17,7 +17,8 @@ from dinoforge.optim.clipping import clip_gradients
 from dinoforge.optim.movement import sampled, update_ratios
 from dinoforge.optim.param_groups import set_hyperparameters
 from dinoforge.optim.schedules import Hyperparameters
-from dinoforge.student_teacher import Losses, StudentTeacher
+from dinoforge.student_teacher import Losses, OtherParts, StudentTeacher
+from dinoforge.training.parallel import Parallel
 
 PHASES = ("teacher", "student", "losses", "backward", "clipping", "optimizer", "moving average")
 """The parts of a step, as they are called in a profile."""
@@ -55,25 +56,34 @@ def train_step(
     hyper: Hyperparameters,
     *,
     clip_grad: float,
-    kept: Sequence[KeptSamples] | None = None,
+    kept: Sequence[Sequence[KeptSamples] | None] = (None,),
     autocast: AbstractContextManager[None] | None = None,
     scaler: torch.amp.GradScaler | None = None,
     measure: bool = False,
+    parallel: Parallel | None = None,
 ) -> StepResult:
     """Forward, backward, clipping, AdamW, moving average.
 
     Args:
-        batch: normalised crops on the networks' device.
+        batch: normalised crops on the networks' device: this rank's part of the global batch.
         hyper: what the schedules say for this step.
         clip_grad: largest gradient norm of each sub-network; 0 for none.
-        kept: stochastic depth; see ``StudentTeacher``.
-        autocast: precision of the forward pass.
+        kept: stochastic depth of each micro-batch, see ``StudentTeacher``; as many as there are here, the batch is cut
+            into.
+        autocast: precision of the forward pass; entered more than once.
         scaler: loss scaling for float16. It skips a step whose gradients overflow; that is no error.
-        measure: whether the result has diagnostics; the weights are the same either way.
+        measure: whether the result has diagnostics: those of this rank's first micro-batch and of its part of the
+            weights; the weights are the same either way.
+        parallel: how the networks are laid over ranks; None for one process.
+
+    Returns:
+        Losses of the global batch, the same on every rank.
 
     Raises:
-        NonFiniteError: before anything was updated.
+        NonFiniteError: before anything was updated; on all ranks or on none.
     """
+    parallel = parallel or Parallel("none", student_teacher)
+    autocast = autocast or nullcontext()
     centers = [c.clone() for c in student_teacher.buffers()]  # moved in the forward pass
     set_hyperparameters(
         optimizer,
@@ -83,27 +93,40 @@ def train_step(
         backbone_lr_mult=hyper.backbone_lr_mult,
     )
     diagnostics = Diagnostics() if measure else None
-    with autocast or nullcontext():
-        losses = student_teacher(
-            batch,
-            teacher_temp=hyper.teacher_temp,
-            kept=kept,
-            diagnostics=diagnostics,
-            backbone_frozen=hyper.backbone_frozen,
-        )
-    with record_function("backward"):
-        if scaler is None:
-            losses.total.backward()
-        else:
-            scaler.scale(losses.total).backward()
-            scaler.unscale_(optimizer)
-        distributed.average_gradients(list(student_teacher.student.parameters()))
+    parts = batch.split(len(kept))
+    others: Sequence[OtherParts | None] = (None,)
+    if len(parts) > 1:
+        with autocast:
+            others = student_teacher.look_at_parts(
+                parts, kept, teacher_temp=hyper.teacher_temp, diagnostics=diagnostics
+            )
+    terms: list[Tensor] = []
+    for i, part in enumerate(parts):
+        with parallel.accumulating() if i + 1 < len(parts) else nullcontext():
+            with autocast:
+                losses = parallel.forward(
+                    part,
+                    teacher_temp=hyper.teacher_temp,
+                    kept=kept[i],
+                    others=others[i],
+                    diagnostics=diagnostics if i == 0 else None,
+                    backbone_frozen=hyper.backbone_frozen,
+                )
+            terms.append(torch.stack([t.detach().float() for t in vars(losses).values()]))
+            with record_function("backward"):
+                total = losses.total / len(parts)
+                (total if scaler is None else scaler.scale(total)).backward()
+    if scaler is not None:
+        scaler.unscale_(optimizer)
     with record_function("clipping"):
         grad_norms = clip_gradients(dict(student_teacher.student.items()), clip_grad)
+    means = distributed.mean_over_ranks(torch.stack(terms).mean(dim=0))
+    losses = Losses(**dict(zip(vars(losses), means, strict=True)))
     result = StepResult(losses, grad_norms)
 
+    # Both are the same on every rank, so all come to the same answer.
     checked = [losses.total] if scaler is not None else [losses.total, *grad_norms.values()]
-    if not torch.isfinite(torch.stack([t.detach() for t in checked]).sum()):
+    if not torch.isfinite(torch.stack(checked).sum()):
         optimizer.zero_grad(set_to_none=True)
         for center, before in zip(student_teacher.buffers(), centers, strict=True):
             center.copy_(before)

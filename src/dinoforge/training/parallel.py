@@ -1,0 +1,153 @@
+"""How the networks are laid over ranks: activation checkpointing, then DDP or FSDP2, all by PyTorch's own engine."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils.checkpoint import checkpoint
+
+from dinoforge import distributed
+from dinoforge.config import Recipe
+from dinoforge.errors import RecipeError
+from dinoforge.models.head import DINOHead
+from dinoforge.models.vit import VisionTransformer
+from dinoforge.student_teacher import Losses, StudentTeacher
+
+Mode = Literal["none", "ddp", "fsdp", "hsdp"]
+
+_BYTES = 4 * 5
+"""Of each parameter of the student: its value, the teacher's, its gradient and AdamW's two moments in float32."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How a step runs on this rank.
+
+    Args:
+        mode: what was done to the networks.
+        forward: called as the ``StudentTeacher`` is.
+        accumulating: context of the micro-batches before a step's last one, in which gradients need not be averaged.
+    """
+
+    mode: Mode
+    forward: Callable[..., Losses]
+    accumulating: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def choose_mode(recipe: Recipe, *, parameters: int, device_bytes: int | None, world_size: int, nodes: int) -> Mode:
+    """What ``parallel.mode`` means here.
+
+    ``auto`` shards if weights, gradients and moments would take more than half of a device's memory; on several
+    machines inside each of them (hsdp).
+
+    Args:
+        recipe: the recipe.
+        parameters: of the student.
+        device_bytes: memory of one device; None where ranks share the machine's, as on the CPU.
+        world_size: number of ranks.
+        nodes: machines they are on.
+    """
+    if world_size == 1:
+        return "none"
+    if recipe.parallel.mode != "auto":
+        return recipe.parallel.mode
+    if device_bytes is None or parameters * _BYTES < device_bytes / 2:
+        return "ddp"
+    return "hsdp" if nodes > 1 else "fsdp"
+
+
+def mode_here(recipe: Recipe, student_teacher: StudentTeacher, device: torch.device) -> Mode:
+    """``choose_mode`` on this machine."""
+    return choose_mode(
+        recipe,
+        parameters=sum(p.numel() for p in student_teacher.student.parameters()),
+        device_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
+        world_size=distributed.world_size(),
+        nodes=distributed.world_size() // distributed.local_world_size(),
+    )
+
+
+def wrap(
+    student_teacher: StudentTeacher,
+    mode: Mode,
+    device: torch.device,
+    *,
+    activation_checkpointing: bool = False,
+    shard_ranks: int | None = None,
+    some_frozen: bool = False,
+) -> Parallel:
+    """Lays the networks, which are equal on all ranks and on the device, over the ranks.
+
+    Args:
+        student_teacher: changed in place: sharded parameters are ``DTensor``s.
+        mode: see ``choose_mode``.
+        device: this rank's.
+        activation_checkpointing: keep only the inputs of the student's blocks, and compute the rest again in the
+            backward pass.
+        shard_ranks: for hsdp: over how many ranks a copy is sharded; None: those of a machine.
+        some_frozen: whether there are steps in which some parameters get no gradient.
+
+    Raises:
+        RecipeError: ranks that cannot be laid out so.
+    """
+    if activation_checkpointing:
+        for block in cast(VisionTransformer, student_teacher.student["backbone"]).blocks:
+            # An attribute of the instance, so that no name changes.
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if mode == "none":
+        return Parallel(mode, student_teacher)
+    if mode == "ddp":
+        ddp = nn.parallel.DistributedDataParallel(
+            student_teacher,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=some_frozen,
+        )
+        return Parallel(mode, ddp, ddp.no_sync)
+    mesh = _mesh(mode, device, shard_ranks)
+    for networks in (student_teacher.student, student_teacher.teacher):
+        _shard(networks, mesh)
+    # Each micro-batch's gradients are reduced at once: kept whole, they would take the memory that sharding saves.
+    return Parallel(mode, student_teacher)
+
+
+def _mesh(mode: Mode, device: torch.device, shard_ranks: int | None) -> DeviceMesh:
+    ranks = distributed.world_size()
+    if mode == "fsdp":
+        return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
+    inner = shard_ranks or distributed.local_world_size()
+    if ranks % inner or not 1 < inner < ranks:
+        raise RecipeError(
+            f"parallel.mode=hsdp: {ranks} ranks cannot be cut into copies of {inner} ranks each: expected "
+            "parallel.shard_ranks to be more than 1 and less than the number of ranks, and to divide it"
+        )
+    return init_device_mesh(device.type, (ranks // inner, inner), mesh_dim_names=("replicate", "shard"))
+
+
+def _shard(networks: nn.ModuleDict, mesh: DeviceMesh) -> None:
+    """FSDP2 for each block, the rest of the backbone, and both parts of each head."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for network in networks.values():
+        if isinstance(network, VisionTransformer):
+            for block in network.blocks:
+                fully_shard(block, mesh=mesh, reshard_after_forward=True)
+            # Also after the forward pass of a network that has no backward pass: its shards are what is updated.
+            fully_shard(network, mesh=mesh, reshard_after_forward=True)
+            register_fsdp_forward_method(network, "encode_some")
+        elif isinstance(network, DINOHead):
+            fully_shard(network.mlp, mesh=mesh, reshard_after_forward=True)
+            fully_shard(network.last_layer, mesh=mesh, reshard_after_forward=True)
+            # Copies, which are there after the call; the whole parameters are not.
+            network.last_layer.parts = partial(_copies, network.last_layer.parts)  # type: ignore[method-assign]
+            register_fsdp_forward_method(network.last_layer, "parts")
+
+
+def _copies(parts: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    first, second = parts()
+    return first.clone(), second.clone()

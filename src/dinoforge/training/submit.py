@@ -1,0 +1,101 @@
+"""A run as a job of Slurm, by submitit: queued again when it is pre-empted or its time is over."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dinoforge.errors import RunError
+
+_TIME_LIMITS = 10_000  # how often a job may reach its time limit; the run itself knows when it is finished
+_SIGNAL_SECONDS = 120  # before the end of its time that a job is told of it
+_STOPPED_BY_SIGNAL = (130, 138, 140, 143)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job asks for."""
+
+    nodes: int = 1
+    ranks_per_node: int = 1
+    gpus_per_node: int = 0
+    cpus_per_rank: int = 8
+    minutes: int = 24 * 60
+    partition: str | None = None
+
+
+class Rank:
+    """What each task of the job does: ``dinoforge`` as one rank. Queued again, it continues the run.
+
+    Args:
+        arguments: of the command line.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.arguments = list(arguments)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> int:
+        from submitit.helpers import TorchDistributedEnvironment
+
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        self._process = subprocess.Popen([sys.executable, "-m", "dinoforge", *self.arguments])
+        # A process of its own, so that signals to the job find submitit here and the run's own handling there.
+        while (code := self._process.poll()) is None:
+            time.sleep(0.2)
+        if code not in (0, *_STOPPED_BY_SIGNAL):
+            raise RuntimeError(f"dinoforge ended with exit code {code}: see the log of this task")
+        return code
+
+    def checkpoint(self) -> Any:
+        """Called by submitit when the job is about to be taken away: has the run stop, and says what to queue."""
+        import signal
+
+        from submitit.helpers import DelayedSubmission
+
+        deadline = time.monotonic() + 0.9 * _SIGNAL_SECONDS
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGUSR2)
+            while self._process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.2)
+        return DelayedSubmission(Rank(self.arguments))
+
+
+def submit(arguments: Sequence[str], resources: Resources, *, folder: Path, cluster: str = "slurm") -> Any:
+    """Queues the job.
+
+    Args:
+        arguments: of the command line of each rank.
+        resources: what to ask for.
+        folder: for logs and what submitit keeps, on storage that all machines see.
+        cluster: ``slurm``; or ``local``: processes of this machine, to try it.
+
+    Returns:
+        submitit's job.
+
+    Raises:
+        RunError: no submitit, no Slurm, or resources that it refuses.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise RunError("submitting needs: pip install 'dinoforge[slurm]'") from error
+    try:
+        executor = submitit.AutoExecutor(folder, cluster=cluster, **{f"{cluster}_max_num_timeout": _TIME_LIMITS})
+        optional = {"slurm_partition": resources.partition} if resources.partition else {}
+        executor.update_parameters(
+            name="dinoforge",
+            nodes=resources.nodes,
+            tasks_per_node=resources.ranks_per_node,
+            gpus_per_node=resources.gpus_per_node,
+            cpus_per_task=resources.cpus_per_rank,
+            timeout_min=resources.minutes,
+            slurm_signal_delay_s=_SIGNAL_SECONDS,
+            **optional,
+        )
+        return executor.submit(Rank(arguments))
+    except (RuntimeError, ValueError, submitit.core.utils.FailedJobError) as error:
+        raise RunError(f"the job was not taken: {error}") from error

@@ -1,0 +1,142 @@
+"""Ten steps on a global batch that is laid over ranks and micro-batches in a certain way.
+
+``test_layouts.py`` runs it on one process, and as a script on several.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import ranks
+
+from dinoforge import distributed
+from dinoforge.config import load_recipe
+from dinoforge.data.batch import Batch, masked_patches
+from dinoforge.optim.schedules import Hyperparameters
+from dinoforge.training.build import build_optimizer, build_student_teacher
+from dinoforge.training.loop import kept_samples
+from dinoforge.training.parallel import Mode, wrap
+from dinoforge.training.step import train_step
+
+IMAGES, STEPS = 8, 10
+BASE = {
+    "student.arch": "vit_custom",
+    "student.embed_dim": 16,
+    "student.depth": 2,
+    "student.num_heads": 2,
+    "student.patch_size": 4,
+    "student.drop_path_rate": 0.0,
+    "student.layerscale": 0.1,
+    "crops.global_crops_size": 16,
+    "crops.local_crops_size": 8,
+    "augment.blur_kernel": 3,
+    "dino.koleo_scope": "global",
+    "ibot.center_mean": "patches",
+    **{f"{k}.head_n_prototypes": 10 for k in ("dino", "ibot")},
+    **{f"{k}.head_hidden_dim": 12 for k in ("dino", "ibot")},
+    **{f"{k}.head_bottleneck_dim": 6 for k in ("dino", "ibot")},
+}
+KINDS = {
+    "centering": {"train.centering": "centering"},
+    "sinkhorn_knopp": {"train.centering": "sinkhorn_knopp"},
+    "separate heads, groups": {
+        "train.centering": "sinkhorn_knopp",
+        "ibot.targets": "centering",
+        "ibot.separate_head": True,
+        "dino.koleo_scope": "groups",
+        "dino.koleo_group_size": 4,
+    },
+    # How it is cut has a meaning here: the same in ranks as in micro-batches.
+    "of the reference": {
+        "dino.koleo_scope": "rank",
+        "ibot.center_mean": "ranks",
+        "student.drop_path_rate": 0.3,
+    },
+}
+
+
+class Layout(NamedTuple):
+    mode: Mode
+    accumulate: int = 1
+    activation_checkpointing: bool = False
+    shard_ranks: int | None = None
+
+
+ON_TWO = {
+    "ddp": Layout("ddp"),
+    "fsdp": Layout("fsdp"),
+    "ddp, accumulated": Layout("ddp", 2),
+    "fsdp, accumulated, checkpointed": Layout("fsdp", 2, True),
+}
+COMBINATIONS = [
+    *((kind, layout) for kind in ("centering", "sinkhorn_knopp") for layout in ON_TWO),
+    ("separate heads, groups", "ddp"),
+    ("separate heads, groups", "fsdp, accumulated, checkpointed"),
+    ("of the reference", "ddp"),
+    ("of the reference", "fsdp"),
+]
+ON_ONE = {"accumulated": Layout("none", 2), "accumulated 4": Layout("none", 4), "checkpointed": Layout("none", 1, True)}
+
+
+def global_batch(step: int) -> Batch:
+    """All images of a step. In some steps only the first half has masks, or no image."""
+    generator = torch.Generator().manual_seed(step)
+    masks = torch.rand(2, IMAGES, 16, generator=generator) < 0.4
+    masks[:, IMAGES // 2 if step % 3 == 1 else IMAGES :] = False
+    if step == 5:
+        masks[:] = False
+    masks = masks.flatten(0, 1)
+    return Batch(
+        global_crops=torch.randn(2 * IMAGES, 3, 16, 16, generator=generator),
+        local_crops=torch.randn(8 * IMAGES, 3, 8, 8, generator=generator),
+        masks=masks,
+        masked=masked_patches(masks),
+        indices=torch.arange(IMAGES),
+    )
+
+
+def run(kind: str, layout: Layout) -> dict[str, torch.Tensor]:
+    """Losses and gradient norms of each step, and the weights after the last."""
+    overrides = BASE | KINDS[kind]
+    recipe, _ = load_recipe("dinov2", overrides)
+    torch.manual_seed(0)
+    networks = build_student_teacher(recipe)
+    with torch.no_grad():  # images look different from the start
+        for p in networks.student.parameters():
+            p += 0.2 * torch.randn_like(p)
+    networks.teacher.load_state_dict(networks.student.state_dict())
+    parallel = wrap(
+        networks,
+        layout.mode,
+        torch.device("cpu"),
+        activation_checkpointing=layout.activation_checkpointing,
+        shard_ranks=layout.shard_ranks,
+    )
+    optimizer = build_optimizer(recipe, networks)
+    for group in optimizer.param_groups:
+        group["eps"] = 1e-4  # with a tiny one the first steps' length is all there is, also where a gradient is noise
+    rate = recipe.student.drop_path_rate
+    results: dict[str, torch.Tensor] = {}
+    for step in range(STEPS):
+        hyper = Hyperparameters(2e-3, 2e-3, 0.04, 0.9, 0.07, last_layer_frozen=step == 0)
+        batch = global_batch(step).split(distributed.world_size())[distributed.rank()]
+        kept = kept_samples(networks, batch, [rate] * 2, seed=0, number=step, parts=layout.accumulate)
+        result = train_step(networks, optimizer, batch, hyper, clip_grad=0.5, kept=kept, parallel=parallel)
+        results |= {f"{step} {name}": torch.tensor(value) for name, value in result.values().items()}
+    results |= {f"state {k}": distributed.whole(v).detach().clone() for k, v in networks.state_dict().items()}
+    return results
+
+
+def two(rank: int, folder: Path) -> dict[str, Any]:
+    return {f"{kind}: {layout}": run(kind, ON_TWO[layout]) for kind, layout in COMBINATIONS}
+
+
+def four(rank: int, folder: Path) -> dict[str, Any]:
+    return {"centering": run("centering", Layout("hsdp", 1, True, 2))}
+
+
+if __name__ == "__main__":
+    ranks.serve({"two": two, "four": four})

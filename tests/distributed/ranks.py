@@ -1,0 +1,50 @@
+"""Starts a script as several ranks, and is what such a script does first and last.
+
+    python SCRIPT TASKS RANK WORLD_SIZE FOLDER
+
+TASKS are names of functions, with commas between them. Each is called with the rank and a folder that all share, and
+what it returns is written there.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def start(script: str, tasks: Sequence[str], world_size: int, folder: Path) -> list[dict[str, Any]]:
+    """Runs the tasks on so many processes; returns what each got, by task."""
+    processes = []
+    try:
+        for rank in range(world_size):
+            arguments = [",".join(tasks), str(rank), str(world_size), str(folder)]
+            command = [sys.executable, script, *arguments]
+            processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        for process in processes:
+            output, _ = process.communicate(timeout=280)  # a rank that waits for ever fails here
+            assert process.returncode == 0, output
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def serve(functions: Mapping[str, Callable[[int, Path], Any]]) -> None:
+    """Does what ``start`` asks of a script."""
+    tasks, rank, world_size, folder = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+    try:
+        torch.save({task: functions[task](rank, folder) for task in tasks}, folder / f"rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+    # gloo's threads outlive the group and may drop a tensor while the interpreter shuts down, which aborts the process.
+    os._exit(0)

@@ -1,0 +1,73 @@
+"""However the global batch is cut into ranks and micro-batches, and the networks are sharded, a step is the same."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import layouts
+import ranks
+
+CUT = ("centering", "sinkhorn_knopp", "separate heads, groups")
+
+
+@pytest.fixture(scope="module")
+def at_once():
+    return {kind: layouts.run(kind, layouts.Layout("none")) for kind in CUT}
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    return ranks.start(layouts.__file__, ["two"], 2, tmp_path_factory.mktemp("two"))
+
+
+def assert_same(ours, theirs):
+    """Losses of ten steps within 1e-5, and where they lead to."""
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        if name.startswith("state"):
+            torch.testing.assert_close(ours[name], expected, rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        else:
+            bound = 1e-5 if "norm" not in name else 1e-4
+            torch.testing.assert_close(ours[name], expected, rtol=bound, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_ten_steps_lead_somewhere(at_once):
+    for results in at_once.values():
+        assert abs(results["9 total"] - results["0 total"]) > 0.01
+        assert results["5 ibot"] == 0  # nothing is masked there
+        assert all(value.isfinite().all() for value in results.values())
+
+
+@pytest.mark.parametrize("kind", CUT)
+@pytest.mark.parametrize("layout", layouts.ON_ONE)
+def test_on_one_rank(at_once, kind, layout):
+    assert_same(layouts.run(kind, layouts.ON_ONE[layout]), at_once[kind])
+
+
+@pytest.mark.parametrize(("kind", "layout"), [c for c in layouts.COMBINATIONS if c[0] in CUT])
+def test_on_two_ranks(at_once, on_two, kind, layout):
+    for rank in on_two:
+        assert_same(rank["two"][f"{kind}: {layout}"], at_once[kind])
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_two_ranks_are_two_micro_batches(on_two, layout):
+    """Also where the cut has a meaning: KoLeo and the centre per part, stochastic depth."""
+    in_parts = layouts.run("of the reference", layouts.ON_ONE["accumulated"])
+    for rank in on_two:
+        assert_same(rank["two"][f"of the reference: {layout}"], in_parts)
+
+
+def test_the_cut_has_a_meaning_in_the_reference(on_two, at_once):
+    theirs = layouts.run("of the reference", layouts.Layout("none"))
+    ours = on_two[0]["two"]["of the reference: ddp"]
+    assert abs(ours["0 koleo"] / theirs["0 koleo"] - 1) > 0.01
+
+
+def test_copies_of_shards_on_four_ranks(tmp_path, at_once):
+    for rank in ranks.start(layouts.__file__, ["four"], 4, tmp_path):
+        for kind, results in rank["four"].items():
+            assert_same(results, at_once[kind])
