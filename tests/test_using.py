@@ -64,10 +64,10 @@ def test_every_example_runs(tmp_path, monkeypatch, capsys):
     shapes = {name: tuple(names[name].shape) for name in ("images", "cls", "theirs", "hidden", "features", "patches")}
     assert shapes == {
         "images": (2, 3, 96, 96),
-        "cls": (2, 192),
-        "theirs": (2, 65, 192),
-        "hidden": (1, 65, 192),
-        "features": (8, 192),
-        "patches": (8, 8, 8, 192),
+        "cls": (2, 128),
+        "theirs": (2, 65, 128),
+        "hidden": (1, 65, 128),
+        "features": (8, 128),
+        "patches": (8, 8, 8, 128),
     }
-    assert [tuple(m.shape) for m in names["maps"]] == [(2, 192, 8, 8)] * 2
+    assert [tuple(m.shape) for m in names["maps"]] == [(2, 128, 8, 8)] * 2
