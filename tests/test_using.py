@@ -59,15 +59,15 @@ def test_every_example_runs(tmp_path, monkeypatch, capsys):
     assert sections == {"Plain PyTorch", "timm", "Hugging Face", "ONNX Runtime", "A table of features"}
 
     out = capsys.readouterr().out
-    for said in ("embed_dim=192", "patch_size=12", "img_size=96", "vit_small_patch14_dinov2"):
+    for said in ("embed_dim=128", "patch_size=12", "img_size=96", "vit_small_patch14_dinov2"):
         assert said in out  # timm's call on the page is the one that the export says
     shapes = {name: tuple(names[name].shape) for name in ("images", "cls", "theirs", "hidden", "features", "patches")}
     assert shapes == {
         "images": (2, 3, 96, 96),
-        "cls": (2, 192),
-        "theirs": (2, 65, 192),
-        "hidden": (1, 65, 192),
-        "features": (8, 192),
-        "patches": (8, 8, 8, 192),
+        "cls": (2, 128),
+        "theirs": (2, 65, 128),
+        "hidden": (1, 65, 128),
+        "features": (8, 128),
+        "patches": (8, 8, 8, 128),
     }
-    assert [tuple(m.shape) for m in names["maps"]] == [(2, 192, 8, 8)] * 2
+    assert [tuple(m.shape) for m in names["maps"]] == [(2, 128, 8, 8)] * 2

@@ -31,6 +31,8 @@ PRETRAINING = {f"student.{key}": value for key, value in SIZE.items()} | {
     "dino.head_n_prototypes": 24,
     "dino.head_hidden_dim": 16,
     "dino.head_bottleneck_dim": 8,
+    "train.centering": "centering",  # which has centres to take over
+    "teacher.teacher_temp": 0.05,
 }
 SHORT = {
     "train.steps": 20,

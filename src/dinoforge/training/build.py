@@ -94,7 +94,8 @@ def adopted(given: Backbone, recipe: Recipe) -> dict[str, Any]:
 
     Crops are as large as in the run that made it, times ``init.enlarge``; of other files, 224 pixels, or what their
     position embeddings are for if that is smaller, with local crops of 3/7 of it, as in the reference. With
-    ``init.heads: run``, heads are of the sizes, and targets of the kinds, of that run; else those of recipe ``small``.
+    ``init.heads: run``, heads are of the sizes, and targets of the kinds and the temperature, of that run; else those
+    of recipe ``small``.
     """
     signature = inspect.signature(VisionTransformer).parameters
     network = {n: p.default for n, p in signature.items() if p.default is not p.empty} | given.architecture
@@ -111,7 +112,9 @@ def adopted(given: Backbone, recipe: Recipe) -> dict[str, Any]:
     if recipe.init.heads == "run":
         known = flatten(load_recipe("small")[0])
         known |= {
-            f"{section}.{key}": v for section in ("dino", "ibot", "train") for key, v in before.get(section, {}).items()
+            f"{section}.{key}": v
+            for section in ("dino", "ibot", "train", "teacher")
+            for key, v in before.get(section, {}).items()
         }
         values |= {key: known[key] for key in _OF_HEADS}
     assert values.keys() <= ADOPTED
@@ -121,6 +124,7 @@ def adopted(given: Backbone, recipe: Recipe) -> dict[str, Any]:
 _OFFICIAL_CROPS = (224, 96)  # global and local, in pixels
 _OF_HEADS = {
     "train.centering",
+    "teacher.teacher_temp",
     "ibot.separate_head",
     *(
         f"{section}.{key}"
