@@ -7,16 +7,16 @@ from dinoforge.training.build import vit_size
 # Measured on the CPU: the interpreter, PyTorch and its libraries; buffers of the losses, the optimizer and oneDNN; and
 # what the allocator holds beyond the activations that are alive.
 _LIBRARIES = 0.6 * 2**30
-_BUFFERS = 0.2 * 2**30
+_BUFFERS = 0.1 * 2**30
 _SLACK = 1.3
 
 
 def estimate(recipe: Recipe, networks: StudentTeacher, *, precision_bytes: int, on_cpu: bool) -> dict[str, float]:
     """Bytes per part of the peak of one process.
 
-    Activations are counted as what the backward pass of each block keeps, for tokens of all student crops; a factor
-    of the width D per token: 4 D in float32 (residual stream and LayerNorm inputs), 2 D + 3 D + 2 D for attention, and
-    twice the hidden width of the feed-forward layer, in the precision of the products.
+    Activations are counted as what the backward pass of each block keeps, for tokens of all student crops, in the
+    precision of the products: per token what both LayerNorms read (2 D), queries, keys and values (3 D), what attention
+    gave (D), and the hidden layer of the feed-forward network.
 
     Args:
         recipe: the run.
@@ -34,10 +34,7 @@ def estimate(recipe: Recipe, networks: StudentTeacher, *, precision_bytes: int, 
     tokens = global_tokens + crops.local_crops_number * batch * (local_patches + extra)
     kept = 1 - student.drop_path_rate if student.drop_path_uniform else 1 - student.drop_path_rate / 2
     hidden = embed_dim * student.mlp_ratio
-    full = 4 * (4 * embed_dim)
-    half = precision_bytes * (7 * embed_dim + 2 * hidden)
-    casts = 2 * 2 * (2 * embed_dim + hidden) if precision_bytes == 2 else 0
-    of_a_block = tokens * kept * (full + half + casts)
+    of_a_block = tokens * kept * precision_bytes * (6 * embed_dim + hidden)
     if recipe.parallel.activation_checkpointing:  # each block's input, and one block's all while it is computed again
         activations = _SLACK * (tokens * depth * 4 * embed_dim + of_a_block)
     else:
