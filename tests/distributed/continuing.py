@@ -108,9 +108,21 @@ def _identities(batch: Batch) -> list[tuple[int, str, str]]:
     ]
 
 
+def ended(folder: Path, name: str, recipe: str = "small", **keys: Any) -> tuple[int, int, str | None]:
+    """Runs; gives steps, steps in all, and what stopped it."""
+    result = api.train(folder / "images", recipe, folder / name, console=Console(quiet=True), **keys)
+    return result.steps, result.total_steps, result.stopped_by
+
+
 def two(rank: int, folder: Path) -> dict[str, Any]:
-    """The parts on two ranks of the runs ``up`` (begun on one) and ``down`` (finished on one)."""
+    """The parts on two ranks of the runs ``up`` (begun on one) and ``down`` (finished on one); and three more."""
+    labels = folder / "labels.csv"
+    probed = KEYS | {"probe.every_steps": 2, "probe.patience": 1, "optim.base_lr": 1e-12, "optim.min_lr": 0}
+    timed = {"train.max_minutes": 0.01, "train.threads": 1, "train.num_workers": 0}
     return {
+        "probed": ended(folder, "probed", labels=labels, **probed),
+        "sharded": ended(folder, "sharded", labels=labels, **probed, **{"parallel.mode": "fsdp"}),
+        "timed": ended(folder, "timed", "auto", **timed),
         "up": go_on(folder, "up", 3, **{"parallel.mode": "fsdp"}),
         "down": [
             *go_on(folder, "down", 3, **{"parallel.mode": "ddp"}),

@@ -21,7 +21,7 @@ from dinoforge.training.loop import kept_samples
 from dinoforge.training.parallel import Mode, wrap
 from dinoforge.training.step import train_step
 
-IMAGES, STEPS = 8, 10
+IMAGES, STEPS, MEASURED = 8, 10, 3
 BASE = {
     "student.arch": "vit_custom",
     "student.embed_dim": 16,
@@ -49,6 +49,7 @@ KINDS = {
         "dino.koleo_scope": "groups",
         "dino.koleo_group_size": 4,
     },
+    "only heads learn at first": {"train.centering": "sinkhorn_knopp"},
     # How it is cut has a meaning here: the same in ranks as in micro-batches.
     "of the reference": {
         "dino.koleo_scope": "rank",
@@ -75,6 +76,7 @@ COMBINATIONS = [
     *((kind, layout) for kind in ("centering", "sinkhorn_knopp") for layout in ON_TWO),
     ("separate heads, groups", "ddp"),
     ("separate heads, groups", "fsdp, accumulated, checkpointed"),
+    *(("only heads learn at first", layout) for layout in ON_TWO),
     ("of the reference", "ddp"),
     ("of the reference", "fsdp"),
 ]
@@ -114,6 +116,7 @@ def run(kind: str, layout: Layout) -> dict[str, torch.Tensor]:
         torch.device("cpu"),
         activation_checkpointing=layout.activation_checkpointing,
         shard_ranks=layout.shard_ranks,
+        some_frozen=kind == "only heads learn at first",
     )
     optimizer = build_optimizer(recipe, networks)
     for group in optimizer.param_groups:
@@ -121,10 +124,13 @@ def run(kind: str, layout: Layout) -> dict[str, torch.Tensor]:
     rate = recipe.student.drop_path_rate
     results: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
-        hyper = Hyperparameters(2e-3, 2e-3, 0.04, 0.9, 0.07, last_layer_frozen=step == 0)
+        only_heads = kind == "only heads learn at first" and step < 3
+        hyper = Hyperparameters(2e-3, 2e-3, 0.04, 0.9, 0.07, step == 0, backbone_frozen=only_heads)
         batch = global_batch(step).split(distributed.world_size())[distributed.rank()]
         kept = kept_samples(networks, batch, [rate] * 2, seed=0, number=step, parts=layout.accumulate)
-        result = train_step(networks, optimizer, batch, hyper, clip_grad=0.5, kept=kept, parallel=parallel)
+        result = train_step(
+            networks, optimizer, batch, hyper, clip_grad=0.5, kept=kept, measure=step == MEASURED, parallel=parallel
+        )
         results |= {f"{step} {name}": torch.tensor(value) for name, value in result.values().items()}
     results |= {f"state {k}": distributed.whole(v).detach().clone() for k, v in networks.state_dict().items()}
     return results

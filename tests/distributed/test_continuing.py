@@ -19,7 +19,10 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     continuing.make_images(folder / "images")
     streams = {"whole": continuing.go_on(folder, "whole", 99), "up": continuing.go_on(folder, "up", 3)}
+    names = [path.name for path in sorted((folder / "images").iterdir())]
+    (folder / "labels.csv").write_text("".join(f"{name},{i % 2}\n" for i, name in enumerate(names)))
     on_two = [rank["two"] for rank in ranks.start(continuing.__file__, ["two"], 2, folder)]
+    streams |= {name: [rank[name] for rank in on_two] for name in ("probed", "sharded", "timed")}
     together = {name: [a + b for a, b in zip(*(r[name] for r in on_two), strict=True)] for name in ("up", "down")}
     streams["up"] += together["up"] + continuing.go_on(folder, "up", 99, **{"train.accumulate": 2})
     streams["down"] = together["down"] + continuing.go_on(folder, "down", 99)
@@ -58,6 +61,25 @@ def test_it_is_told_on_how_many_ranks_a_run_was(runs):
     ]
     assert info["batch_size"] == 8
     assert (folder / "down" / "skipped.txt").read_text().count("07.png") == 1  # whichever rank met it
+
+
+def test_all_ranks_stop_when_the_probes_of_the_first_say_so(runs):
+    folder, ends = runs
+    assert ends["probed"] == [(4, continuing.STEPS, "probe.patience")] * 2
+    assert [probe["step"] for probe in json.loads((folder / "probed" / "probes.json").read_text())["history"]] == [2, 4]
+    assert (folder / "probed" / "report.html").exists()
+
+
+def test_where_no_rank_has_the_whole_teacher_it_is_not_probed(runs):
+    folder, ends = runs
+    assert ends["sharded"] == [(continuing.STEPS, continuing.STEPS, None)] * 2
+    assert not (folder / "sharded" / "probes.json").exists()
+    assert (folder / "sharded" / "report.html").exists()
+
+
+def test_ranks_take_the_same_number_of_steps_that_they_timed(runs):
+    _, ends = runs
+    assert ends["timed"][0] == ends["timed"][1]
 
 
 def test_another_global_batch_is_another_run(runs):

@@ -53,6 +53,21 @@ def test_the_recipe_is_valid_for_all_images(images, side, channels, device, keys
     assert recipe.teacher.warmup_teacher_temp <= recipe.teacher.teacher_temp
 
 
+@pytest.mark.parametrize(
+    ("keys", "share", "batch"),
+    [
+        ({}, 64, 128),
+        ({"train__accumulate": 2}, 32, 128),
+        ({"train__batch_size": 256}, 128, 256),
+        ({"train__batch_size": 256, "train__accumulate": 4}, 32, 256),
+    ],
+)
+def test_the_rule_knows_how_the_batch_is_cut(keys, share, batch):
+    recipe = recipe_of(auto.Facts(512, 96, 3, "cpu", ranks=2), **keys)
+    assert recipe.train.batch_size_per_gpu == share
+    assert recipe.dino.head_n_prototypes == auto.prototypes(batch)
+
+
 @given(st.integers(2, 10_000_000), st.integers(1, 5000), st.integers(1, 4096), st.integers(1, 1_000_000), st.booleans())
 def test_what_grows_with_what(images, side, batch, steps, fast):
     assert auto.batch_size(images, fast=fast) <= auto.batch_size(2 * images, fast=fast)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from dinoforge.cli import main
 from dinoforge.config import load_recipe
 from dinoforge.data.batch import Batch, masked_patches
 from dinoforge.errors import RecipeError
@@ -128,6 +129,15 @@ def test_the_number_of_ranks():
     for text in ("0", "-1", "two", "1.5"):
         with pytest.raises(RecipeError, match="--nproc: expected"):
             launch.number_of_ranks(text)
+
+
+def test_ranks_are_started_with_what_the_user_said(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    started = []
+    monkeypatch.setattr(launch, "launch", lambda arguments, **how: started.append((arguments, how)) or 7)
+    said = ["train", "photos", "--recipe", "auto", "--out", "run", "--labels", "labels.csv", "--dry-run"]
+    assert main([*said, "--nproc", "2", "--restarts", "5", "train.steps=9"]) == 7
+    assert started == [([*said, "train.steps=9"], {"ranks": 2, "restarts": 5})]
 
 
 def test_keys_of_the_cut_may_change_between_starts():

@@ -1,5 +1,6 @@
 """How the networks are laid over ranks: activation checkpointing, then DDP or FSDP2, all by PyTorch's own engine."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def wrap(
     if mode == "ddp":
         ddp = nn.parallel.DistributedDataParallel(
             student_teacher,
-            broadcast_buffers=False,
+            forward_sync_buffers=False,
             gradient_as_bucket_view=True,
             find_unused_parameters=some_frozen,
         )
@@ -133,6 +134,8 @@ def _shard(networks: nn.ModuleDict, mesh: DeviceMesh) -> None:
     """FSDP2 for each block, the rest of the backbone, and both parts of each head."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    # Of tokens, which nothing here changes in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for network in networks.values():
         if isinstance(network, VisionTransformer):
             for block in network.blocks:
