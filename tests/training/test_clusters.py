@@ -38,7 +38,7 @@ def test_recomputing_trades_memory_for_work(large):
     layouts = {layout.name: layout for layout in large.layouts}
     for name in ("DDP", "FSDP2"):
         less = layouts[f"{name}, activations recomputed"]
-        assert less.memory["activations"] < layouts[name].memory["activations"] / 4
+        assert less.memory["activations"] < layouts[name].memory["activations"] / 2
         assert large.seconds(less)[0] > 1.1 * large.seconds(layouts[name])[0]
 
 
