@@ -50,9 +50,9 @@ from dinoforge.evaluation.protocol import few_shot, stratified_splits
 from dinoforge.files import write_text
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.training.bench import seconds_per_step
-from dinoforge.training.build import vit_arguments
+from dinoforge.training.build import image_input, vit_arguments
 from dinoforge.training.run import RunDirectory
-from dinoforge.weights import Backbone, ImageInput
+from dinoforge.weights import Backbone
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 RESULTS = Path(__file__).parent / "results" / "learning"
@@ -237,15 +237,7 @@ def untrained(recipe: Recipe) -> Backbone:
         torch.manual_seed(recipe.train.seed)
         arguments = vit_arguments(recipe) | {"layerscale": 1.0}
         network = VisionTransformer(**arguments).eval()
-    image = ImageInput(
-        size=recipe.crops.global_crops_size,
-        in_chans=recipe.student.in_chans,
-        mean=recipe.data.mean,
-        std=recipe.data.std,
-        sixteen_bit=recipe.data.sixteen_bit,
-        max_pixels=recipe.data.max_pixels,
-    )
-    return Backbone(network, arguments, image, step=0)
+    return Backbone(network, arguments, image_input(recipe), step=0)
 
 
 @dataclass(frozen=True)

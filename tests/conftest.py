@@ -71,6 +71,20 @@ def classes(solar_cells: Path, solar_labels: Path, tmp_path_factory: pytest.Temp
     return root
 
 
+@pytest.fixture
+def flat_classes(classes: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The images of ``classes`` in one folder, and a labels file for them."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    rows = []
+    for path in sorted(classes.rglob("*.png")):
+        shutil.copy(path, flat)
+        rows.append(f"{path.name},{path.parent.name}")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("\n".join(rows))
+    return flat, labels
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield

@@ -1,7 +1,6 @@
 """The command line as a shell sees it."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,15 +105,8 @@ def test_knn_prints_one_line_of_json_and_completes_the_summary(classes, run, cap
     assert summary["steps"] == 5
 
 
-def test_knn_with_labels_file_test_folder_and_weights_file(classes, run, tmp_path, capsys):
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    rows = []
-    for path in sorted(classes.rglob("*.png")):
-        shutil.copy(path, flat)
-        rows.append(f"{path.name},{path.parent.name}")
-    labels = tmp_path / "labels.csv"
-    labels.write_text("\n".join(rows))
+def test_knn_with_labels_file_test_folder_and_weights_file(flat_classes, run, capsys):
+    flat, labels = flat_classes
     weights = str(run / "teacher.safetensors")
     arguments = ["eval", "knn", weights, "--data", str(flat), "--test", str(flat), "--labels", str(labels), "--json"]
     assert main(arguments) == 0

@@ -209,7 +209,7 @@ def _train(
     console: Console,
 ) -> RunResult:
     recipe, device = plan.recipe, plan.device
-    image = _image_input(recipe)
+    image = build.image_input(recipe)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     saved, damage = distributed.from_first(lambda: _open_for_writing(run, plan))
     devices.keep_freed_memory(device)
@@ -639,7 +639,7 @@ def _auto_recipe(
 
 
 def _plan(recipe: Recipe, source: Source) -> plans.Plan:
-    image = _image_input(recipe)
+    image = build.image_input(recipe)
     summary = inspect(source, channels=image.in_chans, sixteen_bit=image.sixteen_bit, max_pixels=image.max_pixels)
     return plans.make_plan(recipe, summary)
 
@@ -1066,17 +1066,6 @@ def _eval_keys(settings: Eval, keys: Mapping[str, Any]) -> Eval:
     # Checked as part of a recipe whose patch divides every size; the backbone's own is checked on use.
     checked, _ = load_recipe("dinov2", flat | {"student.patch_size": 1})
     return replace(settings, **{key.removeprefix("eval."): getattr(checked.eval, key[5:]) for key in flat})
-
-
-def _image_input(recipe: Recipe) -> weights.ImageInput:
-    return weights.ImageInput(
-        size=recipe.crops.global_crops_size,
-        in_chans=recipe.student.in_chans,
-        mean=recipe.data.mean,
-        std=recipe.data.std,
-        sixteen_bit=recipe.data.sixteen_bit,
-        max_pixels=recipe.data.max_pixels,
-    )
 
 
 def _reading(image: weights.ImageInput, patch: int, settings: Eval) -> features.Reading:

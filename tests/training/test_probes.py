@@ -175,21 +175,14 @@ def test_labels_that_are_names_are_told_and_not_measured(solar_cells, tmp_path, 
     assert not (tmp_path / "run" / "probes.json").exists()
 
 
-def test_labels_of_a_file(classes, tmp_path, capsys):
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    rows = []
-    for path in sorted(classes.rglob("*.png")):
-        shutil.copy(path, flat)
-        rows.append(f"{path.name},{path.parent.name}")
-    labels = tmp_path / "labels.csv"
-    labels.write_text("\n".join(rows))
+def test_labels_of_a_file(flat_classes, tmp_path, capsys):
+    flat, labels = flat_classes
     keys = [f"{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in (PROBED | {"train.steps": 3}).items()]
     arguments = ["train", str(flat), "--out", str(tmp_path / "run"), *keys]
     assert main([*arguments, "--labels", str(labels)]) == 0
     assert "linear" in capsys.readouterr().out
     assert [probe["step"] for probe in probes_of(tmp_path / "run")] == [3]
-    labels.write_text("\n".join(rows[1:]))
+    labels.write_text("\n".join(labels.read_text().splitlines()[1:]))
     with pytest.raises(DataError, match="no label for 1 of 40"):
         dinoforge.train(flat, "small", tmp_path / "other", labels=labels, **PROBED)
     assert not (tmp_path / "other").exists()

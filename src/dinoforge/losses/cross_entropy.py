@@ -65,9 +65,10 @@ class _Piece:
     samples: slice
     columns: slice
 
-    def embeddings(self, of: Tensor) -> Tensor:
-        """Their part of embeddings [C, G, d], or of the gradient, as [n, d]."""
-        return of[:, self.samples].flatten(0, 1)
+    @property
+    def z(self) -> Tensor:
+        """Their embeddings over temperature [n, d]."""
+        return self.term.embeddings[:, self.samples].flatten(0, 1) / self.term.temp
 
     @property
     def weights(self) -> Tensor:
@@ -151,7 +152,7 @@ class _CrossEntropy(torch.autograd.Function):
         scratch: Scratch,
         *embeddings: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        w, factors = effective_weight(weight_g, weight_v, dtype, scratch)
+        w, lengths = effective_weight(weight_g, weight_v, dtype, scratch)
         grad_w = torch.empty_like(weight_v) if any(ctx.needs_input_grad[:2]) else None
         values = torch.zeros(len(terms), dtype=torch.float32, device=w.device)
         gradients = [
@@ -168,31 +169,28 @@ class _CrossEntropy(torch.autograd.Function):
         for number, chunk in enumerate(chunks):
             first = number == 0
             _accumulate(chunk, w, values, gradients, grad_w, first=first, largest=largest, scratch=scratch)
-        ctx.save_for_backward(weight_g, weight_v, factors, grad_w, *gradients)
+        ctx.save_for_backward(weight_g, weight_v, lengths, grad_w, *gradients)
         ctx.mark_non_differentiable(values)
         return values.sum(), values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        weight_g, weight_v, factors, grad_w, *gradients = ctx.saved_tensors
+        weight_g, weight_v, lengths, grad_w, *gradients = ctx.saved_tensors
         gradients = [None if gradient is None else gradient.mul_(grad_outputs[0]) for gradient in gradients]
         grad_g = None
         if grad_w is not None:
             # The effective weight g v / |v| has the gradients (dw · v) / |v| and g / |v| (dw - (dw · v) v / |v|²).
             grad_g = torch.empty_like(weight_g)
             for tile in tiles(len(weight_v), weight_v.shape[1], weight_v.device):
-                v, dw = weight_v[tile], grad_w[tile].mul_(grad_outputs[0])
-                per_length = factors[tile] / weight_g[tile]  # 1 / |v|
-                along = (dw * v).sum(dim=1, keepdim=True) * per_length
+                v, length, dw = weight_v[tile], lengths[tile], grad_w[tile].mul_(grad_outputs[0])
+                along = (dw * v).sum(dim=1, keepdim=True) / length
                 grad_g[tile] = along
-                dw.sub_(v * (along * per_length)).mul_(factors[tile])
+                dw.sub_(v * (along / length)).mul_(weight_g[tile] / length)
         return grad_g, grad_w, None, None, None, *gradients
 
 
-def cross_entropy(
-    terms: Sequence[Term], weight_g: Tensor, weight_v: Tensor, scratch: Scratch | None = None
-) -> tuple[Tensor, Tensor]:
+def cross_entropy(terms: Sequence[Term], weight_g: Tensor, weight_v: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """Weighted cross-entropies of student logits against teacher targets.
 
     Logits exist for a few samples at a time; the gradient is computed on the way, so memory does not grow with the
@@ -209,7 +207,7 @@ def cross_entropy(
     embeddings = [term.embeddings for term in terms]
     dtype = product_dtype(embeddings[0])
     with torch.autocast(weight_v.device.type, enabled=False):
-        total, each = _CrossEntropy.apply(weight_g, weight_v, terms, dtype, scratch or Scratch(), *embeddings)
+        total, each = _CrossEntropy.apply(weight_g, weight_v, terms, dtype, scratch, *embeddings)
     return total, each
 
 
@@ -227,7 +225,7 @@ def _accumulate(
     """Adds what a chunk gives to the values of its terms, to their gradients [C, G, d] and to ``grad_w`` [K, d]."""
     filled = chunk[-1].columns.stop
     unused = padded(filled, w.dtype) - filled
-    z = torch.cat([piece.embeddings(piece.term.embeddings) / piece.term.temp for piece in chunk])  # [n, d]
+    z = torch.cat([piece.z for piece in chunk])  # [n, d]
     z = F.pad(z, (0, 0, 0, unused))
     weights = F.pad(torch.cat([piece.weights for piece in chunk]), (0, unused))  # [n]
     loss, exponentials, scales = _forward(chunk, z, w, largest, scratch)

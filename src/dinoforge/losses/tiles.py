@@ -61,7 +61,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def effective_weight(weight_g: Tensor, weight_v: Tensor, dtype: torch.dtype, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """The last layer's effective weight [K, d] in ``dtype``, in scratch memory, and the rows' factors [K, 1].
+    """The last layer's effective weight [K, d] in ``dtype``, in scratch memory, and the lengths of ``weight_v`` [K, 1].
 
     Args:
         weight_g: lengths of the rows [K, 1].
@@ -69,11 +69,12 @@ def effective_weight(weight_g: Tensor, weight_v: Tensor, dtype: torch.dtype, scr
         dtype: of the products.
         scratch: where to.
     """
-    factors = weight_g / weight_v.norm(dim=1, keepdim=True)
+    lengths = weight_v.norm(dim=1, keepdim=True)
+    factors = weight_g / lengths
     w = scratch.take("weight", tuple(weight_v.shape), dtype, weight_v.device)
     for tile in tiles(len(weight_v), weight_v.shape[1], weight_v.device):
         w[tile].copy_(weight_v[tile] * factors[tile])
-    return w, factors
+    return w, lengths
 
 
 def largest_logit(weight_g: Tensor, temp: float) -> float | None:

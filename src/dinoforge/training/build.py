@@ -26,7 +26,7 @@ from dinoforge.optim.schedules import Schedules, sqrt_scaled_lr
 from dinoforge.student_teacher import Objective, StudentTeacher
 from dinoforge.training.device import resolve_precision
 from dinoforge.training.loop import TrainState
-from dinoforge.weights import Backbone
+from dinoforge.weights import Backbone, ImageInput
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,18 @@ ADOPTED = {
     *_OF_HEADS,
 }
 """Keys of the recipe that ``init.architecture: file`` can take from a file."""
+
+
+def image_input(recipe: Recipe) -> ImageInput:
+    """What the backbone of a run expects of images."""
+    return ImageInput(
+        size=recipe.crops.global_crops_size,
+        in_chans=recipe.student.in_chans,
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+        sixteen_bit=recipe.data.sixteen_bit,
+        max_pixels=recipe.data.max_pixels,
+    )
 
 
 def build_student_teacher(recipe: Recipe) -> StudentTeacher:
