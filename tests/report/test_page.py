@@ -29,6 +29,13 @@ def text_of(page) -> str:
     return page.locator("main").inner_text()
 
 
+def reveal(locator):
+    """Scrolls there, and waits until the page was told: scrolling hides what the pointer shows, a frame later."""
+    locator.scroll_into_view_if_needed()
+    locator.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    return locator
+
+
 def test_sections_in_their_order(path, show):
     page = show(path)
     titles = page.locator("h2").all_inner_texts()
@@ -93,7 +100,7 @@ def test_similarity_in_the_page_is_the_cosine(run, path, show):
     page = show(path)
     found = api.open_run(run).learned
     m = found.maps[0]
-    page.locator("#similarity img").first.click(position={"x": 1, "y": 1})
+    reveal(page.locator("#similarity img").first).click(position={"x": 1, "y": 1})
     box = page.locator("#similarity canvas").first.bounding_box()
     row, column = m.grid[0] // 2, m.grid[1] // 3
     x, y = ((place + 0.5) / count for place, count in zip((column, row), reversed(m.grid), strict=True))
@@ -106,7 +113,7 @@ def test_similarity_in_the_page_is_the_cosine(run, path, show):
 def test_pointing_at_a_dot_shows_its_image(path, show):
     page = show(path)
     assert not page.locator("#tip").is_visible()
-    page.locator("#map circle").first.hover(force=True)  # another dot may lie on it
+    reveal(page.locator("#map circle").first).hover(force=True)  # another dot may lie on it
     assert page.locator("#tip").is_visible()
     assert page.locator("#tip img").evaluate("image => image.naturalWidth") > 0
     shown = page.locator("#tip div").all_inner_texts()
