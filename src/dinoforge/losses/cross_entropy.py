@@ -314,7 +314,9 @@ def _backward(
         gradient = gradient.to(w.dtype)
         if grad_columns is not None:
             add_product(w[tile].T, gradient, out=grad_columns)
-        if grad_w is not None and first:
+        if grad_w is not None and first and rows.dtype == grad_w.dtype:
+            torch.mm(gradient, rows, out=grad_w[tile])
+        elif grad_w is not None and first:
             grad_w[tile] = gradient @ rows
         elif grad_w is not None:
             add_product(gradient, rows, out=grad_w[tile])

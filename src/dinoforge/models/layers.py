@@ -419,11 +419,12 @@ class Block(nn.Module):
             x = x + self._project(self._attend(x, groups))
         else:
             x, taken = _Take.apply(x, keep_attn.rows)
-            x = _add_to(x, self._project(self._attend(taken, keep_attn.groups)), keep_attn)
+            x = _AddTo.apply(x, self._project(self._attend(taken, keep_attn.groups)), keep_attn)
         if keep_ffn is None:
             return x + self._feed_forward(x)
         x, taken = _Take.apply(x, keep_ffn.rows)
-        return _add_to(x, self._feed_forward(taken), keep_ffn)
+        added: Tensor = _AddTo.apply(x, self._feed_forward(taken), keep_ffn)
+        return added
 
     def _narrowed(self, x: Tensor, groups: Groups, narrowing: "Narrowing", keep_attn: Subset | None) -> Tensor:
         """Only what is wanted is computed after attention."""
@@ -535,10 +536,31 @@ class _Take(torch.autograd.Function):
         return grad.contiguous().index_add_(0, rows, grad_rows), None
 
 
-def _add_to(x: Tensor, residual: Tensor, subset: Subset) -> Tensor:
-    """Adds a branch that saw a subset of the images, scaled so that its expectation is the whole branch's."""
+class _AddTo(torch.autograd.Function):
+    """Adds a branch that saw a subset of the images, scaled so that its expectation is the whole branch's.
+
+    ``index_add`` would keep the branch's output for its backward pass, which needs only the shape.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor, subset: Subset) -> Tensor:
+        ctx.subset, ctx.dtype = subset, branch.dtype
+        out = x.clone()
+        for rows, part, scale in _scaled_parts(subset, branch):
+            out.index_add_(0, rows, part.to(x.dtype), alpha=scale)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,) = grad_outputs
+        of_branch = grad.new_empty(len(ctx.subset.rows), grad.shape[1], dtype=ctx.dtype)
+        for rows, part, scale in _scaled_parts(ctx.subset, of_branch):
+            part.copy_(grad.index_select(0, rows).mul_(scale))
+        return grad, of_branch, None
+
+
+def _scaled_parts(subset: Subset, branch: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Of each group: the packed rows, those of the branch, and their factor."""
     sizes = [images * tokens for images, tokens in subset.groups]
-    parts = zip(subset.rows.split(sizes), residual.split(sizes), subset.scales, strict=True)
-    for rows, part, scale in parts:
-        x = x.index_add(0, rows, part.to(x.dtype), alpha=scale)
-    return x
+    return zip(subset.rows.split(sizes), branch.split(sizes), subset.scales, strict=True)
