@@ -31,8 +31,10 @@ def test_all_of_it_in_small(benchmark, quiet, require_system, tmp_path, monkeypa
     curves = benchmark.measure(tmp_path, benchmark.TINY, quiet)
     assert set(curves) == {
         "same domain, continue",
+        "same domain, continue faster",
         "same domain, small",
         "new domain, continue",
+        "new domain, continue faster",
         "new domain, small",
         "larger crops, highres",
         "larger crops, small",

@@ -26,7 +26,7 @@ def test_weights_and_communication(large):
     ddp, fsdp = layouts["DDP"], layouts["FSDP2"]
     # Weights of both networks, gradients, two moments: 4 bytes each.
     assert sum(ddp.memory[k] for k in ("student and teacher", "gradients", "optimizer")) == 5 * 4 * parameters
-    for part in ("student and teacher", "gradients", "optimizer"):
+    for part in ("student and teacher", "optimizer"):
         assert fsdp.memory[part] == pytest.approx(ddp.memory[part] / 16)
     # All-reduce in a ring: 2 (W - 1) / W; three gathers and a scatter: 4 (W - 1) / W.
     assert ddp.sent == pytest.approx(2 * 15 / 16 * 4 * parameters)

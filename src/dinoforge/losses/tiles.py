@@ -14,6 +14,7 @@ from torch import Tensor
 _ON_CPU = (1 << 20, 1 << 26)  # elements of a tile (4 MiB, a share of the last-level cache), and bytes of a chunk
 _ON_ACCELERATOR = (1 << 25, 1 << 28)  # large enough to keep the device busy, and still bounded
 _MOST_COLUMNS = 1024
+SPARE = 1 / 8  # room that scratch memory has left, so that a few more samples find a place
 
 
 class Scratch:
@@ -32,7 +33,7 @@ class Scratch:
         key = (name, dtype, device)
         if key not in self._kept or len(self._kept[key]) < size:
             self._kept.pop(key, None)  # gone before the larger one comes
-            self._kept[key] = torch.empty(size + size // 8, dtype=dtype, device=device)
+            self._kept[key] = torch.empty(int(size * (1 + SPARE)), dtype=dtype, device=device)
         return self._kept[key][:size].view(shape)
 
 

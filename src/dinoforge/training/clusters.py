@@ -7,6 +7,7 @@ every answer. Nothing here was measured on such devices.
 import dataclasses
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from dinoforge.errors import RecipeError
 from dinoforge.student_teacher import StudentTeacher
 from dinoforge.training.build import RunLength, build_student_teacher, run_length, vit_size, with_batch_cut
 from dinoforge.training.explain import measure_masks, work_of_a_step
-from dinoforge.training.memory import estimate
+from dinoforge.training.memory import of_tensors
 
 _GPUS_PER_NODE = 8
 _NODE_LINK = 50e9  # bytes per second and GPU between machines: one 400 Gbit/s port each
@@ -136,24 +137,20 @@ def requirements(recipe: Recipe, *, images: int, gpus: str, utilisation: float =
 def _layouts(recipe: Recipe, networks: StudentTeacher, ranks: int, *, recomputed: float) -> list[Layout]:
     """DDP and FSDP2, each without and with activation checkpointing."""
     parameters = sum(p.numel() for p in networks.student.parameters())
-    block = sum(p.numel() for p in networks.student["backbone"].get_submodule("blocks.0").parameters())
-    last = [p.numel() for name, p in networks.student.named_parameters() if name.endswith("last_layer.weight_v")]
     share = (ranks - 1) / ranks
     results = []
     for checkpointed in (False, True):
         settings = dataclasses.replace(recipe.parallel, activation_checkpointing=checkpointed)
         with_settings = dataclasses.replace(recipe, parallel=settings)
-        parts = estimate(with_settings, networks, precision_bytes=2, on_cpu=False)
+        parts = partial(of_tensors, with_settings, networks, precision=torch.bfloat16, device=torch.device("cuda"))
         extra = recomputed if checkpointed else 0.0
         suffix = ", activations recomputed" if checkpointed else ""
         # An all-reduce in a ring sends each gradient once to be summed and once to be handed on.
-        results.append(Layout(f"DDP{suffix}", parts, 2 * share * 4 * parameters, extra))
+        whole = parts(mode="ddp" if ranks > 1 else "none")
+        results.append(Layout(f"DDP{suffix}", whole, 2 * share * 4 * parameters, extra))
         if ranks == 1:
             continue
-        cut = ("student and teacher", "gradients", "optimizer")
-        sharded = {name: size / ranks if name in cut else size for name, size in parts.items()}
-        # Two blocks at a time, and the gradient of one; the last layers with their copies.
-        sharded["whole layers"] = 4.0 * (3 * block + 3 * sum(last))
+        sharded = parts(mode="fsdp", shards=ranks)
         # The student's weights are gathered for both passes, the teacher's for one; gradients are scattered.
         sent = recipe.train.accumulate * 4 * share * 4 * parameters
         results.append(Layout(f"FSDP2{suffix}", sharded, sent, extra))

@@ -150,7 +150,7 @@ def explain(
         schedules=schedules,
         masks=masks,
         work=work_of_a_step(recipe, networks, masked=masks.masked_tokens_per_batch / processes),
-        memory=estimate(recipe, networks, precision_bytes=precision.itemsize, on_cpu=device.type == "cpu"),
+        memory=estimate(recipe, networks, precision=precision, device=device),
         compute=f"{device.type}, {str(precision).removeprefix('torch.')}",
     )
 

@@ -1,62 +1,191 @@
-"""How much memory a run will take, by part, before it is started."""
+"""How much memory a run will take, by part, before it is started.
+
+A step takes most at one of three moments: when the losses are done; when the heads have their gradients and those of
+the backbone begin; when nearly all gradients are there. What is alive then follows from the sizes of network, crops and
+batch, and the estimate is that of the largest. docs/running.md compares it with measured runs.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
 
 from dinoforge.config import Recipe
+from dinoforge.losses.tiles import SPARE, columns_at_once
+from dinoforge.models.head import DINOHead
+from dinoforge.models.layers import Block, Mlp, SwiGLU
+from dinoforge.models.vit import VisionTransformer
 from dinoforge.student_teacher import StudentTeacher
-from dinoforge.training.build import vit_size
+from dinoforge.training.parallel import Mode
 
-# Measured on the CPU: the interpreter, PyTorch and its libraries; buffers of the losses, the optimizer and oneDNN; and
-# what the allocator holds beyond the activations that are alive.
-_LIBRARIES = 0.6 * 2**30
-_BUFFERS = 0.1 * 2**30
-_SLACK = 1.3
+_LIBRARIES = 0.62 * 2**30  # on a CPU: the interpreter, PyTorch and its libraries, and its compiler, which AdamW imports
+_GAPS = 0.22  # bytes that the C library holds between blocks for each byte of tensors
 
 
-def estimate(recipe: Recipe, networks: StudentTeacher, *, precision_bytes: int, on_cpu: bool) -> dict[str, float]:
-    """Bytes per part of the peak of one process.
-
-    Activations are counted as what the backward pass of each block keeps, for tokens of all student crops, in the
-    precision of the products: per token what both LayerNorms read (2 D), queries, keys and values (3 D), what attention
-    gave (D), and the hidden layer of the feed-forward network.
+def estimate(
+    recipe: Recipe,
+    networks: StudentTeacher,
+    *,
+    precision: torch.dtype,
+    device: torch.device,
+    mode: Mode = "none",
+    shards: int = 1,
+) -> dict[str, float]:
+    """Bytes per part of the peak of one rank: its tensors, and on a CPU what else the process takes.
 
     Args:
         recipe: the run.
-        networks: on any device, also ``meta``.
-        precision_bytes: size of an activation in matrix products: 4, or 2 for half precisions.
-        on_cpu: whether the libraries share the memory with the run.
+        networks: unsharded, on any device, also ``meta``.
+        precision: of matrix products.
+        device: what it would run on; need not be here.
+        mode: how the networks are laid over ranks.
+        shards: over how many of them weights are sharded.
     """
-    batch = recipe.train.batch_size_per_gpu
-    embed_dim, depth, _ = vit_size(recipe)
-    crops, student = recipe.crops, recipe.student
-    global_patches = (crops.global_crops_size // student.patch_size) ** 2
-    local_patches = (crops.local_crops_size // student.patch_size) ** 2
-    extra = 1 + student.num_register_tokens
-    global_tokens = 2 * batch * (global_patches + extra)
-    tokens = global_tokens + crops.local_crops_number * batch * (local_patches + extra)
-    kept = 1 - student.drop_path_rate if student.drop_path_uniform else 1 - student.drop_path_rate / 2
-    hidden = embed_dim * student.mlp_ratio
-    of_a_block = tokens * kept * precision_bytes * (6 * embed_dim + hidden)
-    if recipe.parallel.activation_checkpointing:  # each block's input, and one block's all while it is computed again
-        activations = _SLACK * (tokens * depth * 4 * embed_dim + of_a_block)
-    else:
-        activations = _SLACK * depth * of_a_block
+    parts = of_tensors(recipe, networks, precision=precision, device=device, mode=mode, shards=shards)
+    if device.type == "cpu":
+        parts |= {"libraries": _LIBRARIES, "gaps between tensors": _GAPS * sum(parts.values())}
+        if recipe.checkpoint.asynchronous:
+            parts["checkpoint"] = 16.0 * sum(p.numel() for p in networks.student.parameters())
+    return parts
 
-    ratio = sum(recipe.ibot.mask_ratio_min_max) / 2
-    masked = 2 * batch * recipe.ibot.mask_sample_probability * ratio * global_patches
-    samples = 2 * batch + masked
-    parameters = sum(p.numel() for p in networks.student.parameters())
-    last_layers = [p for name, p in networks.student.named_parameters() if name.endswith("last_layer.weight_v")]
-    prototypes = max((len(p) for p in last_layers), default=0)
-    prototype_weights = sum(p.numel() for p in last_layers)
-    return {
-        "libraries": _LIBRARIES if on_cpu else 0.0,
-        "student and teacher": 2 * 4 * parameters,
-        "gradients": 4 * parameters,
-        "optimizer": 8 * parameters,
-        "activations": activations,
-        "teacher logits": samples * prototypes * precision_bytes,
-        "heads": (samples + crops.local_crops_number * batch) * 3 * recipe.dino.head_hidden_dim * 4
-        + 3 * 4 * prototype_weights,
-        "buffers": _BUFFERS,
-        "checkpoint": (4 * 4 * parameters if recipe.checkpoint.asynchronous and on_cpu else 0) + 2 * 2**26,
-        "batches": 3 * batch * recipe.train.accumulate * student.in_chans * 5 * (2 * crops.global_crops_size**2),
-    }
+
+def of_tensors(
+    recipe: Recipe,
+    networks: StudentTeacher,
+    *,
+    precision: torch.dtype,
+    device: torch.device,
+    mode: Mode = "none",
+    shards: int = 1,
+) -> dict[str, float]:
+    """Bytes per part of the peak of one rank's tensors, which is what accelerators count; as ``estimate``."""
+    step = _Step(recipe, networks, precision, device)
+    weights = _Weights.of(networks)
+
+    def moment(activations: float, gradients: int) -> dict[str, float]:
+        parts = {
+            "student and teacher": 8 * weights.all / shards,
+            "optimizer": 8 * weights.all / shards,
+            # DDP makes room for all of them at once, in the buckets that it sends.
+            "gradients": 4 * (weights.all if mode == "ddp" else gradients) / shards,
+            "activations": activations,
+            "losses": step.losses,
+            "batch": step.batch,
+        }
+        if mode in ("fsdp", "hsdp"):
+            # The last layers' copies and their gradients; two blocks that are gathered, and the gradient of one.
+            parts["whole layers"] = 4.0 * (2 * weights.last + 3 * weights.block)
+        return parts
+
+    moments = [
+        moment(step.activations, weights.last),
+        moment(step.activations + step.working, weights.heads),
+        moment(step.one_block + step.working, weights.all),
+    ]
+    return max(moments, key=lambda parts: sum(parts.values()))
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Numbers of parameters of the student, which are the teacher's too."""
+
+    all: int
+    heads: int
+    last: int  # of heads: prototypes
+    block: int  # of the backbone: one of its blocks
+
+    @classmethod
+    def of(cls, networks: StudentTeacher) -> "_Weights":
+        def count(prefix: str, ending: str = "") -> int:
+            named = networks.student.named_parameters()
+            return sum(p.numel() for name, p in named if name.startswith(prefix) and name.endswith(ending))
+
+        total = count("")
+        return cls(total, total - count("backbone."), count("", "last_layer.weight_v"), count("backbone.blocks.0."))
+
+
+class _Step:
+    """Bytes that one forward and backward pass of a micro-batch takes beside weights and gradients.
+
+    Args:
+        recipe, networks, precision, device: as for ``estimate``.
+    """
+
+    def __init__(self, recipe: Recipe, networks: StudentTeacher, precision: torch.dtype, device: torch.device) -> None:
+        backbone = cast(VisionTransformer, networks.student["backbone"])
+        images = recipe.train.batch_size_per_gpu
+        crops, student, ibot = recipe.crops, recipe.student, recipe.ibot
+        side = backbone.patch_size
+        patches = [(size // side) ** 2 for size in (crops.global_crops_size, crops.local_crops_size)]
+        counts = [2 * images, crops.local_crops_number * images if networks.objective.dino_local_weight > 0 else 0]
+        extra = 1 + student.num_register_tokens
+        tokens = sum(n * (p + extra) for n, p in zip(counts, patches, strict=True))
+        rate = student.drop_path_rate if student.drop_path_uniform else student.drop_path_rate / 2
+        branch = tokens * (1 - rate)  # that a residual branch sees
+
+        size, width = precision.itemsize, backbone.embed_dim
+        on_cpu = device.type == "cpu"
+        block = cast(Block, backbone.blocks[0])
+        hidden = _hidden(block.mlp, scaled=block.ls2 is not None)
+        # What both LayerNorms read, queries, keys and values, and what attention gave; on accelerators that twice,
+        # since it is put together from the crops of each size.
+        attended = width if on_cpu or not counts[1] else 2 * width
+        of_a_block = branch * size * (2 * width + 3 * width + attended + hidden)
+        stream = tokens * width * 4
+        ratio = sum(ibot.mask_ratio_min_max) / 2
+        masked = counts[0] * ibot.mask_sample_probability * ratio * patches[0] if networks.objective.has_ibot else 0
+        wanted = sum(counts) + masked
+        keeps_attended = on_cpu and size == 2  # only what came in is kept there
+        of_the_last = branch * size * (4 * width + (0 if keeps_attended else attended))
+        of_the_last += wanted * (1 - rate) * size * (2 * width + hidden)
+        heads = wanted * self._of_heads(recipe, size)
+        depth = len(backbone.blocks)
+        if recipe.parallel.activation_checkpointing:
+            # The inputs of all blocks but the last, which is done; one block made again, and the gradient in it.
+            kept = float((depth - 1) * stream)
+            self.one_block: float = stream
+            shared = stream if size == 4 and branch == tokens else 0.0  # what its LayerNorm reads is the input itself
+            self.working = of_a_block - shared + branch * size * hidden + stream
+        else:
+            kept = (depth - 1) * of_a_block + of_the_last
+            self.one_block = of_a_block
+            self.working = branch * size * 3 * width + stream
+        self.activations = kept + heads
+        self.losses = self._scratch(networks, precision, device, counts, masked)
+        values = student.in_chans * (
+            2 * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2
+        )
+        # As uint8, as float32, and in half precision for the patch embedding.
+        self.batch = images * recipe.train.accumulate * values * (5 + (2 if size == 2 else 0))
+
+    @staticmethod
+    def _of_heads(recipe: Recipe, size: int) -> float:
+        """Bytes of a sample: what each layer of the MLP reads, and what each GELU does."""
+        d = recipe.dino
+        return (2 * (d.head_nlayers - 1) * d.head_hidden_dim) * size + 4 * 4 * d.head_bottleneck_dim
+
+    @staticmethod
+    def _scratch(
+        networks: StudentTeacher, precision: torch.dtype, device: torch.device, counts: list[int], masked: float
+    ) -> float:
+        """The memory that the losses keep: targets, an effective weight, a chunk of the student's logits."""
+        size = precision.itemsize if precision is not torch.float16 else 4
+        total, largest = 0.0, 0.0
+        of_heads = {"dino_head": float(counts[0]), networks.ibot_head_name: masked}
+        if networks.ibot_head_name == "dino_head":
+            of_heads = {"dino_head": counts[0] + masked}
+        for name, samples in of_heads.items():
+            if name not in networks.student:
+                continue
+            prototypes, width = cast(DINOHead, networks.student[name]).last_layer.weight_v.shape
+            total += prototypes * samples * size
+            at_once = min(sum(counts) + masked, columns_at_once(prototypes, precision, device))
+            largest = max(largest, prototypes * (width + at_once) * size)
+        return (1 + SPARE) * (total + largest)
+
+
+def _hidden(mlp: Mlp | SwiGLU, *, scaled: bool) -> float:
+    """Values of a token that the feed-forward network keeps."""
+    if isinstance(mlp, SwiGLU):
+        return 4 * mlp.w3.in_features  # gate and value, the gate's SiLU, their product
+    return (1 if scaled else 2) * mlp.fc1.out_features  # the GELU is made again where it is scaled

@@ -62,6 +62,13 @@ def choose_mode(recipe: Recipe, *, parameters: int, device_bytes: int | None, wo
     return "hsdp" if nodes > 1 else "fsdp"
 
 
+def shard_count(mode: Mode, shard_ranks: int | None) -> int:
+    """Over how many of the ranks here weights are sharded; ``shard_ranks`` as for ``wrap``."""
+    if mode == "hsdp":
+        return shard_ranks or distributed.local_world_size()
+    return distributed.world_size() if mode == "fsdp" else 1
+
+
 def mode_here(recipe: Recipe, student_teacher: StudentTeacher, device: torch.device) -> Mode:
     """``choose_mode`` on this machine."""
     return choose_mode(
@@ -121,7 +128,7 @@ def _mesh(mode: Mode, device: torch.device, shard_ranks: int | None) -> DeviceMe
     ranks = distributed.world_size()
     if mode == "fsdp":
         return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
-    inner = shard_ranks or distributed.local_world_size()
+    inner = shard_count(mode, shard_ranks)
     if ranks % inner or not 1 < inner < ranks:
         raise RecipeError(
             f"parallel.mode=hsdp: {ranks} ranks cannot be cut into copies of {inner} ranks each: expected "

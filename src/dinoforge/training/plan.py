@@ -14,7 +14,7 @@ from dinoforge.student_teacher import StudentTeacher
 from dinoforge.training.build import RunLength, build_schedules, build_student_teacher, run_length, vit_size
 from dinoforge.training.device import rank_device, resolve_precision, usable_processors
 from dinoforge.training.memory import estimate
-from dinoforge.training.parallel import Mode, mode_here
+from dinoforge.training.parallel import Mode, mode_here, shard_count
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def make_plan(recipe: Recipe, data: DataSummary) -> Plan:
     mode = mode_here(recipe, networks, device)
     if mode in ("fsdp", "hsdp") and precision is torch.float16:
         raise RecipeError("precision=fp16 cannot be sharded: set precision=bf16, or parallel.mode=ddp")
+    shards = shard_count(mode, recipe.parallel.shard_ranks)
     processors = usable_processors()
     wanted = recipe.train.num_workers
     if wanted is None:
@@ -70,7 +71,7 @@ def make_plan(recipe: Recipe, data: DataSummary) -> Plan:
         num_workers=min(wanted, processors),
         mode=mode,
         parameters=_count(networks),
-        memory=estimate(recipe, networks, precision_bytes=precision.itemsize, on_cpu=device.type == "cpu"),
+        memory=estimate(recipe, networks, precision=precision, device=device, mode=mode, shards=shards),
     )
 
 

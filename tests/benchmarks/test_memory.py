@@ -1,0 +1,66 @@
+"""The benchmark of memory counts tensors that are alive, and the estimate of the program agrees with it."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "memory.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("memory", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_what_is_alive_is_counted(benchmark):
+    with benchmark.AliveTensors() as tensors:
+        a = torch.zeros(1000)
+        b = a[:10] + a[10:20]
+        del a
+        c = torch.zeros(2000)
+    assert tensors.peak == 4 * (2000 + len(b))
+    assert len(c) == 2000
+
+
+STOCHASTIC = {"student.drop_path_rate": 0.3}
+GATED = {"student.ffn_layer": "swiglufused", "student.num_register_tokens": 4, "ibot.separate_head": True}
+FEW_IMAGES = {"student.depth": 12, "student.embed_dim": 256, "train.batch_size_per_gpu": 2}  # weights are most of it
+MANY_PROTOTYPES = {"dino.head_n_prototypes": 16384}
+
+
+@pytest.mark.parametrize(
+    ("precision", "checkpointed", "keys"),
+    [
+        ("fp32", False, {}),
+        ("bf16", True, {}),
+        ("fp32", True, STOCHASTIC),
+        ("bf16", False, STOCHASTIC),
+        ("bf16", False, GATED),
+        ("fp32", False, FEW_IMAGES),
+        ("bf16", False, MANY_PROTOTYPES),
+    ],
+)
+def test_the_estimate_is_within_a_tenth(benchmark, one_thread, monkeypatch, precision, checkpointed, keys):
+    monkeypatch.setitem(benchmark.NETWORKS, "small", ("small", {"train.batch_size_per_gpu": 16} | keys))
+    settings = {"network": "small", "precision": precision, "checkpointed": checkpointed, "mode": "none"}
+    result = benchmark.measure(settings | {"process": False})
+    assert result["estimated"] == pytest.approx(result["measured"], rel=0.1)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_of_two_ranks(benchmark, mode):
+    settings = {"network": "small", "precision": "bf16", "checkpointed": False, "mode": mode}
+    result = benchmark.measured_apart(settings | {"process": False})
+    assert result["estimated"] == pytest.approx(result["measured"], rel=0.1)
