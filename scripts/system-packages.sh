@@ -3,7 +3,7 @@
 # DINOFORGE_NO_APT is set. Never fails: a test skips, and names its package, when the package is not there.
 set -u
 
-packages="plasma-workspace-wallpapers dataset-fashion-mnist g++ python3-dev chromium"
+packages="plasma-workspace-wallpapers dataset-fashion-mnist g++ python3-dev chromium slurm-wlm munge iproute2"
 
 missing=
 for package in $packages; do

@@ -1,5 +1,7 @@
 """A run as a job of Slurm, by submitit: queued again when it is pre-empted or its time is over."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -48,12 +50,12 @@ class Rank:
             time.sleep(0.2)
         if code not in (0, *_STOPPED_BY_SIGNAL):
             raise RuntimeError(f"dinoforge ended with exit code {code}: see the log of this task")
+        if code == 128 + signal.SIGTERM:
+            _queue_again()
         return code
 
     def checkpoint(self) -> Any:
         """Called by submitit when the job is about to be taken away: has the run stop, and says what to queue."""
-        import signal
-
         from submitit.helpers import DelayedSubmission
 
         deadline = time.monotonic() + 0.9 * _SIGNAL_SECONDS
@@ -62,6 +64,21 @@ class Rank:
             while self._process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.2)
         return DelayedSubmission(Rank(self.arguments))
+
+
+def _queue_again() -> None:
+    """Has Slurm queue this job again, whose run was stopped by SIGTERM: what it sends first to whom it pre-empts.
+
+    A run that stops in time ends its job before that is taken away, and Slurm would take it for finished. A job that
+    was cancelled gets the same signal, but does not count as running any more.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job or os.environ.get("SLURM_PROCID") != "0":
+        return
+    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True)
+    if "JobState=RUNNING" in shown.stdout.split():
+        result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        print(f"stopped by SIGTERM; scontrol requeue {job}: {result.stderr.strip() or 'queued again'}", flush=True)
 
 
 def submit(arguments: Sequence[str], resources: Resources, *, folder: Path, cluster: str = "slurm") -> Any:
