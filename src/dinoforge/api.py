@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -116,8 +117,8 @@ def train(
         RunError: ``out`` is another run's, or cannot be written.
         TrainingError: losses or gradients that stay non-finite; see docs/reliability.md.
     """
-    device, backend = _where(recipe, _flat_keys(keys))
-    with distributed.process_group(devices.rank_device(device), backend):
+    device, backend, minutes = _where(recipe, _flat_keys(keys))
+    with distributed.process_group(devices.rank_device(device), backend, timedelta(minutes=minutes)):
         if console is None or not distributed.is_first():
             console = Console(quiet=not distributed.is_first())
         try:
@@ -131,13 +132,13 @@ def train(
             raise
 
 
-def _where(recipe: str | Path | Recipe, given: Mapping[str, Any]) -> tuple[str, str]:
-    """Device and backend that a recipe asks for, before the images are known."""
+def _where(recipe: str | Path | Recipe, given: Mapping[str, Any]) -> tuple[str, str, float]:
+    """Device, backend and minutes of patience that a recipe asks for, before the images are known."""
     if recipe == "auto":
-        said = converted(given)
-        return said.get("device", "auto"), said.get("parallel.backend", "auto")
-    resolved, _ = load_recipe(recipe, given)
-    return resolved.device, resolved.parallel.backend
+        said = flatten(Recipe()) | converted(given)
+    else:
+        said = flatten(load_recipe(recipe, given)[0])
+    return said["device"], said["parallel.backend"], said["parallel.timeout_minutes"]
 
 
 def _train_together(

@@ -247,6 +247,7 @@ class Parallel:
     backend: Literal["auto", "gloo", "nccl"] = "auto"  # auto: nccl on cuda, gloo on the CPU
     shard_ranks: int | None = None  # of a copy under hsdp; null: the ranks of a machine
     activation_checkpointing: bool = False  # less memory, about a third more work
+    timeout_minutes: float = 30.0  # after so long without a word from a rank, the others take it for gone
 
 
 @dataclass(frozen=True)
@@ -624,6 +625,7 @@ def _validate(recipe: Recipe) -> None:
         "checkpoint.every_minutes",
         "report.every_minutes",
         "probe.every_minutes",
+        "parallel.timeout_minutes",
         "student.mlp_ratio",
         "optim.epochs",
         "data.timeout",

@@ -1,23 +1,27 @@
 """The process group, rank and world size, and reductions that are valid on one process."""
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from dinoforge.errors import DinoforgeError, RecipeError
+from dinoforge.errors import DinoforgeError, RecipeError, TrainingError
 
 T = TypeVar("T")
+_PATIENCE = timedelta(minutes=30)  # of ranks with each other, where nothing else is said: as gloo has it
 
 
 @contextmanager
-def process_group(device: torch.device, backend: str = "auto") -> Iterator[None]:
+def process_group(device: torch.device, backend: str = "auto", timeout: timedelta | None = None) -> Iterator[None]:
     """The ranks that torchrun, ``dinoforge train --nproc`` or Slurm started beside this one, for as long as needed.
 
     The only place that sets a process group up or takes it down. Nothing to do where this process was started alone,
@@ -27,9 +31,11 @@ def process_group(device: torch.device, backend: str = "auto") -> Iterator[None]
         device: this rank's.
         backend: ``gloo``, ``nccl`` or ``auto``: gloo for what is on the CPU, nccl for what is on a GPU. What ranks tell
             each other about the run itself is always on the CPU.
+        timeout: how long a rank waits for the others before it fails; None: as long as PyTorch does.
 
     Raises:
         RecipeError: a backend that the device cannot use.
+        TrainingError: ranks that do not come together.
     """
     if launched_world_size() == 1 or dist.is_initialized():
         yield
@@ -41,14 +47,48 @@ def process_group(device: torch.device, backend: str = "auto") -> Iterator[None]
         backend = "cpu:gloo,cuda:nccl" if backend in ("auto", "nccl") else "gloo"
     else:
         backend = "gloo"
-    # The elastic agent keeps its store when it starts ranks again, and there would still be the addresses of the dead.
-    store, rank, world_size = next(rendezvous("env://"))
-    store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout or _PATIENCE))
+        store = PrefixStore(_agreed_name(store, rank, world_size, timeout or _PATIENCE), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except (RuntimeError, TimeoutError) as error:
+        raise TrainingError(f"the {launched_world_size()} ranks did not come together: {error}") from error
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _agreed_name(store: Store, rank: int, world_size: int, patience: timedelta) -> str:
+    """A name for what these ranks, and no earlier ones, keep in a store.
+
+    Elastic agents keep their store when they start ranks again, and the addresses of the dead are still in it. How
+    often ranks were started does not tell starts apart: agents count for themselves, and one may be new. So each rank
+    says something new, until the first one has answered it.
+
+    Raises:
+        TimeoutError: not all came.
+    """
+    deadline = time.monotonic() + patience.total_seconds()
+    mine = uuid.uuid4().hex
+    missing = set(range(1, world_size)) if rank == 0 else {0}
+    name = mine if rank == 0 else ""
+    if rank:
+        store.set(f"hello {rank}", mine)
+    while missing:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"rank {rank} waited {patience.total_seconds():.0f} s for rank {min(missing)}")
+        if rank == 0:
+            for other in missing:  # it may be one that died; who takes its place says hello again
+                if store.check([f"hello {other}"]):
+                    store.set(f"answer to {store.get(f'hello {other}').decode()}", name)
+            missing = {other for other in missing if not store.check([f"{name} has {other}"])}
+        elif store.check([f"answer to {mine}"]):
+            name = store.get(f"answer to {mine}").decode()
+            store.set(f"{name} has {rank}", "")
+            missing = set()
+        time.sleep(0.02)
+    return name
 
 
 def launched_world_size() -> int:
@@ -86,7 +126,13 @@ def world_size() -> int:
 
 def is_lost_connection(error: RuntimeError) -> bool:
     """Whether an error says that another rank cannot be reached; gloo has no type for it."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    signs = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Connection refused",
+        "Timed out waiting",
+    )
     return isinstance(error, dist.DistNetworkError | dist.DistBackendError) or any(s in str(error) for s in signs)
 
 
@@ -135,7 +181,7 @@ def rows_of_all_ranks(x: Tensor) -> Tensor:
     if not is_active():
         return x
     rows = x.new_empty(world_size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(rows, x)
+    dist.all_gather_single(rows, x)
     return rows
 
 
