@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.ready-demo  ## pretrain on 2,624 real solar-cell images and measure what was learned (about 10 minutes)
+demo: $(VENV)/.ready-demo  ## pretrain on 2,624 real solar-cell images and measure what was learned (about 5 minutes)
 	$(VENV)/bin/python examples/solar_cells.py
 
 test: $(VENV)/.ready-dev  ## all checks and tests

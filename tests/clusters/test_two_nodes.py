@@ -16,7 +16,7 @@ import continuing
 import nodes
 
 STEPS = 60
-KEYS = continuing.KEYS | {"train.steps": STEPS, "checkpoint.every_steps": 5, "parallel.timeout_minutes": 0.1}
+KEYS = continuing.KEYS | {"train.steps": STEPS, "checkpoint.every_steps": 5, "parallel.timeout_minutes": 0.2}
 pytestmark = pytest.mark.timeout(600)
 
 
