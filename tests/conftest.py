@@ -103,5 +103,7 @@ def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
     # An expected failure is reported as skipped, too, but it did run.
     if REQUIRE_ALL and report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        if "not permitted here" in str(reason):
+            return  # nothing that could be installed would change that; it is named all the same
         report.outcome = "failed"
         report.longrepr = f"{reason} (DINOFORGE_REQUIRE_ALL=1: no test may be skipped)"

@@ -71,7 +71,7 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
             try:
                 _ip("netns", "add", node.name)
             except subprocess.CalledProcessError as error:
-                pytest.skip(f"two nodes were not run: no network namespaces here: {error.stderr.strip()}")
+                pytest.skip(f"two nodes were not run: not permitted here: {error.stderr.strip()}")
             made.append(node)
         a, b = nodes
         _ip("link", "add", a.name, "netns", a.name, "type", "veth", "peer", "name", b.name, "netns", b.name)

@@ -95,7 +95,7 @@ def require() -> None:
     if missing:
         pytest.skip(f"a real Slurm was not run: needs the Debian packages {', '.join(missing)}")
     if os.geteuid() != 0:
-        pytest.skip("a real Slurm was not run: its daemons need root")
+        pytest.skip("a real Slurm was not run: not permitted here: its daemons need root")
 
 
 @contextmanager
@@ -130,7 +130,9 @@ def started(folder: Path) -> Iterator[Slurm]:
                 daemons.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
             if command[0] == "munged":
                 slurm.wait((folder / "munge.socket").exists, "munge did not start")
-        slurm.wait(lambda: "idle" in _sinfo(), "the node did not become idle")
+        slurm.wait(lambda: "idle" in _sinfo() or _ended(daemons), "the node did not become idle")
+        if ended := _ended(daemons):
+            pytest.skip(f"a real Slurm was not run: not permitted here: {ended} ended at once\n{slurm.logs()}")
         yield slurm
     finally:
         subprocess.run(["scancel", "--user=root"], capture_output=True, timeout=60)
@@ -149,6 +151,11 @@ def started(folder: Path) -> Iterator[Slurm]:
             del os.environ["SLURM_CONF"]
         else:
             os.environ["SLURM_CONF"] = before
+
+
+def _ended(daemons: list[subprocess.Popen[bytes]]) -> str:
+    """The names of daemons that are not there any more."""
+    return ", ".join(str(daemon.args[0]) for daemon in daemons if daemon.poll() is not None)
 
 
 def _sinfo() -> str:
