@@ -9,8 +9,8 @@ A cell is a row on a data set with a seed and a budget. Each is stored as a JSON
 measured again while its file is there; a cell that was stopped goes on where it was. So tables grow over days.
 
 Minutes are those of an undisturbed machine: before a cell is trained, its step and the making of its batches are timed,
-the quickest of several counts, and the budget becomes a number of steps. What else runs meanwhile costs time, but
-changes no result.
+the quickest of several counts, and the budget becomes a number of steps, the same for every seed. What else runs
+meanwhile costs time, but changes no result.
 
 Data:
     fashion    Fashion-MNIST (Debian package dataset-fashion-mnist): 60,000 images of 28 pixels, tested on 10,000
@@ -227,7 +227,7 @@ def scores(features: torch.Tensor, data: Data, *, centred: bool) -> dict[str, fl
 
 def pixels_of(data: Data, side: int) -> torch.Tensor:
     """Raw pixels [N, side · side] uint8."""
-    images = (np.asarray(Image.open(i).convert("L")) if isinstance(i, str) else i for i in data.images)
+    images = (np.array(Image.open(i).convert("L")) if isinstance(i, str) else i for i in data.images)
     return torch.from_numpy(np.stack([resize(image[..., None], side, side) for image in images])).flatten(1)
 
 
@@ -279,6 +279,8 @@ def measure_cell(row: str, data_name: str, seed: int, settings: Settings) -> dic
         steps = run.recipe().train.steps  # as it was planned; a second measurement would give another number
     elif settings.budget.steps is not None:
         steps = settings.budget.steps
+    elif twins := sorted(settings.results.glob(f"{cell_name(row, data_name, '*', settings.budget)}.json")):
+        steps = json.loads(twins[0].read_text())["steps"]  # seeds differ in nothing else
     else:
         assert settings.budget.minutes is not None
         # Long enough for every warm-up; only the cost of a step is asked for.
@@ -317,7 +319,7 @@ def last_losses(metrics: Path) -> dict[str, float]:
     return {name: last[name] for name in ("dino_local", "dino_global", "ibot", "koleo") if name in last}
 
 
-def cell_name(row: str, data: str, seed: int, budget: Budget) -> str:
+def cell_name(row: str, data: str, seed: int | str, budget: Budget) -> str:
     trains = "" if row in ("pixels", "untrained") else f"-{budget}"
     return f"{data}-{row.replace(' ', '_')}{trains}-seed{seed}"
 

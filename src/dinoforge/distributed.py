@@ -1,12 +1,13 @@
 """The process group, rank and world size, and reductions that are valid on one process."""
 
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,9 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from dinoforge.errors import DinoforgeError, RecipeError, TrainingError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 _PATIENCE = timedelta(minutes=30)  # of ranks with each other, where nothing else is said: as gloo has it
@@ -215,14 +219,15 @@ def logsumexp_over_ranks(x: Tensor) -> Tensor:
 
 def shards(tensors: Sequence[Tensor]) -> list[Tensor]:
     """This rank's part of each tensor that is sharded; the others as they are. They share their memory."""
-    from torch.distributed.tensor import DTensor
-
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return [t.to_local() if is_sharded(t) else t for t in tensors]
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor put together, on every rank, so every rank has to ask; another as it is."""
-    from torch.distributed.tensor import DTensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
-    full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full
+
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether ranks share the tensor. Does not import its type: it takes 0.1 GiB, and who shards has it already."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)

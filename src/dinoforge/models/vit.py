@@ -108,6 +108,8 @@ class VisionTransformer(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
+        if self.cls_token.is_meta:  # nothing to draw, and normal_ would import PyTorch's compiler to draw it
+            return
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         if self.register_tokens is not None:

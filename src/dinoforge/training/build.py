@@ -21,6 +21,7 @@ from dinoforge.models.head import DINOHead
 from dinoforge.models.layers import Block
 from dinoforge.models.layouts import misfits
 from dinoforge.models.vit import SIZES, VisionTransformer, drop_path_rates
+from dinoforge.optim.adamw import AdamW
 from dinoforge.optim.param_groups import parameter_groups
 from dinoforge.optim.schedules import Schedules, sqrt_scaled_lr
 from dinoforge.student_teacher import Objective, StudentTeacher
@@ -192,7 +193,7 @@ def _head(sizes: Dino | Ibot, embed_dim: int) -> DINOHead:
     )
 
 
-def build_optimizer(recipe: Recipe, student_teacher: StudentTeacher) -> torch.optim.AdamW:
+def build_optimizer(recipe: Recipe, student_teacher: StudentTeacher) -> AdamW:
     """AdamW over the student; learning rates and weight decay are written by ``set_hyperparameters`` at each step."""
     _, depth, _ = vit_size(recipe)
     groups = parameter_groups(
@@ -203,7 +204,7 @@ def build_optimizer(recipe: Recipe, student_teacher: StudentTeacher) -> torch.op
         weight_decay_scope=recipe.optim.weight_decay_scope,
     )
     betas = (recipe.optim.adamw_beta1, recipe.optim.adamw_beta2)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+    optimizer = AdamW(groups, lr=0.0, betas=betas, fused=True)
     # AdamW would make its state when a parameter is first updated. Made here, a checkpoint of any step has it all.
     for parameter in student_teacher.student.parameters():
         optimizer.state[parameter] = {
