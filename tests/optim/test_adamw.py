@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from tiny import TINY
 
 from dinoforge.optim.adamw import AdamW
+from tiny import TINY
 
 
 @pytest.mark.parametrize("fused", [True, False])
