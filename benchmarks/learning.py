@@ -202,10 +202,7 @@ def scores(features: torch.Tensor, data: Data, *, centred: bool) -> dict[str, fl
     if len(train) == 1:
         for shots in SHOTS:
             few = few_shot(labels, train, shots)
-            # All that measure() needs of the images without a label is that they are not asked for.
-            rows = (few | test)[0]
-            row = knn.measure(features[rows], labels[rows], few[:, rows], test=test[:, rows], centred=centred)
-            found[f"knn {shots}"] = row["mean"]
+            found[f"knn {shots}"] = knn.measure(features, labels, few, test=test, centred=centred)["mean"]
     else:
         found["knn balanced"] = full["balanced_mean"]
     row = classifiers.measure(

@@ -55,6 +55,34 @@ def test_equals_two_loops(centred: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(knn_predict(features, labels, train, ks, centred=centred), torch.tensor(expected))
 
 
+def test_only_queries_are_classified(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = clusters(90, classes=4, dim=12, spread=1.5)
+    train = stratified_splits(labels, 3)
+    queries = torch.arange(90) % 4 == 1
+    expected = knn_predict(features, labels, train, [5])
+    expected[..., ~queries] = -1
+    monkeypatch.setattr(knn, "_CHUNK_VALUES", 90 * 7)
+    assert torch.equal(knn_predict(features, labels, train, [5], queries=queries), expected)
+
+
+def test_of_many_training_images_some_choose_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = clusters(200, classes=4, dim=6, spread=1.0)
+    train = (torch.arange(200) < 150)[None]
+    by_all = measure(features, labels, train)
+    asked: list[Tensor] = []
+
+    def predict(*arguments: object, queries: Tensor, **keys: object) -> Tensor:
+        asked.append(queries)
+        return knn_predict(*arguments, queries=queries, **keys)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(knn, "knn_predict", predict)
+    monkeypatch.setattr(knn, "MOST_CHOOSE", 40)
+    by_some = measure(features, labels, train)
+    assert int(asked[0][:150].sum()) == 40
+    assert bool(asked[0][150:].all())
+    assert by_some["by_k"] == by_all["by_k"]  # all images are still neighbours
+
+
 def test_centring_bytes_loses_no_digits() -> None:
     # Bright images that differ little: the mean is a hundred times the deviations.
     features, labels = clusters(60, classes=3, dim=500, spread=1.0)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dinoforge.data.sources import Source
-from dinoforge.evaluation.protocol import balanced_accuracy, describe, gather, percent
+from dinoforge.evaluation.protocol import balanced_accuracy, describe, few_shot, gather, percent
 from dinoforge.features import Reading, Skipped
 
 KS = (10, 20, 100, 200)  # DINO's
 TEMPERATURE = 0.07  # DINO's
+MOST_CHOOSE = 10_000  # training images of a split that choose its k; more would take time that grows with N²
 
 # Values in the largest matrices that knn_predict makes: 128 MiB each in float32.
 _CHUNK_VALUES = 2**25
@@ -128,7 +129,8 @@ def measure(
     """Accuracy on the test part of each split, at the k that classifies its training part best.
 
     That choice leaves each training image out of its own neighbours and sees no label of the test part; of equally
-    good k the smallest is taken. A k is capped at the neighbours that every training image has.
+    good k the smallest is taken. Of more than ``MOST_CHOOSE`` training images so many choose, drawn at random. A k is
+    capped at the neighbours that every training image has.
 
     Args:
         features: [N, D], any real type.
@@ -142,13 +144,23 @@ def measure(
     assert most >= 1
     ks = sorted({min(k, most) for k in ks})
     test = ~train if test is None else test
-    predictions = knn_predict(features, labels, train, ks, centred=centred, temperature=temperature, device=device)
+    choose = few_shot(torch.zeros_like(labels), train, MOST_CHOOSE)  # of all classes together
+    predictions = knn_predict(
+        features,
+        labels,
+        train,
+        ks,
+        queries=(choose | test).any(0),
+        centred=centred,
+        temperature=temperature,
+        device=device,
+    )
     chosen: list[int] = []
     accuracy: list[list[float]] = []  # by split and k
     balanced: list[float] = []  # by split, at the chosen k
-    for predicted, in_train, in_test in zip(predictions, train, test, strict=True):  # [K, N], [N]
+    for predicted, chooses, in_test in zip(predictions, choose, test, strict=True):  # [K, N], [N]
         correct = predicted == labels
-        best = int(correct[:, in_train].sum(1).argmax())  # the first of equals
+        best = int(correct[:, chooses].sum(1).argmax())  # the first of equals
         chosen.append(best)
         accuracy.append(correct[:, in_test].double().mean(1).tolist())
         balanced.append(balanced_accuracy(predicted[best, in_test], labels[in_test]))
@@ -169,6 +181,7 @@ def knn_predict(
     train: Tensor,
     ks: Sequence[int],
     *,
+    queries: Tensor | None = None,
     centred: bool = False,
     temperature: float = TEMPERATURE,
     device: torch.device | None = None,
@@ -189,12 +202,13 @@ def knn_predict(
         labels: [N] int64, classes from 0.
         train: [S, N] bool.
         ks: K numbers of neighbours.
+        queries: [N] bool, the images to classify; ``None``: all.
         centred: whether each split's mean training feature is subtracted first.
         temperature: of the votes.
         device: where to compute; ``None``: the CPU.
 
     Returns:
-        [S, K, N] int64 on the CPU.
+        [S, K, N] int64 on the CPU; -1 for images that are no queries.
     """
     n, classes = len(features), int(labels.max()) + 1
     size = max(1, min(1024, _CHUNK_VALUES // max(features.shape)))
@@ -203,7 +217,7 @@ def knn_predict(
 
     # Subtracting a split's mean from every feature needs no second product of features: with x measured from a
     # common origin and m the mean, (x - m)·(y - m) = x·y - x·m - y·m + m·m.
-    def load(chunk: slice) -> Tensor:  # [Q, D] float32
+    def load(chunk: slice | Tensor) -> Tensor:  # [Q, D] float32
         x = features[chunk].to(device, torch.float32)
         return x - origin if centred else F.normalize(x, dim=1)
 
@@ -220,21 +234,22 @@ def knn_predict(
     mean_squares = means.square().sum(1, keepdim=True)  # [S, 1] m·m
     scale = (squares - 2 * along + mean_squares).clamp_min(1e-12).rsqrt()  # [S, N] 1 / |x - m|
 
-    predictions = torch.empty(len(train), len(ks), n, dtype=torch.int64)
-    for chunk in chunks:
-        queries = load(chunk)
-        products = torch.cat([queries @ load(other).T for other in chunks], 1)  # [Q, N]
-        own = torch.arange(chunk.start, chunk.stop, device=device)
+    predictions = torch.full((len(train), len(ks), n), -1)
+    asked = torch.arange(n) if queries is None else queries.nonzero().flatten()
+    for own in asked.split(size):
+        x = load(own)
+        products = torch.cat([x @ load(chunk).T for chunk in chunks], 1)  # [Q, N]
+        there = own.to(device)
         for split, in_train in enumerate(train):
-            similarity = products - along[split, chunk, None] - along[split] + mean_squares[split]  # [Q, N]
-            similarity *= scale[split, chunk, None] * scale[split]
+            similarity = products - along[split, there, None] - along[split] + mean_squares[split]  # [Q, N]
+            similarity *= scale[split, there, None] * scale[split]
             similarity[:, ~in_train] = -torch.inf
-            similarity[own - chunk.start, own] = -torch.inf
+            similarity[torch.arange(len(own), device=device), there] = -torch.inf
             nearest, which = similarity.topk(max(ks))  # [Q, max k]
             weights = (nearest / temperature).exp()
             for i, k in enumerate(ks):
                 votes = weights.new_zeros(len(own), classes).scatter_add_(1, labels[which[:, :k]], weights[:, :k])
-                predictions[split, i, chunk] = votes.argmax(1).cpu()
+                predictions[split, i, own] = votes.argmax(1).cpu()
     return predictions
 
 
