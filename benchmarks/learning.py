@@ -64,8 +64,8 @@ GEOMETRY: dict[str, dict[str, Any]] = {
     "fashion": GREY
     | {
         "crops.global_crops_size": 28,
-        "crops.local_crops_size": 12,
-        "student.patch_size": 4,
+        "crops.local_crops_size": 14,
+        "student.patch_size": 7,
         "augment.blur_kernel": 5,
     },
     "scattered": GREY

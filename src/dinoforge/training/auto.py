@@ -196,7 +196,7 @@ def choose(facts: Facts, given: Mapping[str, Any]) -> dict[str, Choice]:
 
 def patch_size(side: int, *, fast: bool) -> int:
     """Side of a patch for images of ``side`` pixels; grows with it."""
-    for largest, patch in ((7, 1), (15, 2), (31, 4), (64, 8)):
+    for largest, patch in ((7, 1), (15, 2), (23, 4), (31, 7), (64, 8)):
         if side <= largest:
             return patch
     if fast:
