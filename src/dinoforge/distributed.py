@@ -229,5 +229,6 @@ def whole(tensor: Tensor) -> Tensor:
 
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether ranks share the tensor. Does not import its type: it takes 0.1 GiB, and who shards has it already."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    # While another thread imports it, it may lack the type; then there is no tensor of it either.
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    return isinstance(tensor, kind)

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -102,3 +103,11 @@ def test_a_step_is_finite_and_the_same_on_all_ranks(ranks, targets, masked):
         assert torch.equal(first, results[1][key]), key  # losses, norms, weights and centres
     assert (results[0]["loss.ibot"] != 0) == bool(masked)
     assert (results[0]["norm.ibot_head"] > 0) == bool(masked)
+
+
+def test_a_tensor_is_whole_while_the_type_of_sharded_ones_is_imported(monkeypatch):
+    # A checkpoint's thread imports it; a step on the main thread may meet it half made.
+    monkeypatch.setitem(sys.modules, "torch.distributed.tensor", ModuleType("half made"))
+    tensor = torch.ones(2)
+    assert distributed.whole(tensor) is tensor
+    assert distributed.shards([tensor])[0] is tensor
