@@ -18,7 +18,7 @@ from dinoforge.models.vit import VisionTransformer
 from dinoforge.student_teacher import StudentTeacher
 from dinoforge.training.parallel import Mode
 
-_LIBRARIES = 0.8 * 2**30  # on a CPU: the interpreter, PyTorch with its compiler, which AdamW imports, and the others
+_LIBRARIES = 0.65 * 2**30  # on a CPU: the interpreter, PyTorch and the others
 _GAPS = 0.1  # bytes that the C library holds between blocks for each byte of tensors
 
 
