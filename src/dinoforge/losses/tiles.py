@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_ON_CPU = (1 << 20, 1 << 26)  # elements of a tile (4 MiB, a share of the last-level cache), and bytes of a chunk
+_ON_CPU = (1 << 20, 1 << 25)  # elements of a tile (4 MiB, a share of the last-level cache), and bytes of a chunk
 _ON_ACCELERATOR = (1 << 25, 1 << 28)  # large enough to keep the device busy, and still bounded
 _MOST_COLUMNS = 1024
 SPARE = 1 / 8  # room that scratch memory has left, so that a few more samples find a place
@@ -40,6 +40,8 @@ class Scratch:
 def columns_at_once(prototypes: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many columns (samples) of [K, N] to work on at a time."""
     _, size = _ON_CPU if device.type == "cpu" else _ON_ACCELERATOR
+    if device.type == "cpu" and dtype.itemsize == 2:
+        size *= 2  # its products lose more by having few columns
     return max(1, min(_MOST_COLUMNS, size // dtype.itemsize // prototypes))
 
 
