@@ -219,15 +219,15 @@ def logsumexp_over_ranks(x: Tensor) -> Tensor:
 
 def shards(tensors: Sequence[Tensor]) -> list[Tensor]:
     """This rank's part of each tensor that is sharded; the others as they are. They share their memory."""
-    return [t.to_local() if is_sharded(t) else t for t in tensors]
+    return [t.to_local() if _is_sharded(t) else t for t in tensors]
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor put together, on every rank, so every rank has to ask; another as it is."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor
 
 
-def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+def _is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether ranks share the tensor. Does not import its type: it takes 0.1 GiB, and who shards has it already."""
     # While another thread imports it, it may lack the type; then there is no tensor of it either.
     kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())

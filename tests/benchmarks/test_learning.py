@@ -55,6 +55,22 @@ def test_cells_are_measured_once(learned):
     assert f"| raw pixels | {100 * pixels['knn']:.1f} |" in said
 
 
+def test_seeds_take_as_many_steps(require_system, tmp_path, monkeypatch):
+    require_system(IMAGES, "dataset-fashion-mnist")
+    learning = runpy.run_path(str(SCRIPT))
+    there = learning["measure_cell"].__globals__
+
+    def refuse(*_):
+        pytest.fail("the step was timed again")
+
+    monkeypatch.setitem(there, "seconds_per_step", refuse)
+    (tmp_path / "fashion-small-15min-seed7.json").write_text('{"steps": 2}')
+    keys = {"train.batch_size_per_gpu": 8, "train.threads": 1, "train.num_workers": 0}
+    budget = learning["Budget"](15.0, None)
+    settings = learning["Settings"](budget, tmp_path, tmp_path / "runs", keys, 300, 50)
+    assert learning["measure_cell"]("small", "fashion", 0, settings)["steps"] == 2
+
+
 def test_a_scattered_image_is_fixed_by_its_index(require_system):
     require_system(IMAGES, "dataset-fashion-mnist")
     learning = runpy.run_path(str(SCRIPT))

@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from dinoforge.config import load_recipe
+from dinoforge.training.build import build_student_teacher
+from dinoforge.training.memory import estimate
+from tiny import TINY
+
 SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "memory.py"
 
 
@@ -64,3 +69,15 @@ def test_of_two_ranks(benchmark, mode):
     settings = {"network": "small", "precision": "bf16", "checkpointed": False, "mode": mode}
     result = benchmark.measured_apart(settings | {"process": False})
     assert result["estimated"] == pytest.approx(result["measured"], rel=0.1)
+
+
+@pytest.mark.parametrize(("keys", "mode"), [({"parallel.activation_checkpointing": True}, "none"), ({}, "ddp")])
+def test_what_imports_the_compiler_takes_more(keys, mode):
+    def libraries(keys, mode):
+        recipe, _ = load_recipe("small", TINY | keys)
+        with torch.device("meta"):
+            networks = build_student_teacher(recipe)
+        cpu = torch.device("cpu")
+        return estimate(recipe, networks, precision=torch.float32, device=cpu, mode=mode)["libraries"]
+
+    assert libraries(keys, mode) > libraries({}, "none")

@@ -19,7 +19,7 @@ from dinoforge.student_teacher import StudentTeacher
 from dinoforge.training.parallel import Mode
 
 _LIBRARIES = 0.65 * 2**30  # on a CPU: the interpreter, PyTorch and the others
-_COMPILER = 0.15 * 2**30  # PyTorch's, which its activation checkpointing imports
+_COMPILER = 0.15 * 2**30  # PyTorch's, which its activation checkpointing, DDP and FSDP2 import
 _GAPS = 0.1  # bytes that the C library holds between blocks for each byte of tensors
 
 
@@ -44,7 +44,8 @@ def estimate(
     """
     parts = of_tensors(recipe, networks, precision=precision, device=device, mode=mode, shards=shards)
     if device.type == "cpu":
-        libraries = _LIBRARIES + (_COMPILER if recipe.parallel.activation_checkpointing else 0)
+        compiler = mode != "none" or recipe.parallel.activation_checkpointing
+        libraries = _LIBRARIES + (_COMPILER if compiler else 0)
         parts |= {"libraries": libraries, "gaps between tensors": _GAPS * sum(parts.values())}
         if recipe.checkpoint.asynchronous:
             parts["checkpoint"] = 16.0 * sum(p.numel() for p in networks.student.parameters())
