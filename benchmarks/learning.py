@@ -79,6 +79,7 @@ GEOMETRY: dict[str, dict[str, Any]] = {
 }
 PIXELS = {"fashion": 28, "scattered": 48, "elpv": 96}  # side at which images are compared pixel by pixel
 NO_COLOUR = {"augment.grayscale_probability": 0.0, "augment.solarize_probability": 0.0}
+OFFICIAL_WEIGHTS = {"ibot.loss_weight": 1.0, "dino.koleo_loss_weight": 0.1}
 NO_IBOT = {"ibot.loss_weight": 0.0, "ibot.mask_sample_probability": 0.0}
 NO_KOLEO = {"dino.koleo_loss_weight": 0.0}
 SIZES = ("student.arch", "student.embed_dim", "student.depth", "student.num_heads", "train.batch_size_per_gpu")
@@ -94,16 +95,17 @@ ABLATION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "patch targets": ({"ibot.targets": "centering"}, {"ibot.targets": "sinkhorn_knopp"}),
     "freeze of the last layer": ({"optim.freeze_last_layer": "lr"}, {"optim.freeze_last_layer": "gradient"}),
 }
-REFERENCE = {key: value for first, _ in ABLATION.values() for key, value in first.items()}
+REFERENCE = OFFICIAL_WEIGHTS | {key: value for first, _ in ABLATION.values() for key, value in first.items()}
 
-ROWS = ("pixels", "untrained", "official", "dino", "dino+ibot", "small", "auto")
+ROWS = ("pixels", "untrained", "official", "dino", "dino+ibot", "all", "small", "auto")
 TITLES = {
     "pixels": "raw pixels",
     "untrained": "untrained (LayerScale 1)",
     "official": "official defaults",
     "dino": "DINO only",
     "dino+ibot": "DINO + iBOT",
-    "small": "all terms = `small`",
+    "all": "all terms, official weights",
+    "small": "`small`: all terms, lower weights",
     "auto": "`auto`",
 }
 SHOTS = (100, 10)
@@ -185,7 +187,13 @@ def recipe_of(row: str, data: str) -> tuple[str, dict[str, Any]]:
             "dino.head_n_prototypes": 4096,
         }
         return "dinov2", GEOMETRY[data] | {key: flat[key] for key in SIZES} | shares
-    changes = {"small": {}, "dino": NO_IBOT | NO_KOLEO, "dino+ibot": NO_KOLEO, "reference": REFERENCE}
+    changes = {
+        "dino": NO_IBOT | NO_KOLEO,
+        "dino+ibot": OFFICIAL_WEIGHTS | NO_KOLEO,
+        "all": OFFICIAL_WEIGHTS,
+        "small": {},
+        "reference": REFERENCE,
+    }
     images = GEOMETRY[data] | NO_COLOUR
     if row.endswith("=variant"):
         return "small", images | REFERENCE | ABLATION[row.removesuffix("=variant")][1]

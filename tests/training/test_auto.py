@@ -89,9 +89,21 @@ def test_it_meets_the_official_values_at_the_official_size():
     for key in (
         "dino.head_n_prototypes teacher.teacher_temp teacher.warmup_teacher_temp student.layerscale optim.base_lr "
         "optim.layerwise_decay optim.patch_embed_lr_mult optim.weight_decay_end student.drop_path_rate train.centering "
-        "crops.global_crops_size crops.local_crops_size crops.local_crops_number augment.blur_sigma augment.blur_kernel"
+        "crops.global_crops_size crops.local_crops_size crops.local_crops_number augment.blur_sigma "
+        "augment.blur_kernel ibot.loss_weight dino.koleo_loss_weight"
     ).split():
         assert auto_flat[key] == official[key], key
+
+
+def test_only_small_networks_weigh_the_patch_loss_and_koleo_less():
+    facts, small = auto.Facts(20_000, 300, 3, "cpu"), load_recipe("small")[0]
+    shallow, deep = recipe_of(facts), recipe_of(facts, student__arch="vit_small")
+    assert (shallow.ibot.loss_weight, shallow.dino.koleo_loss_weight) == (
+        small.ibot.loss_weight,
+        small.dino.koleo_loss_weight,
+    )
+    assert shallow.ibot.loss_weight < deep.ibot.loss_weight == 1
+    assert shallow.dino.koleo_loss_weight < deep.dino.koleo_loss_weight == 0.1
 
 
 def test_ranks_share_a_batch():

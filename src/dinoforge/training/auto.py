@@ -169,6 +169,9 @@ def choose(facts: Facts, given: Mapping[str, Any]) -> dict[str, Choice]:
     hidden, bottleneck = (2048, 256) if deep else (512, 64)
     settle("dino.head_hidden_dim", hidden, "official" if deep else "a smaller head makes quicker steps")
     settle("dino.head_bottleneck_dim", bottleneck, "official" if deep else "a smaller head makes quicker steps")
+    weights_why = "official" if deep else "more costs a small network accuracy where labels are few"
+    settle("ibot.loss_weight", 1.0 if deep else 0.25, weights_why)
+    settle("dino.koleo_loss_weight", 0.1 if deep else 0.01, weights_why)
     targets = "sinkhorn_knopp" if batch < 1024 else "centering"
     settle("train.centering", targets, f"a centre of {batch} images is noise" if batch < 1024 else "official")
     temp = teacher_temp(batch)
