@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.profiler import record_function
 
 from dinoforge import distributed
 from dinoforge.data.batch import Batch
-from dinoforge.losses.cross_entropy import Term, cross_entropy
+from dinoforge.losses.cross_entropy import LastLayer, Term, cross_entropy
 from dinoforge.losses.diagnostics import Diagnostics
 from dinoforge.losses.dino import dino_terms
 from dinoforge.losses.ibot import ibot_term, patch_weights
@@ -81,6 +81,20 @@ class OtherParts:
     first: int
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A pass of the student over the crops of one size: the local ones first, then the global ones.
+
+    size: of the crops.
+    targets: which both passes read.
+    last_layer: of the DINO head, which both passes read.
+    """
+
+    size: Literal["local", "global"]
+    targets: TargetsOfBoth
+    last_layer: LastLayer
+
+
 class StudentTeacher(nn.Module):
     """Student, teacher and the losses between them (DINOv2, arXiv 2304.07193, section 4).
 
@@ -120,6 +134,7 @@ class StudentTeacher(nn.Module):
         others: OtherParts | None = None,
         diagnostics: Diagnostics | None = None,
         backbone_frozen: bool = False,
+        turn: Turn | None = None,
     ) -> Losses:
         """The losses of a batch of normalised crops.
 
@@ -130,44 +145,72 @@ class StudentTeacher(nn.Module):
             others: what ``look_at_parts`` gave, if the batch is one of several micro-batches of a step.
             diagnostics: filled with what the step says about its health; takes time, changes nothing.
             backbone_frozen: whether only the heads get a gradient; the student's backbone then takes no memory for one.
+            turn: what ``turns`` gave, if crops of each size are seen by themselves. Their losses add up to those of the
+                batch, and so do the gradients, when all turns had their backward pass.
         """
-        with record_function("teacher"):
-            if others is None:
-                dino_targets, ibot_targets = self._targets(batch, teacher_temp, diagnostics)
-            else:
-                dino_targets, ibot_targets = others.targets()
-            if diagnostics is not None and dino_targets is not None:
-                diagnostics.add_targets("dino", dino_targets)
-            if diagnostics is not None and ibot_targets is not None and len(batch.masked):
-                diagnostics.add_targets("ibot", ibot_targets, patch_weights(batch.masks, len(batch.masked)))
-
+        targets = self._targets(batch, teacher_temp, others, diagnostics) if turn is None else turn.targets
         with record_function("student"), torch.set_grad_enabled(torch.is_grad_enabled() and not backbone_frozen):
-            crops = self.student_crops(batch)
-            masks: list[Tensor | None] = [batch.masks, None]  # also without the iBOT loss, as in the reference
-            backbone = cast(VisionTransformer, self.student["backbone"])
-            masked = batch.masked if ibot_targets is not None else batch.masked[:0]
-            (global_cls, patches), *local = backbone.encode_some(
-                crops, masks[: len(crops)], [masked, None][: len(crops)], kept
-            )
-            local_cls = local[0][0] if local else global_cls[:0]
+            tokens = self._student_tokens(batch, kept, turn)
         with record_function("losses"):
-            losses = self._losses(batch, global_cls, local_cls, patches, dino_targets, ibot_targets, others)
+            losses = self._losses(batch, tokens, targets, others, turn)
         if diagnostics is not None:
-            diagnostics.add_cross_entropies(self._cross_entropies(losses, batch))
+            diagnostics.add_cross_entropies(self._cross_entropies(losses, batch, turn))
         return losses
+
+    def turns(
+        self,
+        batch: Batch,
+        *,
+        teacher_temp: float,
+        others: OtherParts | None = None,
+        diagnostics: Diagnostics | None = None,
+    ) -> list[Turn | None]:
+        """What ``forward`` is called with, one after the other, to see crops of each size by themselves.
+
+        The activations of one size are gone when those of the next come, which halves them. None, for all crops at
+        once, where the global ones have no loss of the DINO head that would hand on what local ones gave it.
+
+        Args:
+            batch, teacher_temp, others, diagnostics: as for ``forward``.
+        """
+        o = self.objective
+        has_last = o.dino_global_weight > 0 or (o.has_ibot and self.ibot_head_name == "dino_head")
+        if len(self.student_crops(batch)) == 1 or not has_last:
+            return [None]
+        targets = self._targets(batch, teacher_temp, others, diagnostics)
+        layer = LastLayer(calls=2)
+        return [Turn("local", targets, layer), Turn("global", targets, layer)]
+
+    def _student_tokens(
+        self, batch: Batch, kept: Sequence[KeptSamples] | None, turn: Turn | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The cls tokens of global [2B, D] and local crops [L·B, D], and masked patches [M, D]; none of other sizes."""
+        crops = self.student_crops(batch)
+        masked = batch.masked if self.objective.has_ibot else batch.masked[:0]
+        masks: list[Tensor | None] = [batch.masks, None]  # also without the iBOT loss, as in the reference
+        wanted = [masked, None]
+        seen = slice(len(crops)) if turn is None else _SIZES[turn.size]
+        backbone = cast(VisionTransformer, self.student["backbone"])
+        some_kept = kept and [KeptSamples(attn=block.attn[seen], ffn=block.ffn[seen]) for block in kept]
+        tokens = backbone.encode_some(crops[seen], masks[: len(crops)][seen], wanted[: len(crops)][seen], some_kept)
+        (cls, patches), *more = tokens
+        if turn is not None and turn.size == "local":
+            return cls[:0], cls, patches
+        return cls, more[0][0] if more else cls[:0], patches
 
     def _losses(
         self,
         batch: Batch,
-        global_cls: Tensor,
-        local_cls: Tensor,
-        patches: Tensor,
-        dino_targets: Targets | None,
-        ibot_targets: Targets | None,
+        tokens: tuple[Tensor, Tensor, Tensor],
+        targets: TargetsOfBoth,
         others: OtherParts | None,
+        turn: Turn | None,
     ) -> Losses:
         """Losses of the student's cls tokens [2B, D] and [L·B, D], and of its masked patches [M, D]."""
         o = self.objective
+        global_cls, local_cls, patches = tokens
+        dino_targets, ibot_targets = targets
+        has_globals = turn is None or turn.size == "global"
         terms: list[tuple[str, str, Term]] = []  # loss, head
         if dino_targets is not None:
             head = cast(DINOHead, self.student["dino_head"])
@@ -182,7 +225,7 @@ class StudentTeacher(nn.Module):
             )
             terms += [("dino_global", "dino_head", term) for term in of_globals]
             terms += [("dino_local", "dino_head", term) for term in of_locals]
-        if ibot_targets is not None:
+        if ibot_targets is not None and has_globals:
             head = cast(DINOHead, self.student[self.ibot_head_name])
             term = ibot_term(head.embed(patches), ibot_targets, batch.masks, o.ibot_student_temp, o.ibot_weight)
             terms.append(("ibot", self.ibot_head_name, term))
@@ -194,11 +237,12 @@ class StudentTeacher(nn.Module):
             own = [(loss, term) for loss, head_name, term in terms if head_name == name]
             if own:
                 last = cast(DINOHead, network).last_layer.parts()
-                summed, values = cross_entropy([term for _, term in own], *last, self._scratch)
+                layer = turn.last_layer if turn is not None and name == "dino_head" else None
+                summed, values = cross_entropy([term for _, term in own], *last, self._scratch, layer)
                 total = total + summed
                 for (loss, _), value in zip(own, values, strict=True):
                     each[loss] = each[loss] + value
-        if o.koleo_weight > 0:
+        if o.koleo_weight > 0 and has_globals:
             # Each view by itself: two views of one image should be close, not apart.
             koleo = o.koleo_weight * sum(self._koleo(global_cls, others), zero)
             each["koleo"] = koleo.detach()
@@ -223,8 +267,19 @@ class StudentTeacher(nn.Module):
         has_local = self.objective.dino_local_weight > 0 and len(batch.local_crops) > 0
         return [batch.global_crops, batch.local_crops] if has_local else [batch.global_crops]
 
+    def _targets(
+        self, batch: Batch, temp: float, others: OtherParts | None, diagnostics: Diagnostics | None
+    ) -> TargetsOfBoth:
+        with record_function("teacher"):
+            dino, ibot = self._own_targets(batch, temp, diagnostics) if others is None else others.targets()
+            if diagnostics is not None and dino is not None:
+                diagnostics.add_targets("dino", dino)
+            if diagnostics is not None and ibot is not None and len(batch.masked):
+                diagnostics.add_targets("ibot", ibot, patch_weights(batch.masks, len(batch.masked)))
+        return dino, ibot
+
     @torch.no_grad()
-    def _targets(self, batch: Batch, temp: float, diagnostics: Diagnostics | None) -> TargetsOfBoth:
+    def _own_targets(self, batch: Batch, temp: float, diagnostics: Diagnostics | None) -> TargetsOfBoth:
         o = self.objective
         if not (o.has_dino or o.has_ibot):
             return None, None
@@ -255,7 +310,7 @@ class StudentTeacher(nn.Module):
         return dino, ibot
 
     @torch.no_grad()
-    def _cross_entropies(self, losses: Losses, batch: Batch) -> dict[str, Tensor]:
+    def _cross_entropies(self, losses: Losses, batch: Batch, turn: Turn | None) -> dict[str, Tensor]:
         """The mean cross-entropy of a pair of views, or of a masked patch, in each term that is on."""
         o = self.objective
         local = 0 if not len(batch.local_crops) else len(batch.local_crops) * 2 // len(batch.global_crops)
@@ -267,6 +322,8 @@ class StudentTeacher(nn.Module):
         if o.ibot_weight > 0:
             masked_crops = (batch.masks.sum(dim=1) > 0).float().mean()  # the others count as zero
             means["ibot"] = losses.ibot / (o.ibot_weight * masked_crops)
+        if turn is not None:
+            means = {name: mean for name, mean in means.items() if (name == "dino_local") == (turn.size == "local")}
         return {name: mean.detach() for name, mean in means.items()}
 
     def _teacher_tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -365,6 +422,9 @@ class StudentTeacher(nn.Module):
         for name, parameter in self.student.named_parameters():
             if ".last_layer." in name:
                 parameter.grad = None
+
+
+_SIZES = {"global": slice(0, 1), "local": slice(1, 2)}  # among the groups of ``student_crops``
 
 
 def _prototypes(networks: nn.ModuleDict, head: str) -> int:

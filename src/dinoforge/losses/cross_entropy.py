@@ -1,7 +1,7 @@
 """Cross-entropy between teacher targets and student logits without ever holding all logits."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -111,6 +111,24 @@ class _Piece:
         return mixed[:, None]
 
 
+@dataclass
+class LastLayer:
+    """The student's weight-normed last layer in a step that calls ``cross_entropy`` several times.
+
+    Its weight is made by the first call, and its gradient is a sum over all calls, which the last one hands on: neither
+    is made anew, nor held twice. In between, the scratch memory belongs to these calls.
+
+    Args:
+        calls: how many are to come.
+    """
+
+    calls: int = 1
+    weight: Tensor = field(init=False)  # effective [K, d], in scratch memory
+    lengths: Tensor = field(init=False)  # of ``weight_v`` [K, 1]
+    gradient: Tensor | None = field(init=False, default=None)  # of the effective weight [K, d]
+    begun: bool = field(init=False, default=False)
+
+
 def _kind(numbered: tuple[int, Term]) -> tuple[int, int]:
     _, term = numbered
     return len(term.embeddings), len(term.sources)
@@ -150,13 +168,16 @@ class _CrossEntropy(torch.autograd.Function):
         terms: Sequence[Term],
         dtype: torch.dtype,
         scratch: Scratch,
+        layer: LastLayer,
         *embeddings: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        w, lengths = effective_weight(weight_g, weight_v, dtype, scratch)
-        grad_w = torch.empty_like(weight_v) if any(ctx.needs_input_grad[:2]) else None
+        if not layer.begun:
+            layer.weight, layer.lengths = effective_weight(weight_g, weight_v, dtype, scratch)
+            layer.gradient = torch.empty_like(weight_v) if any(ctx.needs_input_grad[:2]) else None
+        w, grad_w = layer.weight, layer.gradient
         values = torch.zeros(len(terms), dtype=torch.float32, device=w.device)
         gradients = [
-            torch.zeros_like(z) if n else None for z, n in zip(embeddings, ctx.needs_input_grad[5:], strict=True)
+            torch.zeros_like(z) if n else None for z, n in zip(embeddings, ctx.needs_input_grad[6:], strict=True)
         ]
         largest = largest_logit(weight_g, min(term.temp for term in terms))
         most = columns_at_once(len(w), dtype, w.device)
@@ -164,12 +185,17 @@ class _CrossEntropy(torch.autograd.Function):
         numbered = list(enumerate(terms))
         kinds = [list(g) for _, g in groupby(numbered, _kind)] if dtype is torch.float32 else [numbered]
         chunks = [chunk for kind in kinds for chunk in _chunks(kind, most)]
-        if grad_w is not None and not chunks:
+        if grad_w is not None and not chunks and not layer.begun:
             grad_w.zero_()
         for number, chunk in enumerate(chunks):
-            first = number == 0
+            first = number == 0 and not layer.begun
             _accumulate(chunk, w, values, gradients, grad_w, first=first, largest=largest, scratch=scratch)
-        ctx.save_for_backward(weight_g, weight_v, lengths, grad_w, *gradients)
+        layer.begun, layer.calls = True, layer.calls - 1
+        if layer.calls:
+            grad_w = None
+        else:
+            layer.gradient = None
+        ctx.save_for_backward(weight_g, weight_v, layer.lengths, grad_w, *gradients)
         ctx.mark_non_differentiable(values)
         return values.sum(), values
 
@@ -187,10 +213,12 @@ class _CrossEntropy(torch.autograd.Function):
                 along = (dw * v).sum(dim=1, keepdim=True) / length
                 grad_g[tile] = along
                 dw.sub_(v * (along / length)).mul_(weight_g[tile] / length)
-        return grad_g, grad_w, None, None, None, *gradients
+        return grad_g, grad_w, None, None, None, None, *gradients
 
 
-def cross_entropy(terms: Sequence[Term], weight_g: Tensor, weight_v: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+def cross_entropy(
+    terms: Sequence[Term], weight_g: Tensor, weight_v: Tensor, scratch: Scratch, layer: LastLayer | None = None
+) -> tuple[Tensor, Tensor]:
     """Weighted cross-entropies of student logits against teacher targets.
 
     Logits exist for a few samples at a time; the gradient is computed on the way, so memory does not grow with the
@@ -200,6 +228,8 @@ def cross_entropy(terms: Sequence[Term], weight_g: Tensor, weight_v: Tensor, scr
         terms: what is held against what; at least one.
         weight_g, weight_v: of the student's weight-normed last layer [K, 1], [K, d].
         scratch: keeps memory between calls.
+        layer: what this call has in common with others of the step, whose sums get the same gradient; the weights get
+            theirs from the last one.
 
     Returns:
         The sum of the terms, and each term [len(terms)] without a gradient.
@@ -207,7 +237,9 @@ def cross_entropy(terms: Sequence[Term], weight_g: Tensor, weight_v: Tensor, scr
     embeddings = [term.embeddings for term in terms]
     dtype = product_dtype(embeddings[0])
     with torch.autocast(weight_v.device.type, enabled=False):
-        total, each = _CrossEntropy.apply(weight_g, weight_v, terms, dtype, scratch, *embeddings)
+        total, each = _CrossEntropy.apply(
+            weight_g, weight_v, terms, dtype, scratch, layer or LastLayer(), *embeddings
+        )
     return total, each
 
 

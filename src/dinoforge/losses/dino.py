@@ -29,7 +29,7 @@ def dino_terms(
     Source: DINO (arXiv 2104.14294), equation 3.
 
     Args:
-        global_embeddings: student bottlenecks of the global crops [2B, d], crop-major.
+        global_embeddings: student bottlenecks of the global crops [2B, d], crop-major; empty if that term is not wanted.
         local_embeddings: of the local crops [L·B, d], crop-major; empty if that term is not wanted.
         targets: of the teacher's cls tokens of the global crops [2B], crop-major.
         local_crops_number: L, 0 or more.
@@ -39,7 +39,7 @@ def dino_terms(
     Returns:
         What the global and the local loss are sums of, see ``cross_entropy``; nothing where the weight is 0.
     """
-    batch = len(global_embeddings) // 2
+    batch = len(targets.per_sample) // 2
     pairs = 2 + 2 * local_crops_number
     views = slice(0, batch), slice(batch, 2 * batch)
 
@@ -48,7 +48,7 @@ def dino_terms(
         return Term(embeddings.unflatten(0, (-1, batch)), targets, sources, weights, student_temp)
 
     of_globals, of_locals = [], []
-    if global_weight > 0:
+    if global_weight > 0 and len(global_embeddings):
         first, second = views
         of_globals.append(term(global_embeddings[first], (second,), global_weight))
         of_globals.append(term(global_embeddings[second], (first,), global_weight))

@@ -28,6 +28,7 @@ from dinoforge.training.build import (
 )
 from dinoforge.training.device import (
     autocast,
+    crops_in_turn,
     keep_freed_memory,
     peak_memory_gib,
     resolve_device,
@@ -178,6 +179,7 @@ class StepBench:
             autocast=autocast(self._device, self._precision),
             scaler=self._state.scaler,
             parallel=self.parallel,
+            crops_in_turn=crops_in_turn(r.parallel.crops_in_turn, self._device),
         )
         self._step += 1
 

@@ -53,6 +53,11 @@ def rank_device(name: str) -> torch.device:
     return torch.device("cuda", distributed.local_rank())
 
 
+def crops_in_turn(setting: bool | None, device: torch.device) -> bool:
+    """Whether local and global crops take turns: unless said, where twice as many smaller kernels cost nothing."""
+    return device.type == "cpu" if setting is None else setting
+
+
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype of matrix products; ``auto`` takes bfloat16 where the device multiplies faster in it."""
     if name != "auto":

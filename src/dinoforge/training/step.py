@@ -17,7 +17,7 @@ from dinoforge.optim.clipping import clip_gradients
 from dinoforge.optim.movement import sampled, update_ratios
 from dinoforge.optim.param_groups import set_hyperparameters
 from dinoforge.optim.schedules import Hyperparameters
-from dinoforge.student_teacher import Losses, OtherParts, StudentTeacher
+from dinoforge.student_teacher import Losses, OtherParts, StudentTeacher, Turn
 from dinoforge.training.parallel import Parallel
 
 PHASES = ("teacher", "student", "losses", "backward", "clipping", "optimizer", "moving average")
@@ -61,6 +61,7 @@ def train_step(
     scaler: torch.amp.GradScaler | None = None,
     measure: bool = False,
     parallel: Parallel | None = None,
+    crops_in_turn: bool = False,
 ) -> StepResult:
     """Forward, backward, clipping, AdamW, moving average.
 
@@ -75,6 +76,8 @@ def train_step(
         measure: whether the result has diagnostics: those of this rank's first micro-batch and of its part of the
             weights; the weights are the same either way.
         parallel: how the networks are laid over ranks; None for one process.
+        crops_in_turn: whether local and global crops have a forward and a backward pass each, one after the other, which
+            halves the memory of activations.
 
     Returns:
         Losses of the global batch, the same on every rank.
@@ -102,26 +105,32 @@ def train_step(
             )
     terms: list[Tensor] = []
     for i, part in enumerate(parts):
-        with parallel.accumulating() if i + 1 < len(parts) else nullcontext():
+        turns: list[Turn | None] = [None]
+        of_part = {
+            "teacher_temp": hyper.teacher_temp,
+            "others": others[i],
+            "diagnostics": diagnostics if i == 0 else None,
+        }
+        if crops_in_turn:
             with autocast:
-                losses = parallel.forward(
-                    part,
-                    teacher_temp=hyper.teacher_temp,
-                    kept=kept[i],
-                    others=others[i],
-                    diagnostics=diagnostics if i == 0 else None,
-                    backbone_frozen=hyper.backbone_frozen,
-                )
-            terms.append(torch.stack([t.detach().float() for t in vars(losses).values()]))
-            with record_function("backward"):
-                total = losses.total / len(parts)
-                (total if scaler is None else scaler.scale(total)).backward()
+                turns = student_teacher.turns(part, **of_part)
+        for turn in turns:
+            is_last = i + 1 == len(parts) and turn is turns[-1]
+            with nullcontext() if is_last else parallel.accumulating():
+                with autocast:
+                    losses = parallel.forward(
+                        part, **of_part, kept=kept[i], backbone_frozen=hyper.backbone_frozen, turn=turn
+                    )
+                terms.append(torch.stack([t.detach().float() for t in vars(losses).values()]))
+                with record_function("backward"):
+                    total = losses.total / len(parts)
+                    (total if scaler is None else scaler.scale(total)).backward()
     if scaler is not None:
         scaler.unscale_(optimizer)
     with record_function("clipping"):
         grad_norms = clip_gradients(dict(student_teacher.student.items()), clip_grad)
-    means = distributed.mean_over_ranks(torch.stack(terms).mean(dim=0))
-    losses = Losses(**dict(zip(vars(losses), means, strict=True)))
+    means = distributed.mean_over_ranks(torch.stack(terms).sum(dim=0) / len(parts))
+    losses = Losses(*means)
     result = StepResult(losses, grad_norms)
 
     # Both are the same on every rank, so all come to the same answer.
