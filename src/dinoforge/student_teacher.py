@@ -212,11 +212,16 @@ class StudentTeacher(nn.Module):
         dino_targets, ibot_targets = targets
         has_globals = turn is None or turn.size == "global"
         terms: list[tuple[str, str, Term]] = []  # loss, head
+        cls = [global_cls, local_cls] if dino_targets is not None else []
+        masked = [patches] if ibot_targets is not None and has_globals else []
+        if self.ibot_head_name == "dino_head":
+            embedded = self._embed("dino_head", cls + masked)
+        else:
+            embedded = self._embed("dino_head", cls) + self._embed(self.ibot_head_name, masked)
         if dino_targets is not None:
-            head = cast(DINOHead, self.student["dino_head"])
             of_globals, of_locals = dino_terms(
-                head.embed(global_cls),
-                head.embed(local_cls),
+                embedded[0],
+                embedded[1],
                 dino_targets,
                 local_crops_number=len(batch.local_crops) * 2 // len(batch.global_crops),
                 student_temp=o.dino_student_temp,
@@ -226,8 +231,7 @@ class StudentTeacher(nn.Module):
             terms += [("dino_global", "dino_head", term) for term in of_globals]
             terms += [("dino_local", "dino_head", term) for term in of_locals]
         if ibot_targets is not None and has_globals:
-            head = cast(DINOHead, self.student[self.ibot_head_name])
-            term = ibot_term(head.embed(patches), ibot_targets, batch.masks, o.ibot_student_temp, o.ibot_weight)
+            term = ibot_term(embedded[-1], ibot_targets, batch.masks, o.ibot_student_temp, o.ibot_weight)
             terms.append(("ibot", self.ibot_head_name, term))
 
         zero = torch.zeros((), device=batch.global_crops.device)
@@ -248,6 +252,13 @@ class StudentTeacher(nn.Module):
             each["koleo"] = koleo.detach()
             total = total + koleo
         return Losses(**each, total=total)
+
+    def _embed(self, head_name: str, tokens: list[Tensor]) -> list[Tensor]:
+        """Bottlenecks of the student's tokens, by one pass through the head: one gradient of its weights, not two."""
+        if not tokens:
+            return []
+        head = cast(DINOHead, self.student[head_name])
+        return list(head.embed(torch.cat(tokens)).split([len(t) for t in tokens]))
 
     def _koleo(self, cls: Tensor, others: OtherParts | None) -> list[Tensor]:
         """KoLeo of each view of the global crops' cls tokens [2B, D]."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoforge.models.layers import product_dtype
+from dinoforge.models.layers import product_dtype, scaled_linear
 from dinoforge.products import padded
 
 
@@ -34,6 +34,17 @@ class Prototypes(nn.Module):
         return F.linear(x, self.weight())
 
 
+class Mlp(nn.Sequential):
+    """Linear layers with GELU between them, which is made again in the backward pass instead of kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = (layer for layer in self if isinstance(layer, nn.Linear))
+        x = first(x)
+        for linear in others:
+            x = scaled_linear(x, linear, None, gelu=True)
+        return x
+
+
 class DINOHead(nn.Module):
     """Tokens [N, D] to logits over prototypes [N, K]: an MLP, L2 normalisation, a weight-normed last layer.
 
@@ -57,7 +68,7 @@ class DINOHead(nn.Module):
             nn.init.zeros_(linear.bias)
             layers += [linear, nn.GELU()]
         layers.pop()
-        self.mlp = layers[0] if nlayers == 1 else nn.Sequential(*layers)
+        self.mlp = layers[0] if nlayers == 1 else Mlp(*layers)
         self.last_layer = Prototypes(bottleneck_dim, prototypes)
 
     def embed(self, x: Tensor) -> Tensor:

@@ -317,7 +317,7 @@ def _added(sums: list[Tensor | None], parts: list[Tensor | None]) -> list[Tensor
 
 
 def scaled_linear(x: Tensor, linear: nn.Linear, scale: Tensor | None, *, gelu: bool = False) -> Tensor:
-    """``linear(x) * scale``, or ``linear(gelu(x)) * scale``: the end of a residual branch.
+    """``linear(x) * scale``, or ``linear(gelu(x)) * scale``: the end of a residual branch, or a layer of an MLP.
 
     Args:
         x: [T, D'].
@@ -325,8 +325,6 @@ def scaled_linear(x: Tensor, linear: nn.Linear, scale: Tensor | None, *, gelu: b
         scale: LayerScale's factors [D], or None.
         gelu: whether to apply it first.
     """
-    if scale is None:
-        return F.linear(F.gelu(x) if gelu else x, linear.weight, linear.bias)
     dtype = product_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         out: Tensor = _ScaledLinear.apply(x.to(dtype), linear.weight, linear.bias, scale, gelu)
@@ -341,17 +339,17 @@ class _ScaledLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, gelu: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, gelu: bool) -> Tensor:
         ctx.save_for_backward(x, weight, bias, scale)
         ctx.gelu = gelu
-        in_half = x.dtype is not weight.dtype
-        # In half precision one rounding less, and no pass over the output.
-        w = (weight * scale[:, None]).to(x.dtype) if in_half else weight
-        b = (bias * scale).to(x.dtype) if in_half and bias is not None else bias
+        # In half precision the factors are part of the weights: one rounding less, and no pass over the output.
+        folded = scale is not None and x.dtype is not weight.dtype
+        w = (weight * scale[:, None] if folded else weight).to(x.dtype)
+        b = None if bias is None else (bias * scale if folded else bias).to(x.dtype)
         out = x.new_empty(x.shape[0], len(w))  # as above
         for rows in _few_rows(x):
             _linear(F.gelu(x[rows]) if gelu else x[rows], w, b, out=out[rows])
-            if not in_half:
+            if scale is not None and not folded:
                 out[rows] *= scale
         return out
 
@@ -360,7 +358,7 @@ class _ScaledLinear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         x, weight, bias, scale = ctx.saved_tensors
-        w = (weight * scale[:, None]).to(grad.dtype)
+        w = (weight if scale is None else weight * scale[:, None]).to(grad.dtype)
         grad_x = torch.empty_like(x)
         sums: list[Tensor | None] = [None] * 2  # of the scaled weight [D, D'] and bias
         for rows in _few_rows(x):
@@ -373,7 +371,8 @@ class _ScaledLinear(torch.autograd.Function):
             else:
                 torch.mm(g, w, out=grad_x[rows])
         grad_weight, grad_bias = sums
-        assert grad_weight is not None
+        if scale is None or grad_weight is None:
+            return grad_x, grad_weight, grad_bias, None, None
         grad_scale = (grad_weight * weight).sum(dim=1)
         if bias is not None and grad_bias is not None:
             grad_scale += grad_bias * bias
