@@ -23,6 +23,7 @@ from dinoforge.training.build import (
     build_state,
     build_student_teacher,
 )
+from dinoforge.training.device import crops_in_turn
 from dinoforge.training.loop import train
 from dinoforge.training.step import train_step
 from plain_losses import centering, dino_loss, ibot_loss
@@ -488,6 +489,36 @@ def test_what_a_recipe_does_without_has_no_number():
     assert names({"dino.loss_weight": 0, "ibot.loss_weight": 0}) == set()
     assert names({}, make_batch(local=0)) == features | (dino - {"kl.dino_local"}) | ibot
     assert names({}, make_batch(share=0.0)) == features | dino
+
+
+@pytest.mark.parametrize(
+    ("overrides", "local"),
+    [
+        ({}, 0),
+        ({"dino.local_loss_weight": 0}, 3),
+        ({"dino.global_loss_weight": 0, "ibot.separate_head": True}, 3),  # only local crops read the DINO head
+    ],
+)
+def test_crops_that_cannot_take_turns_are_seen_at_once(overrides, local):
+    ends = []
+    for in_turn in (False, True):
+        recipe = make_recipe(overrides)
+        networks = make(recipe=recipe)
+        optimizer = build_optimizer(recipe, networks)
+        hyper = Hyperparameters(1e-2, 1e-2, 0.04, 0.9, TEMP, last_layer_frozen=False)
+        train_step(networks, optimizer, make_batch(local=local), hyper, clip_grad=3.0, crops_in_turn=in_turn)
+        ends.append(networks.student.state_dict())
+    at_once, in_turn = ends
+    assert all(torch.equal(in_turn[name], value) for name, value in at_once.items())
+
+
+def test_crops_take_turns_in_half_precision_on_a_cpu():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert crops_in_turn(None, cpu, torch.bfloat16)
+    assert not crops_in_turn(None, cpu, torch.float32)
+    assert not crops_in_turn(None, cuda, torch.bfloat16)
+    assert crops_in_turn(True, cuda, torch.float32)
+    assert not crops_in_turn(False, cpu, torch.bfloat16)
 
 
 def test_a_frozen_backbone_changes_neither_losses_nor_the_heads_gradients():

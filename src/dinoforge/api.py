@@ -283,7 +283,7 @@ def _train(
                         samples_per_step=plan.length.batch_size,
                         accumulate=recipe.train.accumulate,
                         parallel=start.parallel,
-                        crops_in_turn=devices.crops_in_turn(recipe.parallel.crops_in_turn, device),
+                        crops_in_turn=devices.crops_in_turn(recipe.parallel.crops_in_turn, device, plan.precision),
                         drop_path_rates=build.build_drop_path_rates(recipe),
                         clip_grad=recipe.optim.clip_grad,
                         prepare=partial(prepare, device=device, mean=image.mean, std=image.std),

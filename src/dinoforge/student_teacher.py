@@ -125,6 +125,16 @@ class StudentTeacher(nn.Module):
     def ibot_head_name(self) -> str:
         return "ibot_head" if "ibot_head" in self.student else "dino_head"
 
+    @property
+    def can_take_turns(self) -> bool:
+        """Whether ``turns`` gives some: local crops have a loss, and so do global ones by the head of it.
+
+        They come last, and hand on what local ones gave its last layer.
+        """
+        o = self.objective
+        has_global = o.dino_global_weight > 0 or (o.has_ibot and self.ibot_head_name == "dino_head")
+        return o.dino_local_weight > 0 and has_global
+
     def forward(
         self,
         batch: Batch,
@@ -168,14 +178,12 @@ class StudentTeacher(nn.Module):
         """What ``forward`` is called with, one after the other, to see crops of each size by themselves.
 
         The activations of one size are gone when those of the next come, which halves them. None, for all crops at
-        once, where the global ones have no loss of the DINO head that would hand on what local ones gave it.
+        once, where that cannot be.
 
         Args:
             batch, teacher_temp, others, diagnostics: as for ``forward``.
         """
-        o = self.objective
-        has_last = o.dino_global_weight > 0 or (o.has_ibot and self.ibot_head_name == "dino_head")
-        if len(self.student_crops(batch)) == 1 or not has_last:
+        if len(self.student_crops(batch)) == 1 or not self.can_take_turns:
             return [None]
         targets = self._targets(batch, teacher_temp, others, diagnostics)
         layer = LastLayer(calls=2)

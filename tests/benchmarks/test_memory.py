@@ -54,6 +54,7 @@ MANY_PROTOTYPES = {"dino.head_n_prototypes": 16384}
         ("bf16", False, STOCHASTIC),
         ("bf16", False, GATED),
         ("fp32", False, FEW_IMAGES),
+        ("fp32", False, {"parallel.crops_in_turn": True}),
         ("bf16", False, MANY_PROTOTYPES),
     ],
 )

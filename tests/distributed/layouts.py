@@ -64,6 +64,7 @@ class Layout(NamedTuple):
     accumulate: int = 1
     activation_checkpointing: bool = False
     shard_ranks: int | None = None
+    crops_in_turn: bool = False
 
 
 ON_TWO = {
@@ -71,16 +72,25 @@ ON_TWO = {
     "fsdp": Layout("fsdp"),
     "ddp, accumulated": Layout("ddp", 2),
     "fsdp, accumulated, checkpointed": Layout("fsdp", 2, True),
+    "ddp, in turn": Layout("ddp", crops_in_turn=True),
+    "fsdp, accumulated, in turn": Layout("fsdp", 2, crops_in_turn=True),
 }
 COMBINATIONS = [
     *((kind, layout) for kind in ("centering", "sinkhorn_knopp") for layout in ON_TWO),
     ("separate heads, groups", "ddp"),
+    ("separate heads, groups", "ddp, in turn"),
     ("separate heads, groups", "fsdp, accumulated, checkpointed"),
     *(("only heads learn at first", layout) for layout in ON_TWO),
     ("of the reference", "ddp"),
     ("of the reference", "fsdp"),
 ]
-ON_ONE = {"accumulated": Layout("none", 2), "accumulated 4": Layout("none", 4), "checkpointed": Layout("none", 1, True)}
+ON_ONE = {
+    "accumulated": Layout("none", 2),
+    "accumulated 4": Layout("none", 4),
+    "checkpointed": Layout("none", 1, True),
+    "in turn": Layout("none", crops_in_turn=True),
+    "accumulated, in turn": Layout("none", 2, crops_in_turn=True),
+}
 
 
 def global_batch(step: int) -> Batch:
@@ -129,7 +139,15 @@ def run(kind: str, layout: Layout) -> dict[str, torch.Tensor]:
         batch = global_batch(step).split(distributed.world_size())[distributed.rank()]
         kept = kept_samples(networks, batch, [rate] * 2, seed=0, number=step, parts=layout.accumulate)
         result = train_step(
-            networks, optimizer, batch, hyper, clip_grad=0.5, kept=kept, measure=step == MEASURED, parallel=parallel
+            networks,
+            optimizer,
+            batch,
+            hyper,
+            clip_grad=0.5,
+            kept=kept,
+            measure=step == MEASURED,
+            parallel=parallel,
+            crops_in_turn=layout.crops_in_turn,
         )
         results |= {f"{step} {name}": torch.tensor(value) for name, value in result.values().items()}
     results |= {f"state {k}": distributed.whole(v).detach().clone() for k, v in networks.state_dict().items()}

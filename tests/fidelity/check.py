@@ -60,6 +60,10 @@ class Errors:
         if kind not in self.worst or ratio > self.worst[kind][0]:
             self.worst[kind] = (ratio, where)
 
+    def add_all(self, others: "Errors", prefix: str) -> None:
+        for kind, (ratio, where) in others.worst.items():
+            self.add(kind, ratio, 1.0, prefix + where)
+
     @property
     def within_bounds(self) -> bool:
         return all(ratio <= 1 for ratio, _ in self.worst.values())
@@ -134,7 +138,12 @@ def without_noise(name: str, tensor: Tensor) -> Tensor:
 
 
 def run_case(
-    folder: Path, dtype: torch.dtype = torch.float32, prepare: Prepare | None = None, mode: Mode = "none"
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    prepare: Prepare | None = None,
+    mode: Mode = "none",
+    *,
+    crops_in_turn: bool = False,
 ) -> Errors:
     """Runs one rank of a case; on several ranks, call it on each. The errors are those of rank 0.
 
@@ -143,6 +152,7 @@ def run_case(
         dtype: of matrix products, under autocast unless it is float32.
         prepare: done to the networks when they have the case's weights, such as compiling them.
         mode: how the networks are laid over ranks.
+        crops_in_turn: as for ``train_step``.
     """
     case = json.loads((folder / "case.json").read_text())
     recipe = recipe_of(case)
@@ -179,6 +189,7 @@ def run_case(
             kept=[read_subsets(folder, prefix, i, case["vit"]["depth"], groups)],
             autocast=autocast(torch.device("cpu"), dtype),
             parallel=parallel,
+            crops_in_turn=crops_in_turn,
         )
         if handle is not None:
             handle.remove()
@@ -243,8 +254,7 @@ def _run_rank(rank: int, folder: str, dtype: torch.dtype, world_size: int, store
     try:
         both = Errors()
         for mode in ("ddp", "fsdp"):
-            for kind, (ratio, where) in run_case(Path(folder), dtype, mode=mode).worst.items():
-                both.add(kind, ratio, 1.0, f"{mode}: {where}")
+            both.add_all(run_case(Path(folder), dtype, mode=mode), f"{mode}: ")
         if rank == 0:
             Path(out).write_text(json.dumps(both.worst))
     finally:
@@ -254,10 +264,17 @@ def _run_rank(rank: int, folder: str, dtype: torch.dtype, world_size: int, store
 
 
 def check(folder: Path, dtype: torch.dtype = torch.float32) -> Errors:
-    """Runs a case with matrix products in ``dtype``; one of several ranks on as many processes, by DDP and by FSDP2."""
+    """Runs a case with matrix products in ``dtype``.
+
+    One of one rank runs twice, all crops at once and those of each size in turn; one of several on as many processes,
+    by DDP and by FSDP2.
+    """
     world_size = json.loads((folder / "case.json").read_text()).get("world_size", 1)
     if world_size == 1:
-        return run_case(folder, dtype)
+        both = Errors()
+        for in_turn in (False, True):
+            both.add_all(run_case(folder, dtype, crops_in_turn=in_turn), "in turn: " if in_turn else "")
+        return both
     with tempfile.TemporaryDirectory() as tmp:
         out = Path(tmp, "errors.json")
         arguments = (str(folder), dtype, world_size, str(Path(tmp, "store")), str(out))

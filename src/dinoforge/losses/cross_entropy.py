@@ -237,9 +237,7 @@ def cross_entropy(
     embeddings = [term.embeddings for term in terms]
     dtype = product_dtype(embeddings[0])
     with torch.autocast(weight_v.device.type, enabled=False):
-        total, each = _CrossEntropy.apply(
-            weight_g, weight_v, terms, dtype, scratch, layer or LastLayer(), *embeddings
-        )
+        total, each = _CrossEntropy.apply(weight_g, weight_v, terms, dtype, scratch, layer or LastLayer(), *embeddings)
     return total, each
 
 

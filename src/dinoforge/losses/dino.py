@@ -29,8 +29,8 @@ def dino_terms(
     Source: DINO (arXiv 2104.14294), equation 3.
 
     Args:
-        global_embeddings: student bottlenecks of the global crops [2B, d], crop-major; empty if that term is not wanted.
-        local_embeddings: of the local crops [L·B, d], crop-major; empty if that term is not wanted.
+        global_embeddings: student bottlenecks of the global crops [2B, d], crop-major.
+        local_embeddings: of the local crops [L·B, d], crop-major. Either is empty if its term is not wanted.
         targets: of the teacher's cls tokens of the global crops [2B], crop-major.
         local_crops_number: L, 0 or more.
         student_temp: the student's temperature.

@@ -343,14 +343,15 @@ class _ScaledLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, scale)
         ctx.gelu = gelu
         # In half precision the factors are part of the weights: one rounding less, and no pass over the output.
-        folded = scale is not None and x.dtype is not weight.dtype
-        w = (weight * scale[:, None] if folded else weight).to(x.dtype)
-        b = None if bias is None else (bias * scale if folded else bias).to(x.dtype)
+        factors = scale if x.dtype is weight.dtype else None  # of the output
+        folded = scale if factors is None else None
+        w = (weight if folded is None else weight * folded[:, None]).to(x.dtype)
+        b = None if bias is None else (bias if folded is None else bias * folded).to(x.dtype)
         out = x.new_empty(x.shape[0], len(w))  # as above
         for rows in _few_rows(x):
             _linear(F.gelu(x[rows]) if gelu else x[rows], w, b, out=out[rows])
-            if scale is not None and not folded:
-                out[rows] *= scale
+            if factors is not None:
+                out[rows] *= factors
         return out
 
     @staticmethod

@@ -179,7 +179,7 @@ class StepBench:
             autocast=autocast(self._device, self._precision),
             scaler=self._state.scaler,
             parallel=self.parallel,
-            crops_in_turn=crops_in_turn(r.parallel.crops_in_turn, self._device),
+            crops_in_turn=crops_in_turn(r.parallel.crops_in_turn, self._device, self._precision),
         )
         self._step += 1
 

@@ -16,6 +16,7 @@ from dinoforge.models.head import DINOHead
 from dinoforge.models.layers import Block, Mlp, SwiGLU
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.student_teacher import StudentTeacher
+from dinoforge.training.device import crops_in_turn
 from dinoforge.training.parallel import Mode
 
 _LIBRARIES = 0.65 * 2**30  # on a CPU: the interpreter, PyTorch and the others
@@ -62,10 +63,9 @@ def of_tensors(
     shards: int = 1,
 ) -> dict[str, float]:
     """Bytes per part of the peak of one rank's tensors, which is what accelerators count; as ``estimate``."""
-    step = _Step(recipe, networks, precision, device)
     weights = _Weights.of(networks)
 
-    def moment(activations: float, gradients: int) -> dict[str, float]:
+    def moment(step: _Step, activations: float, gradients: int) -> dict[str, float]:
         parts = {
             "student and teacher": 8 * weights.all / shards,
             "optimizer": 8 * weights.all / shards,
@@ -80,11 +80,21 @@ def of_tensors(
             parts["whole layers"] = 4.0 * (2 * weights.last + 3 * weights.block)
         return parts
 
-    moments = [
-        moment(step.activations, weights.last),
-        moment(step.activations + step.working, weights.heads),
-        moment(step.one_block + step.working, weights.all),
-    ]
+    images = recipe.train.batch_size_per_gpu
+    local = recipe.crops.local_crops_number * images if networks.objective.dino_local_weight > 0 else 0
+    passes = [(2 * images, local)]
+    if local and networks.can_take_turns and crops_in_turn(recipe.parallel.crops_in_turn, device, precision):
+        passes = [(0, local), (2 * images, 0)]
+    moments = []
+    for number, counts in enumerate(passes):
+        step = _Step(recipe, networks, precision, device, counts)
+        # The second pass finds the gradients of the first.
+        last, heads = (weights.all, weights.all) if number else (weights.last, weights.heads)
+        moments += [
+            moment(step, step.activations, last),
+            moment(step, step.activations + step.working, heads),
+            moment(step, step.one_block + step.working, weights.all),
+        ]
     return max(moments, key=lambda parts: sum(parts.values()))
 
 
@@ -112,15 +122,22 @@ class _Step:
 
     Args:
         recipe, networks, precision, device: as for ``estimate``.
+        counts: global and local crops that the student sees in it.
     """
 
-    def __init__(self, recipe: Recipe, networks: StudentTeacher, precision: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        networks: StudentTeacher,
+        precision: torch.dtype,
+        device: torch.device,
+        counts: tuple[int, int],
+    ) -> None:
         backbone = cast(VisionTransformer, networks.student["backbone"])
         images = recipe.train.batch_size_per_gpu
-        crops, student, ibot = recipe.crops, recipe.student, recipe.ibot
+        crops, student = recipe.crops, recipe.student
         side = backbone.patch_size
         patches = [(size // side) ** 2 for size in (crops.global_crops_size, crops.local_crops_size)]
-        counts = [2 * images, crops.local_crops_number * images if networks.objective.dino_local_weight > 0 else 0]
         extra = 1 + student.num_register_tokens
         tokens = sum(n * (p + extra) for n, p in zip(counts, patches, strict=True))
         rate = student.drop_path_rate if student.drop_path_uniform else student.drop_path_rate / 2
@@ -129,14 +146,13 @@ class _Step:
         size, width = precision.itemsize, backbone.embed_dim
         on_cpu = device.type == "cpu"
         block = cast(Block, backbone.blocks[0])
-        hidden = _hidden(block.mlp, scaled=block.ls2 is not None)
+        hidden = _hidden(block.mlp)
         # What both LayerNorms read, queries, keys and values, and what attention gave; on accelerators that twice,
         # since it is put together from the crops of each size.
-        attended = width if on_cpu or not counts[1] else 2 * width
+        attended = width if on_cpu or not all(counts) else 2 * width
         of_a_block = branch * size * (2 * width + 3 * width + attended + hidden)
         stream = tokens * width * 4
-        ratio = sum(ibot.mask_ratio_min_max) / 2
-        masked = counts[0] * ibot.mask_sample_probability * ratio * patches[0] if networks.objective.has_ibot else 0
+        masked = counts[0] * _masked_patches(recipe, networks)
         wanted = sum(counts) + masked
         keeps_attended = on_cpu and size == 2  # only what came in is kept there
         of_the_last = branch * size * (4 * width + (0 if keeps_attended else attended))
@@ -154,7 +170,7 @@ class _Step:
             self.one_block = of_a_block
             self.working = branch * size * 3 * width + stream
         self.activations = kept + heads
-        self.losses = self._scratch(networks, precision, device, counts, masked)
+        self.losses = self._scratch(recipe, networks, precision, device, sum(counts) + masked)
         values = student.in_chans * (
             2 * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2
         )
@@ -163,32 +179,42 @@ class _Step:
 
     @staticmethod
     def _of_heads(recipe: Recipe, size: int) -> float:
-        """Bytes of a sample: what each layer of the MLP reads, and what each GELU does."""
+        """Bytes of a sample: what each GELU of the MLP reads, and the bottleneck."""
         d = recipe.dino
-        return (2 * (d.head_nlayers - 1) * d.head_hidden_dim) * size + 4 * 4 * d.head_bottleneck_dim
+        return (d.head_nlayers - 1) * d.head_hidden_dim * size + 4 * 4 * d.head_bottleneck_dim
 
     @staticmethod
     def _scratch(
-        networks: StudentTeacher, precision: torch.dtype, device: torch.device, counts: list[int], masked: float
+        recipe: Recipe, networks: StudentTeacher, precision: torch.dtype, device: torch.device, seen: float
     ) -> float:
         """The memory that the losses keep: targets, an effective weight, a chunk of the student's logits."""
         size = precision.itemsize if precision is not torch.float16 else 4
         total, largest = 0.0, 0.0
-        of_heads = {"dino_head": float(counts[0]), networks.ibot_head_name: masked}
+        crops = 2.0 * recipe.train.batch_size_per_gpu
+        masked = crops * _masked_patches(recipe, networks)
+        of_heads = {"dino_head": crops, networks.ibot_head_name: masked}
         if networks.ibot_head_name == "dino_head":
-            of_heads = {"dino_head": counts[0] + masked}
+            of_heads = {"dino_head": crops + masked}
         for name, samples in of_heads.items():
             if name not in networks.student:
                 continue
             prototypes, width = cast(DINOHead, networks.student[name]).last_layer.weight_v.shape
             total += prototypes * samples * size
-            at_once = min(sum(counts) + masked, columns_at_once(prototypes, precision, device))
+            at_once = min(seen, columns_at_once(prototypes, precision, device))
             largest = max(largest, prototypes * (width + at_once) * size)
         return (1 + SPARE) * (total + largest)
 
 
-def _hidden(mlp: Mlp | SwiGLU, *, scaled: bool) -> float:
+def _masked_patches(recipe: Recipe, networks: StudentTeacher) -> float:
+    """Of a global crop, on average, where a loss reads them."""
+    ibot = recipe.ibot
+    patches = (recipe.crops.global_crops_size // recipe.student.patch_size) ** 2
+    share = ibot.mask_sample_probability * sum(ibot.mask_ratio_min_max) / 2
+    return patches * share if networks.objective.has_ibot else 0.0
+
+
+def _hidden(mlp: Mlp | SwiGLU) -> float:
     """Values of a token that the feed-forward network keeps."""
     if isinstance(mlp, SwiGLU):
         return 4 * mlp.w3.in_features  # gate and value, the gate's SiLU, their product
-    return (1 if scaled else 2) * mlp.fc1.out_features  # the GELU is made again where it is scaled
+    return mlp.fc1.out_features  # the GELU is made again

@@ -76,8 +76,8 @@ def train_step(
         measure: whether the result has diagnostics: those of this rank's first micro-batch and of its part of the
             weights; the weights are the same either way.
         parallel: how the networks are laid over ranks; None for one process.
-        crops_in_turn: whether local and global crops have a forward and a backward pass each, one after the other, which
-            halves the memory of activations.
+        crops_in_turn: whether local and global crops have a forward and a backward pass each, one after the other,
+            which halves the memory of activations.
 
     Returns:
         Losses of the global batch, the same on every rank.
@@ -106,20 +106,24 @@ def train_step(
     terms: list[Tensor] = []
     for i, part in enumerate(parts):
         turns: list[Turn | None] = [None]
-        of_part = {
-            "teacher_temp": hyper.teacher_temp,
-            "others": others[i],
-            "diagnostics": diagnostics if i == 0 else None,
-        }
+        measured = diagnostics if i == 0 else None
         if crops_in_turn:
             with autocast:
-                turns = student_teacher.turns(part, **of_part)
+                turns = student_teacher.turns(
+                    part, teacher_temp=hyper.teacher_temp, others=others[i], diagnostics=measured
+                )
         for turn in turns:
             is_last = i + 1 == len(parts) and turn is turns[-1]
             with nullcontext() if is_last else parallel.accumulating():
                 with autocast:
                     losses = parallel.forward(
-                        part, **of_part, kept=kept[i], backbone_frozen=hyper.backbone_frozen, turn=turn
+                        part,
+                        teacher_temp=hyper.teacher_temp,
+                        kept=kept[i],
+                        others=others[i],
+                        diagnostics=measured,
+                        backbone_frozen=hyper.backbone_frozen,
+                        turn=turn,
                     )
                 terms.append(torch.stack([t.detach().float() for t in vars(losses).values()]))
                 with record_function("backward"):
