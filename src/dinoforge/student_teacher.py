@@ -95,6 +95,9 @@ class Turn:
     last_layer: LastLayer
 
 
+_GROUPS = {"global": slice(0, 1), "local": slice(1, 2)}  # what a turn sees of ``student_crops``
+
+
 class StudentTeacher(nn.Module):
     """Student, teacher and the losses between them (DINOv2, arXiv 2304.07193, section 4).
 
@@ -197,7 +200,7 @@ class StudentTeacher(nn.Module):
         masked = batch.masked if self.objective.has_ibot else batch.masked[:0]
         masks: list[Tensor | None] = [batch.masks, None]  # also without the iBOT loss, as in the reference
         wanted = [masked, None]
-        seen = slice(len(crops)) if turn is None else _SIZES[turn.size]
+        seen = slice(len(crops)) if turn is None else _GROUPS[turn.size]
         backbone = cast(VisionTransformer, self.student["backbone"])
         some_kept = kept and [KeptSamples(attn=block.attn[seen], ffn=block.ffn[seen]) for block in kept]
         tokens = backbone.encode_some(crops[seen], masks[: len(crops)][seen], wanted[: len(crops)][seen], some_kept)
@@ -441,9 +444,6 @@ class StudentTeacher(nn.Module):
         for name, parameter in self.student.named_parameters():
             if ".last_layer." in name:
                 parameter.grad = None
-
-
-_SIZES = {"global": slice(0, 1), "local": slice(1, 2)}  # among the groups of ``student_crops``
 
 
 def _prototypes(networks: nn.ModuleDict, head: str) -> int:
