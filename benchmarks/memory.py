@@ -83,7 +83,11 @@ class AliveTensors(TorchDispatchMode):
 
 def recipe_of(settings: dict[str, Any]) -> Recipe:
     base, keys = NETWORKS[settings["network"]]
-    return load_recipe(base, keys | {"parallel.activation_checkpointing": settings["checkpointed"]})[0]
+    layout = {
+        "parallel.activation_checkpointing": settings["checkpointed"],
+        "parallel.crops_in_turn": settings.get("in_turn"),  # where it is not the default
+    }
+    return load_recipe(base, keys | layout)[0]
 
 
 def measure(settings: dict[str, Any]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinoforge.config import load_recipe
+from dinoforge.config import Parallel, load_recipe
 from dinoforge.data.batch import Batch, masked_patches
 from dinoforge.losses.diagnostics import Diagnostics, effective_rank, patch_similarity
 from dinoforge.losses.koleo import koleo_loss
@@ -23,8 +23,8 @@ from dinoforge.training.build import (
     build_state,
     build_student_teacher,
 )
-from dinoforge.training.device import crops_in_turn
 from dinoforge.training.loop import train
+from dinoforge.training.parallel import crops_in_turn
 from dinoforge.training.step import train_step
 from plain_losses import centering, dino_loss, ibot_loss
 
@@ -513,12 +513,16 @@ def test_crops_that_cannot_take_turns_are_seen_at_once(overrides, local):
 
 
 def test_crops_take_turns_in_half_precision_on_a_cpu():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert crops_in_turn(None, cpu, torch.bfloat16)
-    assert not crops_in_turn(None, cpu, torch.float32)
-    assert not crops_in_turn(None, cuda, torch.bfloat16)
-    assert crops_in_turn(True, cuda, torch.float32)
-    assert not crops_in_turn(False, cpu, torch.bfloat16)
+    def chosen(device="cpu", precision=torch.bfloat16, mode="none", **settings):
+        return crops_in_turn(Parallel(**settings), torch.device(device), precision, mode)
+
+    assert chosen()
+    assert not chosen(precision=torch.float32)
+    assert not chosen("cuda")
+    assert not chosen(mode="ddp")
+    assert not chosen(activation_checkpointing=True)
+    assert chosen("cuda", torch.float32, "fsdp", crops_in_turn=True)
+    assert not chosen(crops_in_turn=False)
 
 
 def test_a_frozen_backbone_changes_neither_losses_nor_the_heads_gradients():

@@ -65,9 +65,9 @@ def test_the_estimate_is_within_a_tenth(benchmark, one_thread, monkeypatch, prec
     assert result["estimated"] == pytest.approx(result["measured"], rel=0.1)
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_of_two_ranks(benchmark, mode):
-    settings = {"network": "small", "precision": "bf16", "checkpointed": False, "mode": mode}
+@pytest.mark.parametrize(("mode", "in_turn"), [("ddp", False), ("fsdp", False), ("ddp", True), ("fsdp", True)])
+def test_of_two_ranks(benchmark, mode, in_turn):
+    settings = {"network": "small", "precision": "bf16", "checkpointed": False, "mode": mode, "in_turn": in_turn}
     result = benchmark.measured_apart(settings | {"process": False})
     assert result["estimated"] == pytest.approx(result["measured"], rel=0.1)
 

@@ -28,7 +28,6 @@ from dinoforge.training.build import (
 )
 from dinoforge.training.device import (
     autocast,
-    crops_in_turn,
     keep_freed_memory,
     peak_memory_gib,
     resolve_device,
@@ -37,7 +36,7 @@ from dinoforge.training.device import (
 )
 from dinoforge.training.explain import work_of_a_step
 from dinoforge.training.loop import kept_samples
-from dinoforge.training.parallel import Mode, wrap
+from dinoforge.training.parallel import Mode, crops_in_turn, wrap
 from dinoforge.training.plan import Plan
 from dinoforge.training.step import PHASES, train_step
 
@@ -179,7 +178,7 @@ class StepBench:
             autocast=autocast(self._device, self._precision),
             scaler=self._state.scaler,
             parallel=self.parallel,
-            crops_in_turn=crops_in_turn(r.parallel.crops_in_turn, self._device, self._precision),
+            crops_in_turn=crops_in_turn(r.parallel, self._device, self._precision, self.parallel.mode),
         )
         self._step += 1
 

@@ -53,15 +53,6 @@ def rank_device(name: str) -> torch.device:
     return torch.device("cuda", distributed.local_rank())
 
 
-def crops_in_turn(setting: bool | None, device: torch.device, precision: torch.dtype) -> bool:
-    """Whether local and global crops take turns.
-
-    Unless said, they do where twice as many smaller products cost nothing; but not in float32, whose sums are to round
-    as the reference's do.
-    """
-    return device.type == "cpu" and precision is not torch.float32 if setting is None else setting
-
-
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype of matrix products; ``auto`` takes bfloat16 where the device multiplies faster in it."""
     if name != "auto":

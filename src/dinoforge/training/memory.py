@@ -16,8 +16,7 @@ from dinoforge.models.head import DINOHead
 from dinoforge.models.layers import Block, Mlp, SwiGLU
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.student_teacher import StudentTeacher
-from dinoforge.training.device import crops_in_turn
-from dinoforge.training.parallel import Mode
+from dinoforge.training.parallel import Mode, crops_in_turn
 
 _LIBRARIES = 0.65 * 2**30  # on a CPU: the interpreter, PyTorch and the others
 _COMPILER = 0.15 * 2**30  # PyTorch's, which its activation checkpointing, DDP and FSDP2 import
@@ -64,27 +63,28 @@ def of_tensors(
 ) -> dict[str, float]:
     """Bytes per part of the peak of one rank's tensors, which is what accelerators count; as ``estimate``."""
     weights = _Weights.of(networks)
+    images = recipe.train.batch_size_per_gpu
+    local = recipe.crops.local_crops_number * images if networks.objective.dino_local_weight > 0 else 0
+    passes = [(2 * images, local)]
+    if local and networks.can_take_turns and crops_in_turn(recipe.parallel, device, precision, mode):
+        passes = [(0, local), (2 * images, 0)]
 
     def moment(step: _Step, activations: float, gradients: int) -> dict[str, float]:
         parts = {
             "student and teacher": 8 * weights.all / shards,
             "optimizer": 8 * weights.all / shards,
-            # DDP makes room for all of them at once, in the buckets that it sends.
-            "gradients": 4 * (weights.all if mode == "ddp" else gradients) / shards,
+            # DDP makes room for all of them at once, in the buckets that it sends; those of a first pass are beside it.
+            "gradients": 4 * (len(passes) * weights.all if mode == "ddp" else gradients) / shards,
             "activations": activations,
             "losses": step.losses,
             "batch": step.batch,
         }
         if mode in ("fsdp", "hsdp"):
             # The last layers' copies and their gradients; two blocks that are gathered, and the gradient of one.
-            parts["whole layers"] = 4.0 * (2 * weights.last + 3 * weights.block)
+            # Between two passes, one gradient of a last layer waits.
+            parts["whole layers"] = 4.0 * ((1 + len(passes)) * weights.last + 3 * weights.block)
         return parts
 
-    images = recipe.train.batch_size_per_gpu
-    local = recipe.crops.local_crops_number * images if networks.objective.dino_local_weight > 0 else 0
-    passes = [(2 * images, local)]
-    if local and networks.can_take_turns and crops_in_turn(recipe.parallel.crops_in_turn, device, precision):
-        passes = [(0, local), (2 * images, 0)]
     moments = []
     for number, counts in enumerate(passes):
         step = _Step(recipe, networks, precision, device, counts)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from dinoforge import distributed
+from dinoforge import config, distributed
 from dinoforge.config import Recipe
 from dinoforge.errors import RecipeError
 from dinoforge.models.head import DINOHead
@@ -60,6 +60,18 @@ def choose_mode(recipe: Recipe, *, parameters: int, device_bytes: int | None, wo
     if device_bytes is None or parameters * _BYTES < device_bytes / 2:
         return "ddp"
     return "hsdp" if nodes > 1 else "fsdp"
+
+
+def crops_in_turn(settings: config.Parallel, device: torch.device, precision: torch.dtype, mode: Mode) -> bool:
+    """Whether local and global crops take turns.
+
+    Unless said, they do on a CPU, where twice as many smaller products cost little; but not in float32, whose sums are
+    to round as the reference's do, and not where the gradients that wait for the second turn may take what is saved.
+    """
+    if settings.crops_in_turn is not None:
+        return settings.crops_in_turn
+    in_half = precision is not torch.float32
+    return device.type == "cpu" and in_half and mode == "none" and not settings.activation_checkpointing
 
 
 def shard_count(mode: Mode, shard_ranks: int | None) -> int:
