@@ -512,6 +512,11 @@ def test_crops_that_cannot_take_turns_are_seen_at_once(overrides, local):
     assert all(torch.equal(in_turn[name], value) for name, value in at_once.items())
 
 
+def test_local_crops_come_first_and_global_ones_last():
+    turns = make().turns(make_batch(), teacher_temp=TEMP)
+    assert [turn.size for turn in turns] == ["local", "global"]
+
+
 def test_crops_take_turns_in_half_precision_on_a_cpu():
     def chosen(device="cpu", precision=torch.bfloat16, mode="none", **settings):
         return crops_in_turn(Parallel(**settings), torch.device(device), precision, mode)

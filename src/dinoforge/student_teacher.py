@@ -95,7 +95,7 @@ class Turn:
     last_layer: LastLayer
 
 
-_GROUPS = {"global": slice(0, 1), "local": slice(1, 2)}  # what a turn sees of ``student_crops``
+_GROUPS = {"global": slice(0, 1), "local": slice(1, 2)}  # among those of ``student_crops``
 
 
 class StudentTeacher(nn.Module):
@@ -202,9 +202,9 @@ class StudentTeacher(nn.Module):
         wanted = [masked, None]
         seen = slice(len(crops)) if turn is None else _GROUPS[turn.size]
         backbone = cast(VisionTransformer, self.student["backbone"])
-        some_kept = kept and [KeptSamples(attn=block.attn[seen], ffn=block.ffn[seen]) for block in kept]
-        tokens = backbone.encode_some(crops[seen], masks[: len(crops)][seen], wanted[: len(crops)][seen], some_kept)
-        (cls, patches), *more = tokens
+        (cls, patches), *more = backbone.encode_some(
+            crops[seen], masks[: len(crops)][seen], wanted[: len(crops)][seen], _of_groups(kept, seen)
+        )
         if turn is not None and turn.size == "local":
             return cls[:0], cls, patches
         return cls, more[0][0] if more else cls[:0], patches
@@ -406,8 +406,8 @@ class StudentTeacher(nn.Module):
     def _global_cls(self, batch: Batch, kept: Sequence[KeptSamples] | None) -> Tensor:
         """The student's cls tokens of the global crops [2B, D]."""
         backbone = cast(VisionTransformer, self.student["backbone"])
-        first = kept and [KeptSamples(attn=block.attn[:1], ffn=block.ffn[:1]) for block in kept]
-        ((cls, _),) = backbone.encode_some([batch.global_crops], [batch.masks], [None], first)
+        of_globals = _of_groups(kept, _GROUPS["global"])
+        ((cls, _),) = backbone.encode_some([batch.global_crops], [batch.masks], [None], of_globals)
         return cls
 
     def _parts(self, head_name: str, tokens: list[Tensor], temp: float, name: str) -> Parts:
@@ -444,6 +444,11 @@ class StudentTeacher(nn.Module):
         for name, parameter in self.student.named_parameters():
             if ".last_layer." in name:
                 parameter.grad = None
+
+
+def _of_groups(kept: Sequence[KeptSamples] | None, groups: slice) -> list[KeptSamples] | None:
+    """What each block keeps of some groups of crops."""
+    return None if kept is None else [KeptSamples(attn=b.attn[groups], ffn=b.ffn[groups]) for b in kept]
 
 
 def _prototypes(networks: nn.ModuleDict, head: str) -> int:

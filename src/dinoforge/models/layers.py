@@ -372,7 +372,8 @@ class _ScaledLinear(torch.autograd.Function):
             else:
                 torch.mm(g, w, out=grad_x[rows])
         grad_weight, grad_bias = sums
-        if scale is None or grad_weight is None:
+        assert grad_weight is not None
+        if scale is None:
             return grad_x, grad_weight, grad_bias, None, None
         grad_scale = (grad_weight * weight).sum(dim=1)
         if bias is not None and grad_bias is not None:
