@@ -18,6 +18,7 @@ from dinoforge.config import load_recipe
 from dinoforge.data.batch import Batch, masked_patches
 from dinoforge.data.masks import batch_masks
 from dinoforge.models.head import DINOHead
+from dinoforge.models.layers import Kept
 from dinoforge.models.vit import KeptSamples, VisionTransformer
 from dinoforge.optim.param_groups import parameter_groups, set_hyperparameters
 from dinoforge.optim.schedules import Schedules
@@ -179,14 +180,17 @@ def test_the_mean_over_all_subsets_is_the_network_without_stochastic_depth(image
     crops = [torch.randn(images[0], 3, 8, 8), torch.randn(images[1], 3, 4, 4)]
 
     def tokens(subsets=None):
-        every = [torch.arange(count) for count in images]
+        every = [Kept(torch.arange(count), 1.0) for count in images]
         branches = {"attn": every, "ffn": every} | ({kind: subsets} if subsets else {})
         encoded = network.encode(crops, [None, None], [KeptSamples(**branches)])
         return torch.cat([torch.cat([t.cls, t.patches.flatten(1)], dim=1).flatten() for t in encoded])
 
     choices = [itertools.combinations(range(n), min(k, n)) for n, k in zip(images, kept, strict=True)]
     with torch.no_grad():
-        outputs = [tokens([torch.tensor(subset) for subset in subsets]) for subsets in itertools.product(*choices)]
+        outputs = []
+        for subsets in itertools.product(*choices):
+            pairs = zip(subsets, images, strict=True)
+            outputs.append(tokens([Kept(torch.tensor(subset), count / len(subset)) for subset, count in pairs]))
         torch.testing.assert_close(torch.stack(outputs).mean(0), tokens(), rtol=1e-4, atol=1e-4)
 
 

@@ -24,7 +24,7 @@ from dinoforge.training.build import (
     build_student_teacher,
 )
 from dinoforge.training.loop import train
-from dinoforge.training.parallel import crops_in_turn
+from dinoforge.training.parallel import turn_tokens
 from dinoforge.training.step import train_step
 from plain_losses import centering, dino_loss, ibot_loss
 
@@ -491,42 +491,47 @@ def test_what_a_recipe_does_without_has_no_number():
     assert names({}, make_batch(share=0.0)) == features | dino
 
 
-@pytest.mark.parametrize(
-    ("overrides", "local"),
-    [
-        ({}, 0),
-        ({"dino.local_loss_weight": 0}, 3),
-        ({"dino.global_loss_weight": 0, "ibot.separate_head": True}, 3),  # only local crops read the DINO head
-    ],
-)
-def test_crops_that_cannot_take_turns_are_seen_at_once(overrides, local):
+def test_crops_are_seen_at_once_if_only_local_ones_read_the_dino_head():
     ends = []
-    for in_turn in (False, True):
-        recipe = make_recipe(overrides)
+    for least in (None, 1):
+        recipe = make_recipe({"dino.global_loss_weight": 0, "ibot.separate_head": True})
         networks = make(recipe=recipe)
         optimizer = build_optimizer(recipe, networks)
         hyper = Hyperparameters(1e-2, 1e-2, 0.04, 0.9, TEMP, last_layer_frozen=False)
-        train_step(networks, optimizer, make_batch(local=local), hyper, clip_grad=3.0, crops_in_turn=in_turn)
+        train_step(networks, optimizer, make_batch(), hyper, clip_grad=3.0, turn_tokens=least)
         ends.append(networks.student.state_dict())
     at_once, in_turn = ends
     assert all(torch.equal(in_turn[name], value) for name, value in at_once.items())
 
 
-def test_local_crops_come_first_and_global_ones_last():
-    turns = make().turns(make_batch(), teacher_temp=TEMP)
-    assert [turn.size for turn in turns] == ["local", "global"]
+@pytest.mark.parametrize(
+    ("local", "least", "expected"),
+    [
+        (8, None, [((0, 1), 0, 8)]),
+        (8, 1, [((), 0, 4), ((), 4, 8), ((0,), 8, 8), ((1,), 8, 8)]),
+        (3, 1, [((), 0, 2), ((), 2, 3), ((0,), 3, 3), ((1,), 3, 3)]),
+        (1, 1, [((), 0, 1), ((0,), 1, 1), ((1,), 1, 1)]),
+        (0, 1, [((0,), 0, 0), ((1,), 0, 0)]),
+        # Of two images, half of the local crops has 4 · 2 · 5 = 40 tokens, and a global one 2 · 17 = 34.
+        (8, 65, [((), 0, 8), ((0, 1), 8, 8)]),
+        (2, 30, [((0,), 0, 2), ((1,), 2, 2)]),
+        (8, 100, [((0, 1), 0, 8)]),
+    ],
+)
+def test_which_crops_are_seen_together(local, least, expected):
+    turns = make().crops_in_turn(2, local, (17, 5), least)
+    assert [(crops.views, crops.local.start, crops.local.stop) for crops in turns] == expected
 
 
-def test_crops_take_turns_in_half_precision_on_a_cpu():
-    def chosen(device="cpu", precision=torch.bfloat16, mode="none", **settings):
-        return crops_in_turn(Parallel(**settings), torch.device(device), precision, mode)
+def test_crops_take_turns_in_one_process_on_a_cpu():
+    def chosen(device="cpu", mode="none", **settings):
+        return turn_tokens(Parallel(**settings), torch.device(device), mode) is not None
 
     assert chosen()
-    assert not chosen(precision=torch.float32)
     assert not chosen("cuda")
     assert not chosen(mode="ddp")
     assert not chosen(activation_checkpointing=True)
-    assert chosen("cuda", torch.float32, "fsdp", crops_in_turn=True)
+    assert chosen("cuda", "fsdp", crops_in_turn=True)
     assert not chosen(crops_in_turn=False)
 
 

@@ -65,7 +65,7 @@ from dinoforge.training.metrics import (
     duration,
 )
 from dinoforge.training.non_finite import NonFinitePolicy, RollBackError
-from dinoforge.training.parallel import Parallel, crops_in_turn, wrap
+from dinoforge.training.parallel import Parallel, turn_tokens, wrap
 from dinoforge.training.probes import Probes
 from dinoforge.training.run import DataIdentity, RunDirectory
 from dinoforge.training.saver import Saver
@@ -283,7 +283,7 @@ def _train(
                         samples_per_step=plan.length.batch_size,
                         accumulate=recipe.train.accumulate,
                         parallel=start.parallel,
-                        crops_in_turn=crops_in_turn(recipe.parallel, device, plan.precision, start.parallel.mode),
+                        turn_tokens=turn_tokens(recipe.parallel, device, start.parallel.mode),
                         drop_path_rates=build.build_drop_path_rates(recipe),
                         clip_grad=recipe.optim.clip_grad,
                         prepare=partial(prepare, device=device, mean=image.mean, std=image.std),

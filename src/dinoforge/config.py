@@ -247,7 +247,7 @@ class Parallel:
     backend: Literal["auto", "gloo", "nccl"] = "auto"  # auto: nccl on cuda, gloo on the CPU
     shard_ranks: int | None = None  # of a copy under hsdp; null: the ranks of a machine
     activation_checkpointing: bool = False  # less memory, about a third more work
-    crops_in_turn: bool | None = None  # local crops, then global ones: less memory; null: see docs/running.md
+    crops_in_turn: bool | None = None  # some crops at a time: less memory; null: see docs/running.md
     timeout_minutes: float = 30.0  # after so long without a word from a rank, the others take it for gone
 
 

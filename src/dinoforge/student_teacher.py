@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -82,20 +82,38 @@ class OtherParts:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A pass of the student over the crops of one size: the local ones first, then the global ones.
+class Crops:
+    """Some of the crops of all images of a batch.
 
-    size: of the crops.
-    targets: which both passes read.
-    last_layer: of the DINO head, which both passes read.
+    views: which of the two global ones, in order.
+    local: which of the L local ones.
     """
 
-    size: Literal["local", "global"]
+    views: tuple[int, ...]
+    local: slice
+
+    @property
+    def local_number(self) -> int:
+        return len(range(self.local.start, self.local.stop))
+
+    def rows(self, images: int) -> tuple[slice, slice]:
+        """Their places among the global crops [2B] and the local ones [L·B] of B images, crop-major."""
+        first, last = (self.views[0], self.views[-1] + 1) if self.views else (0, 0)
+        return slice(first * images, last * images), slice(self.local.start * images, self.local.stop * images)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the student has one forward and backward pass for.
+
+    crops: that it sees.
+    targets: of all crops.
+    last_layers: of its heads, by name, which all turns of a batch read.
+    """
+
+    crops: Crops
     targets: TargetsOfBoth
-    last_layer: LastLayer
-
-
-_GROUPS = {"global": slice(0, 1), "local": slice(1, 2)}  # among those of ``student_crops``
+    last_layers: Mapping[str, LastLayer]
 
 
 class StudentTeacher(nn.Module):
@@ -128,15 +146,37 @@ class StudentTeacher(nn.Module):
     def ibot_head_name(self) -> str:
         return "ibot_head" if "ibot_head" in self.student else "dino_head"
 
-    @property
-    def can_take_turns(self) -> bool:
-        """Whether ``turns`` gives some: local crops have a loss, and so do global ones by the head of it.
+    def crops_in_turn(self, images: int, local: int, tokens: tuple[int, int], least: int | None) -> list[Crops]:
+        """The crops that the student sees together, the local ones first.
 
-        They come last, and hand on what local ones gave its last layer.
+        They are half of the local ones, or a global one, or more where these have too few tokens. All are seen at once
+        if the DINO head reads only local ones, since the last turn gives its last layer the gradient of all.
+
+        Args:
+            images: B.
+            local: L, the number of local crops that a loss reads.
+            tokens: of a global and of a local crop.
+            least: tokens of a turn; None: all crops at once.
         """
+
+        def size(crops: Crops) -> int:
+            return images * (len(crops.views) * tokens[0] + crops.local_number * tokens[1])
+
         o = self.objective
-        has_global = o.dino_global_weight > 0 or (o.has_ibot and self.ibot_head_name == "dino_head")
-        return o.dino_local_weight > 0 and has_global
+        if least is None or not (o.dino_global_weight > 0 or (o.has_ibot and self.ibot_head_name == "dino_head")):
+            return [Crops((0, 1), slice(0, local))]
+        middle, none = -(-local // 2), slice(local, local)
+        turns = [Crops((), slice(0, middle)), Crops((), slice(middle, local)), Crops((0,), none), Crops((1,), none)]
+        place = 0
+        while place < len(turns) > 1:
+            if size(turns[place]) >= least:
+                place += 1
+            else:
+                place = min(place, len(turns) - 2)
+                first, second = turns[place : place + 2]
+                joined = Crops(first.views + second.views, slice(first.local.start, second.local.stop))
+                turns[place : place + 2] = [joined]
+        return turns
 
     def forward(
         self,
@@ -158,16 +198,17 @@ class StudentTeacher(nn.Module):
             others: what ``look_at_parts`` gave, if the batch is one of several micro-batches of a step.
             diagnostics: filled with what the step says about its health; takes time, changes nothing.
             backbone_frozen: whether only the heads get a gradient; the student's backbone then takes no memory for one.
-            turn: what ``turns`` gave, if crops of each size are seen by themselves. Their losses add up to those of the
-                batch, and so do the gradients, when all turns had their backward pass.
+            turn: one of ``turns``, whose losses add up to those of the batch; so do the gradients, when all turns had
+                their backward pass. None: all crops at once.
         """
-        targets = self._targets(batch, teacher_temp, others, diagnostics) if turn is None else turn.targets
+        if turn is None:
+            (turn,) = self.turns(batch, teacher_temp=teacher_temp, least=None, others=others, diagnostics=diagnostics)
         with record_function("student"), torch.set_grad_enabled(torch.is_grad_enabled() and not backbone_frozen):
-            tokens = self._student_tokens(batch, kept, turn)
+            tokens = self._student_tokens(batch, kept, turn.crops)
         with record_function("losses"):
-            losses = self._losses(batch, tokens, targets, others, turn)
+            losses = self._losses(batch, tokens, others, turn)
         if diagnostics is not None:
-            diagnostics.add_cross_entropies(self._cross_entropies(losses, batch, turn))
+            diagnostics.add_cross_entropies(self._cross_entropies(losses, batch))
         return losses
 
     def turns(
@@ -175,56 +216,81 @@ class StudentTeacher(nn.Module):
         batch: Batch,
         *,
         teacher_temp: float,
+        least: int | None,
         others: OtherParts | None = None,
         diagnostics: Diagnostics | None = None,
-    ) -> list[Turn | None]:
-        """What ``forward`` is called with, one after the other, to see crops of each size by themselves.
+    ) -> list[Turn]:
+        """What ``forward`` is called with, one after the other, to see some crops at a time.
 
-        The activations of one size are gone when those of the next come, which halves them. None, for all crops at
-        once, where that cannot be.
+        The activations of one turn are gone when those of the next come.
 
         Args:
             batch, teacher_temp, others, diagnostics: as for ``forward``.
+            least: tokens of a turn, see ``crops_in_turn``.
         """
-        if len(self.student_crops(batch)) == 1 or not self.can_take_turns:
-            return [None]
+        images = len(batch.global_crops) // 2
+        every = self.student_crops(batch)
+        local = len(every[1]) // images if len(every) > 1 else 0
+        backbone = cast(VisionTransformer, self.student["backbone"])
+        tokens = [backbone.tokens_of(crops.shape[-2:]) for crops in every]
+        turns = self.crops_in_turn(images, local, (tokens[0], tokens[-1]), least)
         targets = self._targets(batch, teacher_temp, others, diagnostics)
-        layer = LastLayer(calls=2)
-        return [Turn("local", targets, layer), Turn("global", targets, layer)]
+        layers = {"dino_head": LastLayer(len(turns))}
+        if "ibot_head" in self.student:
+            # Called where global crops are seen; between two calls its weight must not be where the other head's is.
+            calls = sum(len(crops.views) > 0 for crops in turns)
+            layers["ibot_head"] = LastLayer(calls, "weight" if calls == 1 else "second weight")
+        return [Turn(crops, targets, layers) for crops in turns]
 
     def _student_tokens(
-        self, batch: Batch, kept: Sequence[KeptSamples] | None, turn: Turn | None
+        self, batch: Batch, kept: Sequence[KeptSamples] | None, crops: Crops
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The cls tokens of global [2B, D] and local crops [L·B, D], and masked patches [M, D]; none of other sizes."""
-        crops = self.student_crops(batch)
-        masked = batch.masked if self.objective.has_ibot else batch.masked[:0]
-        masks: list[Tensor | None] = [batch.masks, None]  # also without the iBOT loss, as in the reference
-        wanted = [masked, None]
-        seen = slice(len(crops)) if turn is None else _GROUPS[turn.size]
+        """The cls tokens of global [V·B, D] and local crops [l·B, D], and their masked patches [m, D]."""
+        of_globals, of_locals = crops.rows(len(batch.global_crops) // 2)
+        groups: list[tuple[int, slice]] = []
+        masks: list[Tensor | None] = []
+        wanted: list[Tensor | None] = []
+        if crops.views:
+            first = of_globals.start * batch.masks.shape[1]
+            groups.append((0, of_globals))
+            masks.append(batch.masks[of_globals])  # also without the iBOT loss, as in the reference
+            wanted.append(batch.masked[self._patches(batch, crops)] - first)
+        if of_locals.start < of_locals.stop:
+            groups.append((1, of_locals))
+            masks.append(None)
+            wanted.append(None)
+        every = self.student_crops(batch)
         backbone = cast(VisionTransformer, self.student["backbone"])
-        (cls, patches), *more = backbone.encode_some(
-            crops[seen], masks[: len(crops)][seen], wanted[: len(crops)][seen], _of_groups(kept, seen)
+        tokens = backbone.encode_some(
+            [every[group][rows] for group, rows in groups],
+            masks,
+            wanted,
+            None if kept is None else [block.of(groups) for block in kept],
         )
-        if turn is not None and turn.size == "local":
-            return cls[:0], cls, patches
-        return cls, more[0][0] if more else cls[:0], patches
+        none = tokens[0][0][:0]
+        cls = {group: cls for (group, _), (cls, _) in zip(groups, tokens, strict=True)}
+        return cls.get(0, none), cls.get(1, none), tokens[0][1]
+
+    def _patches(self, batch: Batch, crops: Crops) -> slice:
+        """Which of the masked patches [M] of a batch are those of its crops and have a loss."""
+        if not self.objective.has_ibot:
+            return slice(0, 0)
+        rows, _ = crops.rows(len(batch.global_crops) // 2)
+        bounds = torch.tensor([rows.start, rows.stop]) * batch.masks.shape[1]
+        first, last = torch.searchsorted(batch.masked, bounds).tolist()
+        return slice(first, last)
 
     def _losses(
-        self,
-        batch: Batch,
-        tokens: tuple[Tensor, Tensor, Tensor],
-        targets: TargetsOfBoth,
-        others: OtherParts | None,
-        turn: Turn | None,
+        self, batch: Batch, tokens: tuple[Tensor, Tensor, Tensor], others: OtherParts | None, turn: Turn
     ) -> Losses:
-        """Losses of the student's cls tokens [2B, D] and [L·B, D], and of its masked patches [M, D]."""
+        """Losses of what ``_student_tokens`` gave."""
         o = self.objective
         global_cls, local_cls, patches = tokens
-        dino_targets, ibot_targets = targets
-        has_globals = turn is None or turn.size == "global"
+        dino_targets, ibot_targets = turn.targets
+        views = turn.crops.views
         terms: list[tuple[str, str, Term]] = []  # loss, head
         cls = [global_cls, local_cls] if dino_targets is not None else []
-        masked = [patches] if ibot_targets is not None and has_globals else []
+        masked = [patches] if ibot_targets is not None and views else []
         if self.ibot_head_name == "dino_head":
             embedded = self._embed("dino_head", cls + masked)
         else:
@@ -236,13 +302,15 @@ class StudentTeacher(nn.Module):
                 dino_targets,
                 local_crops_number=len(batch.local_crops) * 2 // len(batch.global_crops),
                 student_temp=o.dino_student_temp,
+                views=views,
                 global_weight=o.dino_global_weight,
                 local_weight=o.dino_local_weight,
             )
             terms += [("dino_global", "dino_head", term) for term in of_globals]
             terms += [("dino_local", "dino_head", term) for term in of_locals]
-        if ibot_targets is not None and has_globals:
-            term = ibot_term(embedded[-1], ibot_targets, batch.masks, o.ibot_student_temp, o.ibot_weight)
+        if ibot_targets is not None and views:
+            seen = self._patches(batch, turn.crops)
+            term = ibot_term(embedded[-1], ibot_targets, batch.masks, o.ibot_student_temp, o.ibot_weight, seen)
             terms.append(("ibot", self.ibot_head_name, term))
 
         zero = torch.zeros((), device=batch.global_crops.device)
@@ -252,14 +320,13 @@ class StudentTeacher(nn.Module):
             own = [(loss, term) for loss, head_name, term in terms if head_name == name]
             if own:
                 last = cast(DINOHead, network).last_layer.parts()
-                layer = turn.last_layer if turn is not None and name == "dino_head" else None
-                summed, values = cross_entropy([term for _, term in own], *last, self._scratch, layer)
+                summed, values = cross_entropy([term for _, term in own], *last, self._scratch, turn.last_layers[name])
                 total = total + summed
                 for (loss, _), value in zip(own, values, strict=True):
                     each[loss] = each[loss] + value
-        if o.koleo_weight > 0 and has_globals:
+        if o.koleo_weight > 0 and views:
             # Each view by itself: two views of one image should be close, not apart.
-            koleo = o.koleo_weight * sum(self._koleo(global_cls, others), zero)
+            koleo = o.koleo_weight * sum(self._koleo(global_cls, views, others), zero)
             each["koleo"] = koleo.detach()
             total = total + koleo
         return Losses(**each, total=total)
@@ -271,18 +338,18 @@ class StudentTeacher(nn.Module):
         head = cast(DINOHead, self.student[head_name])
         return list(head.embed(torch.cat(tokens)).split([len(t) for t in tokens]))
 
-    def _koleo(self, cls: Tensor, others: OtherParts | None) -> list[Tensor]:
-        """KoLeo of each view of the global crops' cls tokens [2B, D]."""
-        views = cls.chunk(2)
+    def _koleo(self, cls: Tensor, views: tuple[int, ...], others: OtherParts | None) -> list[Tensor]:
+        """KoLeo of each of the global crops ``views``, given their cls tokens [V·B, D]."""
+        each = cls.chunk(len(views))
         if self.objective.koleo_scope == "rank":
-            return [koleo_loss(view) for view in views]
+            return [koleo_loss(own) for own in each]
         if others is None or others.cls is None:
-            first = distributed.rank() * len(views[0])
-            everyone = [distributed.rows_of_all_ranks(view.float()) for view in views]
+            first = distributed.rank() * len(each[0])
+            everyone = [distributed.rows_of_all_ranks(own.float()) for own in each]
         else:
-            first, everyone = others.first, list(others.cls)
+            first, everyone = others.first, [others.cls[view] for view in views]
         size = self.objective.koleo_group_size if self.objective.koleo_scope == "groups" else None
-        return [koleo_loss_among(view, rows, first, size) for view, rows in zip(views, everyone, strict=True)]
+        return [koleo_loss_among(own, rows, first, size) for own, rows in zip(each, everyone, strict=True)]
 
     def student_crops(self, batch: Batch) -> list[Tensor]:
         """The groups of crops that the student reads: local ones only if a loss does."""
@@ -332,8 +399,8 @@ class StudentTeacher(nn.Module):
         return dino, ibot
 
     @torch.no_grad()
-    def _cross_entropies(self, losses: Losses, batch: Batch, turn: Turn | None) -> dict[str, Tensor]:
-        """The mean cross-entropy of a pair of views, or of a masked patch, in each term that is on."""
+    def _cross_entropies(self, losses: Losses, batch: Batch) -> dict[str, Tensor]:
+        """The mean cross-entropy of a pair of views or of a masked patch, in each term; of a turn, its part."""
         o = self.objective
         local = 0 if not len(batch.local_crops) else len(batch.local_crops) * 2 // len(batch.global_crops)
         means = {}
@@ -344,8 +411,6 @@ class StudentTeacher(nn.Module):
         if o.ibot_weight > 0:
             masked_crops = (batch.masks.sum(dim=1) > 0).float().mean()  # the others count as zero
             means["ibot"] = losses.ibot / (o.ibot_weight * masked_crops)
-        if turn is not None:
-            means = {name: mean for name, mean in means.items() if (name == "dino_local") == (turn.size == "local")}
         return {name: mean.detach() for name, mean in means.items()}
 
     def _teacher_tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -406,7 +471,7 @@ class StudentTeacher(nn.Module):
     def _global_cls(self, batch: Batch, kept: Sequence[KeptSamples] | None) -> Tensor:
         """The student's cls tokens of the global crops [2B, D]."""
         backbone = cast(VisionTransformer, self.student["backbone"])
-        of_globals = _of_groups(kept, _GROUPS["global"])
+        of_globals = None if kept is None else [block.of([(0, slice(0, len(batch.masks)))]) for block in kept]
         ((cls, _),) = backbone.encode_some([batch.global_crops], [batch.masks], [None], of_globals)
         return cls
 
@@ -444,11 +509,6 @@ class StudentTeacher(nn.Module):
         for name, parameter in self.student.named_parameters():
             if ".last_layer." in name:
                 parameter.grad = None
-
-
-def _of_groups(kept: Sequence[KeptSamples] | None, groups: slice) -> list[KeptSamples] | None:
-    """What each block keeps of some groups of crops."""
-    return None if kept is None else [KeptSamples(attn=b.attn[groups], ffn=b.ffn[groups]) for b in kept]
 
 
 def _prototypes(networks: nn.ModuleDict, head: str) -> int:

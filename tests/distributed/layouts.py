@@ -64,7 +64,7 @@ class Layout(NamedTuple):
     accumulate: int = 1
     activation_checkpointing: bool = False
     shard_ranks: int | None = None
-    crops_in_turn: bool = False
+    turn_tokens: int | None = None
 
 
 ON_TWO = {
@@ -72,8 +72,8 @@ ON_TWO = {
     "fsdp": Layout("fsdp"),
     "ddp, accumulated": Layout("ddp", 2),
     "fsdp, accumulated, checkpointed": Layout("fsdp", 2, True),
-    "ddp, in turn": Layout("ddp", crops_in_turn=True),
-    "fsdp, accumulated, in turn": Layout("fsdp", 2, crops_in_turn=True),
+    "ddp, in turn": Layout("ddp", turn_tokens=1),
+    "fsdp, accumulated, in turn": Layout("fsdp", 2, turn_tokens=1),
 }
 COMBINATIONS = [
     *((kind, layout) for kind in ("centering", "sinkhorn_knopp") for layout in ON_TWO),
@@ -88,8 +88,8 @@ ON_ONE = {
     "accumulated": Layout("none", 2),
     "accumulated 4": Layout("none", 4),
     "checkpointed": Layout("none", 1, True),
-    "in turn": Layout("none", crops_in_turn=True),
-    "accumulated, in turn": Layout("none", 2, crops_in_turn=True),
+    "in turn": Layout("none", turn_tokens=1),
+    "accumulated, in turn": Layout("none", 2, turn_tokens=1),
 }
 
 
@@ -147,7 +147,7 @@ def run(kind: str, layout: Layout) -> dict[str, torch.Tensor]:
             kept=kept,
             measure=step == MEASURED,
             parallel=parallel,
-            crops_in_turn=layout.crops_in_turn,
+            turn_tokens=layout.turn_tokens,
         )
         results |= {f"{step} {name}": torch.tensor(value) for name, value in result.values().items()}
     results |= {f"state {k}": distributed.whole(v).detach().clone() for k, v in networks.state_dict().items()}

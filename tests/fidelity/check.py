@@ -26,6 +26,7 @@ from torch import Tensor
 from dinoforge import distributed
 from dinoforge.config import Recipe, load_recipe
 from dinoforge.data.batch import Batch, masked_patches
+from dinoforge.models.layers import Kept
 from dinoforge.models.vit import KeptSamples
 from dinoforge.optim.schedules import Hyperparameters
 from dinoforge.student_teacher import StudentTeacher
@@ -119,12 +120,13 @@ def read_subsets(
         }
         tensors = ours or tensors
 
-    def kept(block: int, branch: str) -> list[Tensor]:
+    def kept(block: int, branch: str) -> list[Kept]:
         names = [f"step{step}.block{block}.{branch}.{group}" for group in ("global", "local")]
-        return [
+        images = [
             tensors[name].long() if name in tensors else torch.arange(size)
             for name, size in zip(names, group_sizes, strict=False)
         ]
+        return [Kept(each, size / len(each)) for each, size in zip(images, group_sizes, strict=True)]
 
     return [KeptSamples(attn=kept(b, "attn"), ffn=kept(b, "ffn")) for b in range(depth)]
 
@@ -143,7 +145,7 @@ def run_case(
     prepare: Prepare | None = None,
     mode: Mode = "none",
     *,
-    crops_in_turn: bool = False,
+    turn_tokens: int | None = None,
 ) -> Errors:
     """Runs one rank of a case; on several ranks, call it on each. The errors are those of rank 0.
 
@@ -152,7 +154,7 @@ def run_case(
         dtype: of matrix products, under autocast unless it is float32.
         prepare: done to the networks when they have the case's weights, such as compiling them.
         mode: how the networks are laid over ranks.
-        crops_in_turn: as for ``train_step``.
+        turn_tokens: as for ``train_step``.
     """
     case = json.loads((folder / "case.json").read_text())
     recipe = recipe_of(case)
@@ -189,7 +191,7 @@ def run_case(
             kept=[read_subsets(folder, prefix, i, case["vit"]["depth"], groups)],
             autocast=autocast(torch.device("cpu"), dtype),
             parallel=parallel,
-            crops_in_turn=crops_in_turn,
+            turn_tokens=turn_tokens,
         )
         if handle is not None:
             handle.remove()
@@ -266,14 +268,14 @@ def _run_rank(rank: int, folder: str, dtype: torch.dtype, world_size: int, store
 def check(folder: Path, dtype: torch.dtype = torch.float32) -> Errors:
     """Runs a case with matrix products in ``dtype``.
 
-    One of one rank runs twice, all crops at once and those of each size in turn; one of several on as many processes,
+    One of one rank runs twice, all crops at once and a few at a time; one of several on as many processes,
     by DDP and by FSDP2.
     """
     world_size = json.loads((folder / "case.json").read_text()).get("world_size", 1)
     if world_size == 1:
         both = Errors()
-        for in_turn in (False, True):
-            both.add_all(run_case(folder, dtype, crops_in_turn=in_turn), "in turn: " if in_turn else "")
+        for least in (None, 1):
+            both.add_all(run_case(folder, dtype, turn_tokens=least), "in turn: " if least else "")
         return both
     with tempfile.TemporaryDirectory() as tmp:
         out = Path(tmp, "errors.json")

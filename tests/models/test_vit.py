@@ -12,6 +12,7 @@ from torch import nn
 
 from dinoforge.models.layers import (
     Block,
+    Kept,
     SwiGLU,
     _AttentionOnCpu,
     _HalfAttentionOnCpu,
@@ -244,27 +245,38 @@ def test_draws_are_distinct_images_of_the_stated_number(rates, sizes, seed):
     assert len(drawn) == len(rates)
     for rate, block, repeated in zip(rates, drawn, again, strict=True):
         for branch, other in ((block.attn, repeated.attn), (block.ffn, repeated.ffn)):
-            assert [len(kept) for kept in branch] == [max(int(size * (1 - rate)), 1) for size in sizes]
-            for kept, same, size in zip(branch, other, sizes, strict=True):
+            assert [len(kept.images) for kept in branch] == [max(int(size * (1 - rate)), 1) for size in sizes]
+            for (kept, scale), (same, _), size in zip(branch, other, sizes, strict=True):
                 assert torch.equal(kept, same)
                 assert len(set(kept.tolist())) == len(kept)
                 assert int(kept.min()) >= 0
                 assert int(kept.max()) < size
+                assert scale == size / len(kept)
+
+
+def test_what_is_kept_of_a_part_of_a_group_keeps_its_scale():
+    (drawn,) = draw_kept_samples([0.25], [8, 4], torch.Generator().manual_seed(0))
+    halves = [drawn.of([(0, slice(start, start + 4))]) for start in (0, 4)]
+    again = torch.cat([half.attn[0].images + start for half, start in zip(halves, (0, 4), strict=True)])
+    assert sorted(again.tolist()) == sorted(drawn.attn[0].images.tolist())
+    assert {kept.scale for half in halves for kept in (*half.attn, *half.ffn)} == {8 / 6}
+    (other,) = drawn.of([(1, slice(0, 4))]).ffn
+    assert torch.equal(other.images, drawn.ffn[1].images)
 
 
 def test_branches_blocks_and_groups_draw_for_themselves():
     drawn = draw_kept_samples([0.5, 0.5], [64, 64], torch.Generator().manual_seed(0))
-    sets = [frozenset(kept.tolist()) for block in drawn for branch in (block.attn, block.ffn) for kept in branch]
+    sets = [frozenset(kept.images.tolist()) for block in drawn for branch in (block.attn, block.ffn) for kept in branch]
     assert len(set(sets)) == 8
     other = draw_kept_samples([0.5, 0.5], [64, 64], torch.Generator().manual_seed(1))
-    assert frozenset(other[0].attn[0].tolist()) != sets[0]
+    assert frozenset(other[0].attn[0].images.tolist()) != sets[0]
 
 
 def test_each_image_is_kept_equally_often():
     generator, draws, size = torch.Generator().manual_seed(0), 2000, 10
     counts = torch.zeros(size)
     for block in draw_kept_samples([0.3] * draws, [size], generator):
-        counts[block.attn[0]] += 1
+        counts[block.attn[0].images] += 1
     deviation = (draws * 0.7 * 0.3) ** 0.5
     assert (counts - 0.7 * draws).abs().max() < 6 * deviation
 
@@ -290,8 +302,8 @@ def test_a_branch_with_a_subset_is_that_branch_of_the_kept_images_scaled(swiglu)
     block = make_block(swiglu)
     shapes = [(4, 5), (6, 3)]  # images, tokens of two groups
     parts = [torch.randn(*shape, 8) for shape in shapes]
-    kept_attn = [torch.tensor([2, 0, 3]), torch.tensor([5])]
-    kept_ffn = [torch.tensor([1]), torch.tensor([4, 0])]
+    kept_attn = [Kept(torch.tensor([2, 0, 3]), 4 / 3), Kept(torch.tensor([5]), 6.0)]
+    kept_ffn = [Kept(torch.tensor([1]), 4.0), Kept(torch.tensor([4, 0]), 3.0)]
     device = torch.device("cpu")
     packed = torch.cat([p.flatten(0, 1) for p in parts])
     groups = tuple(shapes)
@@ -301,9 +313,9 @@ def test_a_branch_with_a_subset_is_that_branch_of_the_kept_images_scaled(swiglu)
     for x, attn, ffn in zip(parts, kept_attn, kept_ffn, strict=True):
         x = x.clone()
         for kept, kind in ((attn, "attn"), (ffn, "ffn")):
-            added = branch_of(block, x[kept], kind) * (len(x) / len(kept))
+            added = branch_of(block, x[kept.images], kind) * kept.scale
             x = x.clone()
-            for position, image in enumerate(kept.tolist()):
+            for position, image in enumerate(kept.images.tolist()):
                 x[image] = x[image] + added[position]
         expected.append(x.flatten(0, 1))
     torch.testing.assert_close(ours, torch.cat(expected), rtol=1e-4, atol=1e-5)
@@ -317,9 +329,25 @@ def test_rate_zero_is_no_stochastic_depth():
         assert_equal_tokens(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_group_of_which_nothing_is_kept(dtype):
+    network = make_vit()
+    nothing, second = Kept(torch.tensor([], dtype=torch.int64), 3.0), Kept(torch.tensor([1]), 3.0)
+    for kept in ([nothing], [nothing, second]):
+        crops = [images(3), images(3)][: len(kept)]
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            tokens = network.encode_some(
+                crops, [None] * len(kept), [torch.tensor([0, 5])] * len(kept), [KeptSamples(attn=kept, ffn=kept)] * 2
+            )
+        sum(part.sum() for group in tokens for part in group).backward()
+        bare = make_vit(depth=0)
+        bare.load_state_dict({k: v for k, v in network.state_dict().items() if not k.startswith("blocks.")})
+        torch.testing.assert_close(tokens[0][0], bare(images(3)).cls, check_dtype=False)
+
+
 def test_images_that_no_branch_keeps_pass_unchanged():
     network = make_vit()
-    kept = [KeptSamples(attn=[torch.tensor([1])], ffn=[torch.tensor([1])])] * 2
+    kept = [KeptSamples(attn=[Kept(torch.tensor([1]), 3.0)], ffn=[Kept(torch.tensor([1]), 3.0)])] * 2
     (tokens,) = network.encode([images(3)], [None], kept)
     bare = make_vit(depth=0)
     bare.load_state_dict({k: v for k, v in network.state_dict().items() if not k.startswith("blocks.")})
@@ -331,7 +359,7 @@ def test_images_that_no_branch_keeps_pass_unchanged():
 def test_dropped_images_give_the_branch_no_gradient():
     network = make_vit(depth=1)
     batch = images(3).requires_grad_()
-    kept = [KeptSamples(attn=[torch.tensor([1])], ffn=[torch.tensor([1])])]
+    kept = [KeptSamples(attn=[Kept(torch.tensor([1]), 3.0)], ffn=[Kept(torch.tensor([1]), 3.0)])]
     (tokens,) = network.encode([batch], [None], kept)
     tokens.cls[[0, 2]].sum().backward()
     assert network.blocks[0].attn.qkv.weight.grad.abs().max() == 0

@@ -116,13 +116,15 @@ class LastLayer:
     """The student's weight-normed last layer in a step that calls ``cross_entropy`` several times.
 
     Its weight is made by the first call, and its gradient is a sum over all calls, which the last one hands on: neither
-    is made anew, nor held twice. In between, the scratch memory belongs to these calls.
+    is made anew, nor held twice.
 
     Args:
         calls: how many are to come.
+        name: of the scratch memory of the weight.
     """
 
     calls: int = 1
+    name: str = "weight"
     weight: Tensor = field(init=False)  # effective [K, d], in scratch memory
     lengths: Tensor = field(init=False)  # of ``weight_v`` [K, 1]
     gradient: Tensor | None = field(init=False, default=None)  # of the effective weight [K, d]
@@ -172,7 +174,7 @@ class _CrossEntropy(torch.autograd.Function):
         *embeddings: Tensor,
     ) -> tuple[Tensor, Tensor]:
         if not layer.begun:
-            layer.weight, layer.lengths = effective_weight(weight_g, weight_v, dtype, scratch)
+            layer.weight, layer.lengths = effective_weight(weight_g, weight_v, dtype, scratch, layer.name)
             layer.gradient = torch.empty_like(weight_v) if any(ctx.needs_input_grad[:2]) else None
         w, grad_w = layer.weight, layer.gradient
         values = torch.zeros(len(terms), dtype=torch.float32, device=w.device)

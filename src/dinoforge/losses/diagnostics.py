@@ -25,6 +25,7 @@ class Diagnostics:
         self.values: dict[str, Tensor] = {}
         self._entropy: dict[str, Tensor] = {}  # of the targets of each loss, in nats
         self._log_prototypes: dict[str, float] = {}
+        self._cross_entropies: dict[str, Tensor] = {}  # of the calls so far, in nats
 
     @torch.no_grad()
     def add_features(self, cls: Tensor, patches: Tensor, masks: Tensor) -> None:
@@ -57,11 +58,16 @@ class Diagnostics:
 
     @torch.no_grad()
     def add_cross_entropies(self, terms: Mapping[str, Tensor]) -> None:
-        """KL divergences from mean cross-entropies of pairs in nats: ``dino_global``, ``dino_local``, ``ibot``."""
+        """KL divergences from mean cross-entropies of pairs in nats: ``dino_global``, ``dino_local``, ``ibot``.
+
+        Those of several calls add up.
+        """
         for name, value in terms.items():
             loss = name.partition("_")[0]
+            self._cross_entropies[name] = self._cross_entropies.get(name, 0) + value
             if self._log_prototypes.get(loss):
-                self._add(f"kl.{name}", (value - self._entropy[loss]) / self._log_prototypes[loss])
+                divergence = self._cross_entropies[name] - self._entropy[loss]
+                self._add(f"kl.{name}", divergence / self._log_prototypes[loss])
 
     def _add(self, name: str, value: Tensor | None) -> None:
         if value is not None:

@@ -1,5 +1,7 @@
 """The DINO loss on cls tokens."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from dinoforge.losses.cross_entropy import Term
@@ -13,6 +15,7 @@ def dino_terms(
     *,
     local_crops_number: int,
     student_temp: float,
+    views: Sequence[int] = (0, 1),
     global_weight: float = 1.0,
     local_weight: float = 1.0,
 ) -> tuple[list[Term], list[Term]]:
@@ -29,11 +32,13 @@ def dino_terms(
     Source: DINO (arXiv 2104.14294), equation 3.
 
     Args:
-        global_embeddings: student bottlenecks of the global crops [2B, d], crop-major.
-        local_embeddings: of the local crops [L·B, d], crop-major. Either is empty if its term is not wanted.
+        global_embeddings: student bottlenecks of the global crops ``views`` [V·B, d], crop-major.
+        local_embeddings: of local crops [l·B, d], crop-major, all or some of them. Either is empty if its term is not
+            wanted.
         targets: of the teacher's cls tokens of the global crops [2B], crop-major.
         local_crops_number: L, 0 or more.
         student_temp: the student's temperature.
+        views: which of the two global crops the student's are.
         global_weight, local_weight: of the two terms in the whole loss.
 
     Returns:
@@ -41,7 +46,7 @@ def dino_terms(
     """
     batch = len(targets.per_sample) // 2
     pairs = 2 + 2 * local_crops_number
-    views = slice(0, batch), slice(batch, 2 * batch)
+    of_teacher = slice(0, batch), slice(batch, 2 * batch)
 
     def term(embeddings: Tensor, sources: tuple[slice, ...], weight: float) -> Term:
         weights = embeddings.new_full((batch,), weight / (batch * pairs))
@@ -49,9 +54,8 @@ def dino_terms(
 
     of_globals, of_locals = [], []
     if global_weight > 0 and len(global_embeddings):
-        first, second = views
-        of_globals.append(term(global_embeddings[first], (second,), global_weight))
-        of_globals.append(term(global_embeddings[second], (first,), global_weight))
+        for view, embeddings in zip(views, global_embeddings.split(batch), strict=True):
+            of_globals.append(term(embeddings, (of_teacher[1 - view],), global_weight))
     if local_weight > 0 and len(local_embeddings):
-        of_locals.append(term(local_embeddings, views, local_weight))
+        of_locals.append(term(local_embeddings, of_teacher, local_weight))
     return of_globals, of_locals

@@ -7,7 +7,14 @@ from dinoforge.losses.cross_entropy import Term
 from dinoforge.losses.targets import Targets
 
 
-def ibot_term(embeddings: Tensor, targets: Targets, masks: Tensor, student_temp: float, weight: float = 1.0) -> Term:
+def ibot_term(
+    embeddings: Tensor,
+    targets: Targets,
+    masks: Tensor,
+    student_temp: float,
+    weight: float = 1.0,
+    patches: slice | None = None,
+) -> Term:
     """Cross-entropy at each masked patch between what the student guesses and what the teacher sees.
 
         for c in range(2 * B):
@@ -18,17 +25,20 @@ def ibot_term(embeddings: Tensor, targets: Targets, masks: Tensor, student_temp:
     Source: iBOT (arXiv 2111.07832), equation 2.
 
     Args:
-        embeddings: student bottlenecks of the masked patches [M, d], in the order of ``masks.flatten()``.
+        embeddings: student bottlenecks of the masked ``patches`` [m, d], in the order of ``masks.flatten()``.
         targets: of the teacher's tokens of the same patches [M].
         masks: of the global crops [2B, N] bool.
         student_temp: the student's temperature.
         weight: of the term in the whole loss.
+        patches: which of the M masked ones the student's are; None for all.
 
     Returns:
         What ``cross_entropy`` makes the loss of.
     """
-    weights = patch_weights(masks, len(embeddings), weight)
-    return Term(embeddings[None], targets, (slice(0, len(embeddings)),), weights, student_temp)
+    count = len(targets.per_sample)
+    patches = patches or slice(0, count)
+    weights = patch_weights(masks, count, weight)[patches]
+    return Term(embeddings[None], targets, (patches,), weights, student_temp)
 
 
 def patch_weights(masks: Tensor, count: int, weight: float = 1.0) -> Tensor:

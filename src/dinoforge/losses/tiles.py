@@ -41,7 +41,7 @@ def columns_at_once(prototypes: int, dtype: torch.dtype, device: torch.device) -
     """How many columns (samples) of [K, N] to work on at a time."""
     _, size = _ON_CPU if device.type == "cpu" else _ON_ACCELERATOR
     if device.type == "cpu" and dtype.itemsize == 2:
-        size *= 2  # its products lose more by having few columns
+        size *= 3  # its products lose more by having few columns
     return max(1, min(_MOST_COLUMNS, size // dtype.itemsize // prototypes))
 
 
@@ -63,7 +63,9 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if bf16 else x.dtype
 
 
-def effective_weight(weight_g: Tensor, weight_v: Tensor, dtype: torch.dtype, scratch: Scratch) -> tuple[Tensor, Tensor]:
+def effective_weight(
+    weight_g: Tensor, weight_v: Tensor, dtype: torch.dtype, scratch: Scratch, name: str = "weight"
+) -> tuple[Tensor, Tensor]:
     """The last layer's effective weight [K, d] in ``dtype``, in scratch memory, and the lengths of ``weight_v`` [K, 1].
 
     Args:
@@ -71,10 +73,11 @@ def effective_weight(weight_g: Tensor, weight_v: Tensor, dtype: torch.dtype, scr
         weight_v: directions of the rows [K, d], of any length.
         dtype: of the products.
         scratch: where to.
+        name: of the memory there.
     """
     lengths = weight_v.norm(dim=1, keepdim=True)
     factors = weight_g / lengths
-    w = scratch.take("weight", tuple(weight_v.shape), dtype, weight_v.device)
+    w = scratch.take(name, tuple(weight_v.shape), dtype, weight_v.device)
     for tile in tiles(len(weight_v), weight_v.shape[1], weight_v.device):
         w[tile].copy_(weight_v[tile] * factors[tile])
     return w, lengths

@@ -7,18 +7,29 @@ each, in the order in which they are packed.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dinoforge.products import padded
+from dinoforge.products import padded, pieces
 
 _ROWS = 1024  # of all tokens that a CPU works on at a time
 
 Groups = tuple[tuple[int, int], ...]  # (images, tokens per image) of each resolution
+
+
+class Kept(NamedTuple):
+    """The images of a group that a residual branch keeps (stochastic depth).
+
+    images: their indices, on the CPU.
+    scale: images / images kept, which keeps the expectation of the branch; of the whole group, if this is a part of it.
+    """
+
+    images: Tensor
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,7 @@ class Subset:
 
     rows: packed indices of their tokens [T'].
     groups: the groups that these tokens form.
-    scales: per group, images / images kept, which keeps the expectation of the branch.
+    scales: per group, see ``Kept``.
     """
 
     rows: Tensor
@@ -35,16 +46,16 @@ class Subset:
     scales: tuple[float, ...]
 
 
-def subset_of(kept: list[Tensor], groups: Groups, device: torch.device) -> Subset:
-    """The subset that keeps the images ``kept[g]`` (indices on the CPU) of each group ``g``."""
+def subset_of(kept: list[Kept], groups: Groups, device: torch.device) -> Subset:
+    """The subset that keeps ``kept[g]`` of each group ``g``."""
     rows, start = [], 0
-    for indices, (images, tokens) in zip(kept, groups, strict=True):
+    for (indices, _), (images, tokens) in zip(kept, groups, strict=True):
         rows.append((start + indices[:, None] * tokens + torch.arange(tokens)).flatten())
         start += images * tokens
     return Subset(
         rows=torch.cat(rows).to(device, non_blocking=True),
-        groups=tuple((len(indices), tokens) for indices, (_, tokens) in zip(kept, groups, strict=True)),
-        scales=tuple(images / len(indices) for indices, (images, _) in zip(kept, groups, strict=True)),
+        groups=tuple((len(indices), tokens) for (indices, _), (_, tokens) in zip(kept, groups, strict=True)),
+        scales=tuple(scale for _, scale in kept),
     )
 
 
@@ -93,7 +104,8 @@ def _split(x: Tensor, groups: Groups) -> tuple[Tensor, ...]:
 
 def _heads(qkv: Tensor, images: int, tokens: int, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """[B·N, 3D] to queries, keys and values, each [B, heads, N, D/heads]."""
-    by_kind: Tensor = qkv.view(images, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    width = qkv.shape[1] // (3 * num_heads)  # there may be no images, of which -1 would not know it
+    by_kind: Tensor = qkv.view(images, tokens, 3, num_heads, width).permute(2, 0, 3, 1, 4)
     return by_kind[0], by_kind[1], by_kind[2]
 
 
@@ -110,7 +122,7 @@ class _AttentionOnCpu(torch.autograd.Function):
         for part, into, (images, tokens) in zip(_split(qkv, groups), _split(out, groups), groups, strict=True):
             q, k, v = _heads(part, images, tokens, num_heads)
             attended, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-            into.view(images, tokens, num_heads, -1).copy_(attended.transpose(1, 2))
+            into.view(images, tokens, num_heads, q.shape[-1]).copy_(attended.transpose(1, 2))
             sums.append(log_sums)
         ctx.save_for_backward(qkv, out, *sums)
         ctx.groups, ctx.num_heads = groups, num_heads
@@ -123,7 +135,7 @@ class _AttentionOnCpu(torch.autograd.Function):
         grad = torch.empty_like(qkv)
         parts = zip(*(_split(x, ctx.groups) for x in (qkv, out, grad_outputs[0], grad)), sums, ctx.groups, strict=True)
         for qkv_part, out_part, grad_out, into, log_sums, (images, tokens) in parts:
-            shape = (images, tokens, ctx.num_heads, -1)
+            shape = (images, tokens, ctx.num_heads, out.shape[1] // ctx.num_heads)
             given, attended = (x.view(shape).transpose(1, 2) for x in (grad_out, out_part))
             gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 given, *_heads(qkv_part, images, tokens, ctx.num_heads), attended, log_sums, 0.0, False
@@ -147,9 +159,10 @@ class _HalfAttentionOnCpu(torch.autograd.Function):
         ctx.groups, ctx.num_heads = groups, num_heads
         out = qkv.new_empty(len(qkv), qkv.shape[1] // 3)  # [T, D]
         for rows, shape in _few_images(groups, num_heads):
-            q, k, v = _stacked_heads(qkv[rows], *shape)
-            attended = _scores(q, k) @ v
-            out[rows].view(*shape, -1).copy_(_by_token(attended, *shape))
+            q, k, v = _stacked_heads(qkv[rows], 3, *shape)
+            attended = _by_token(_scores(q, k) @ v, *shape)
+            into = out[rows].view(-1, *attended.shape[1:])
+            into.copy_(attended[: len(into)])
         return out
 
     @staticmethod
@@ -158,31 +171,32 @@ class _HalfAttentionOnCpu(torch.autograd.Function):
         (qkv,) = ctx.saved_tensors
         grad = torch.empty_like(qkv)
         for rows, shape in _few_images(ctx.groups, ctx.num_heads):
-            q, k, v = _stacked_heads(qkv[rows], *shape)
-            given = grad_outputs[0][rows].view(*shape, -1).transpose(1, 2).contiguous().flatten(0, 1)
+            q, k, v = _stacked_heads(qkv[rows], 3, *shape)
+            (given,) = _stacked_heads(grad_outputs[0][rows], 1, *shape)
             p = _scores(q, k)
             grad_scores = torch._softmax_backward_data(given @ v.mT, p, -1, p.dtype).mul_(q.shape[-1] ** -0.5)
             of_heads = (grad_scores @ k, grad_scores.mT @ q, p.mT @ given)
-            into = grad[rows].view(*shape[:2], 3, shape[2], -1)
+            into = grad[rows].view(-1, shape[1], 3, shape[2], q.shape[-1])
             for number, gradient in enumerate(of_heads):
-                into[:, :, number].copy_(_by_token(gradient, *shape))
+                into[:, :, number].copy_(_by_token(gradient, *shape)[: len(into)])
         return grad, None, None
 
 
 def _few_images(groups: Groups, num_heads: int) -> Iterator[tuple[slice, tuple[int, int, int]]]:
-    """Rows of a few images at a time, and their shape (images, tokens, heads)."""
+    """Rows of a few images at a time, and the shape (images, tokens, heads) that they are to be padded to."""
     start = 0
     for images, tokens in groups:
         at_once = 1 + 2**19 // (num_heads * tokens**2)
-        for first in range(0, images, at_once):
-            count = min(at_once, images - first)
-            yield slice(start + first * tokens, start + (first + count) * tokens), (count, tokens, num_heads)
+        largest = min(1 << at_once.bit_length() - 1, 1 << (images - 1).bit_length())
+        for part, size in pieces(images, largest):
+            yield slice(start + part.start * tokens, start + part.stop * tokens), (size, tokens, num_heads)
         start += images * tokens
 
 
-def _stacked_heads(qkv: Tensor, images: int, tokens: int, num_heads: int) -> Tensor:
-    """[B·N, 3D] as [3, B·heads, N, D/heads]."""
-    return qkv.view(images, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4).contiguous().flatten(1, 2)
+def _stacked_heads(x: Tensor, kinds: int, images: int, tokens: int, num_heads: int) -> Tensor:
+    """``kinds`` vectors of each token [b·N, kinds · D] as [kinds, B·heads, N, D/heads], zeros where images lack."""
+    x = F.pad(x, (0, 0, 0, images * tokens - len(x)))
+    return x.view(images, tokens, kinds, num_heads, -1).permute(2, 0, 3, 1, 4).contiguous().flatten(1, 2)
 
 
 def _by_token(x: Tensor, images: int, tokens: int, num_heads: int) -> Tensor:
@@ -267,7 +281,7 @@ class _NormLinear(torch.autograd.Function):
         b = None if bias is None else bias.to(dtype)
         out = x.new_empty(x.shape[0], len(w), dtype=dtype)  # len(x) would be a constant in an exported graph
         moments: list[tuple[Tensor, Tensor]] = []
-        for rows in _few_rows(x):
+        for rows in _few_rows(x, dtype):
             normed, mean, rstd = torch.native_layer_norm(x[rows], x.shape[-1:], norm_weight, norm_bias, eps)
             moments.append((mean, rstd))
             _linear(normed.to(dtype), w, b, out=out[rows])
@@ -283,32 +297,59 @@ class _NormLinear(torch.autograd.Function):
         w = weight.to(grad.dtype)
         grad_x = torch.empty_like(x, dtype=norm_weight.dtype)
         sums: list[Tensor | None] = [None] * 4  # gradients of both weights and both biases
-        for rows in _few_rows(x):
+        for rows in _few_rows(x, grad.dtype):
             x_rows, g = x[rows].to(norm_weight.dtype), grad[rows]
             normed = ((x_rows - mean[rows]) * rstd[rows]).mul_(norm_weight).add_(norm_bias).to(g.dtype)
-            grad_normed = (g @ w).to(norm_weight.dtype)
+            grad_normed = _product(g, w).to(norm_weight.dtype)
             grad_x[rows], *of_norm = torch.ops.aten.native_layer_norm_backward(
                 grad_normed, x_rows, x.shape[-1:], mean[rows], rstd[rows], norm_weight, norm_bias, [True, True, True]
             )
-            of_weight = (g.T @ normed).to(weight.dtype)
+            of_weight = _of_weight(g, normed).to(weight.dtype)
             of_bias = None if bias is None else g.sum(dim=0, dtype=bias.dtype)
             sums = _added(sums, [*of_norm, of_weight, of_bias])
         grad_norm_weight, grad_norm_bias, grad_weight, grad_bias = sums
         return grad_x, grad_norm_weight, grad_norm_bias, None, grad_weight, grad_bias, None
 
 
-def _few_rows(x: Tensor) -> Iterator[slice]:
-    """Rows to work on at a time: on CPUs so few that they stay in the cache from one operation to the next."""
-    if torch.compiler.is_exporting():  # a graph for any number of images has no loop over them
+def _few_rows(x: Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """Rows to work on at a time, by products in ``dtype``; on CPUs few, to stay in the cache between two operations."""
+    if (
+        x.device.type != "cpu" or torch.compiler.is_exporting()
+    ):  # a graph for any number of images has no loop over them
         yield slice(None)
-        return
-    at_once = _ROWS if x.device.type == "cpu" else max(len(x), 1)
-    for start in range(0, max(len(x), 1), at_once):
-        yield slice(start, min(start + at_once, len(x)))
+    elif dtype.itemsize == 2 and len(x):
+        for rows, _ in pieces(len(x), _ROWS):
+            yield rows
+    else:
+        for start in range(0, max(len(x), 1), _ROWS):
+            yield slice(start, min(start + _ROWS, len(x)))
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    rows = _more_rows(x)
+    into = out if rows is x else out.new_empty(len(rows), out.shape[1])
+    if bias is None:
+        torch.mm(rows, weight.T, out=into)
+    else:
+        torch.addmm(bias, rows, weight.T, out=into)
+    if rows is not x:
+        out.copy_(into[: len(x)])
+
+
+def _product(rows: Tensor, weight: Tensor) -> Tensor:
+    return (_more_rows(rows) @ weight)[: len(rows)]
+
+
+def _of_weight(grad: Tensor, rows: Tensor) -> Tensor:
+    return _more_rows(grad).T @ _more_rows(rows)
+
+
+def _more_rows(x: Tensor) -> Tensor:
+    """A piece of ``_few_rows`` with rows of zeros up to the size of such pieces."""
+    if x.device.type != "cpu" or torch.compiler.is_exporting():
+        return x
+    more = padded(len(x), x.dtype, _ROWS // 4) - len(x)
+    return F.pad(x, (0, 0, 0, more)) if more else x
 
 
 def _added(sums: list[Tensor | None], parts: list[Tensor | None]) -> list[Tensor | None]:
@@ -348,7 +389,7 @@ class _ScaledLinear(torch.autograd.Function):
         w = (weight if folded is None else weight * folded[:, None]).to(x.dtype)
         b = None if bias is None else (bias if folded is None else bias * folded).to(x.dtype)
         out = x.new_empty(x.shape[0], len(w))  # as above
-        for rows in _few_rows(x):
+        for rows in _few_rows(x, x.dtype):
             _linear(F.gelu(x[rows]) if gelu else x[rows], w, b, out=out[rows])
             if factors is not None:
                 out[rows] *= factors
@@ -362,15 +403,15 @@ class _ScaledLinear(torch.autograd.Function):
         w = (weight if scale is None else weight * scale[:, None]).to(grad.dtype)
         grad_x = torch.empty_like(x)
         sums: list[Tensor | None] = [None] * 2  # of the scaled weight [D, D'] and bias
-        for rows in _few_rows(x):
+        for rows in _few_rows(x, x.dtype):
             x_rows, g = x[rows], grad[rows]
             y = F.gelu(x_rows) if ctx.gelu else x_rows
             of_bias = None if bias is None else g.sum(dim=0, dtype=weight.dtype)
-            sums = _added(sums, [(g.T @ y).to(weight.dtype), of_bias])
+            sums = _added(sums, [_of_weight(g, y).to(weight.dtype), of_bias])
             if ctx.gelu:
-                torch.ops.aten.gelu_backward(g @ w, x_rows, grad_input=grad_x[rows])
+                torch.ops.aten.gelu_backward(_product(g, w), x_rows, grad_input=grad_x[rows])
             else:
-                torch.mm(g, w, out=grad_x[rows])
+                _linear(g, w.T, None, out=grad_x[rows])
         grad_weight, grad_bias = sums
         assert grad_weight is not None
         if scale is None:
@@ -471,8 +512,8 @@ class Narrowing:
 def narrowing_to(
     wanted: Tensor,
     groups: Groups,
-    attn: list[Tensor] | None,
-    ffn: list[Tensor] | None,
+    attn: list[Kept] | None,
+    ffn: list[Kept] | None,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -482,7 +523,7 @@ def narrowing_to(
     Args:
         wanted: packed rows, on the CPU.
         groups: all tokens.
-        attn, ffn: images that the branches keep, as for ``subset_of``; None for all.
+        attn, ffn: what the branches keep, as for ``subset_of``; None for all.
         dtype: of the products.
         device: where to.
     """
@@ -492,7 +533,7 @@ def narrowing_to(
     return Narrowing(*(part.to(device, non_blocking=True) for part in parts))
 
 
-def _kept_among(wanted: Tensor, groups: Groups, kept: list[Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+def _kept_among(wanted: Tensor, groups: Groups, kept: list[Kept] | None) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of the branch, places in ``wanted`` and factors of the wanted rows whose images are kept."""
     if kept is None:
         return wanted, torch.arange(len(wanted)), torch.ones(len(wanted), 1)
@@ -500,10 +541,10 @@ def _kept_among(wanted: Tensor, groups: Groups, kept: list[Tensor] | None) -> tu
     row_of = torch.full((total,), -1)  # packed row -> row of the branch
     scale_of = torch.empty(total)
     start = first = 0
-    for indices, (images, tokens) in zip(kept, groups, strict=True):
+    for (indices, scale), (images, tokens) in zip(kept, groups, strict=True):
         rows = (start + indices[:, None] * tokens + torch.arange(tokens)).flatten()
         row_of[rows] = torch.arange(first, first + len(rows))
-        scale_of[rows] = images / len(indices)
+        scale_of[rows] = scale
         start, first = start + images * tokens, first + len(rows)
     places = (row_of[wanted] >= 0).nonzero()[:, 0]
     hit = wanted[places]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoforge.models.layers import Block, Groups, PatchEmbed, Subset, narrowing_to, product_dtype, subset_of
+from dinoforge.models.layers import Block, Groups, Kept, PatchEmbed, Subset, narrowing_to, product_dtype, subset_of
 
 # embed_dim, depth, num_heads; arXiv 2010.11929, 2012.12877 and, for giant, 2304.07193.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -31,10 +31,23 @@ class Tokens:
 
 @dataclass(frozen=True)
 class KeptSamples:
-    """The images that the two residual branches of a block keep: per resolution group, indices on the CPU."""
+    """What the two residual branches of a block keep of each resolution group."""
 
-    attn: list[Tensor]
-    ffn: list[Tensor]
+    attn: list[Kept]
+    ffn: list[Kept]
+
+    def of(self, parts: Sequence[tuple[int, slice]]) -> "KeptSamples":
+        """What is kept of parts of the groups: each the number of a group and a slice of its images."""
+
+        def cut(kept: list[Kept]) -> list[Kept]:
+            cuts = []
+            for group, images in parts:
+                indices, scale = kept[group]
+                inside = (indices >= images.start) & (indices < images.stop)
+                cuts.append(Kept(indices[inside] - images.start, scale))
+            return cuts
+
+        return KeptSamples(attn=cut(self.attn), ffn=cut(self.ffn))
 
 
 class VisionTransformer(nn.Module):
@@ -228,6 +241,11 @@ class VisionTransformer(nn.Module):
         parts = x.split([len(rows) for rows in wanted])
         return list(zip(parts[::2], parts[1::2], strict=True))
 
+    def tokens_of(self, sides: Sequence[int]) -> int:
+        """The number of tokens of an image of these two sides."""
+        rows, columns = (side // self.patch_size for side in sides)
+        return 1 + self.num_register_tokens + rows * columns
+
     def _packed(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Groups]:
         """Embedded tokens of all groups [T, D], and the groups."""
         embedded = [self._embed(c, m) for c, m in zip(crops, masks, strict=True)]  # each [B, 1+R+N, D]
@@ -274,9 +292,8 @@ def _subsets(
 ) -> tuple[Subset | None, Subset | None]:
     """What the branches of a block keep; None for all."""
 
-    def subset(indices: list[Tensor]) -> Subset | None:
-        keeps_all = all(len(i) == images for i, (images, _) in zip(indices, groups, strict=True))
-        return None if keeps_all else subset_of(indices, groups, device)
+    def subset(branch: list[Kept]) -> Subset | None:
+        return None if all(scale == 1 for _, scale in branch) else subset_of(branch, groups, device)
 
     return (None, None) if kept is None else (subset(kept[block].attn), subset(kept[block].ffn))
 
@@ -299,9 +316,13 @@ def draw_kept_samples(
     Source: DINOv2 (arXiv 2304.07193), section 4, "Efficient stochastic depth".
     """
 
-    def draw(rate: float) -> list[Tensor]:
+    def draw(rate: float) -> list[Kept]:
         if rate == 0:
-            return [torch.arange(size) for size in batch_sizes]
-        return [torch.randperm(s, generator=generator)[: max(int(s * (1 - rate)), 1)] for s in batch_sizes]
+            return [Kept(torch.arange(size), 1.0) for size in batch_sizes]
+        counts = [max(int(size * (1 - rate)), 1) for size in batch_sizes]
+        return [
+            Kept(torch.randperm(size, generator=generator)[:count], size / count)
+            for size, count in zip(batch_sizes, counts, strict=True)
+        ]
 
     return [KeptSamples(attn=draw(rate), ffn=draw(rate)) for rate in rates]

@@ -36,7 +36,7 @@ from dinoforge.training.device import (
 )
 from dinoforge.training.explain import work_of_a_step
 from dinoforge.training.loop import kept_samples
-from dinoforge.training.parallel import Mode, crops_in_turn, wrap
+from dinoforge.training.parallel import Mode, turn_tokens, wrap
 from dinoforge.training.plan import Plan
 from dinoforge.training.step import PHASES, train_step
 
@@ -178,7 +178,7 @@ class StepBench:
             autocast=autocast(self._device, self._precision),
             scaler=self._state.scaler,
             parallel=self.parallel,
-            crops_in_turn=crops_in_turn(r.parallel, self._device, self._precision, self.parallel.mode),
+            turn_tokens=turn_tokens(r.parallel, self._device, self.parallel.mode),
         )
         self._step += 1
 

@@ -109,7 +109,7 @@ def train(
     on_non_finite: Callable[[Batch, dict[str, float]], None],
     accumulate: int = 1,
     parallel: Parallel | None = None,
-    crops_in_turn: bool = False,
+    turn_tokens: int | None = None,
 ) -> None:
     """Steps until the schedules end or ``should_stop`` says so.
 
@@ -130,7 +130,7 @@ def train(
             finite; the state already counts it. What it raises ends the training.
         accumulate: micro-batches that each rank cuts its part of the global batch into.
         parallel: how the networks are laid over ranks; None for one process.
-        crops_in_turn: as for ``train_step``.
+        turn_tokens: as for ``train_step``.
     """
     while state.step < schedules.total_steps and not distributed.any_over_ranks(should_stop()):
         started = time.perf_counter()
@@ -155,7 +155,7 @@ def train(
                 scaler=state.scaler,
                 measure=is_measured(state.step + 1),
                 parallel=parallel,
-                crops_in_turn=crops_in_turn,
+                turn_tokens=turn_tokens,
             )
         except NonFiniteError as error:
             state.step += 1

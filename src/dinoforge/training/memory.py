@@ -16,7 +16,7 @@ from dinoforge.models.head import DINOHead
 from dinoforge.models.layers import Block, Mlp, SwiGLU
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.student_teacher import StudentTeacher
-from dinoforge.training.parallel import Mode, crops_in_turn
+from dinoforge.training.parallel import Mode, turn_tokens
 
 _LIBRARIES = 0.65 * 2**30  # on a CPU: the interpreter, PyTorch and the others
 _COMPILER = 0.15 * 2**30  # PyTorch's, which its activation checkpointing, DDP and FSDP2 import
@@ -64,31 +64,31 @@ def of_tensors(
     """Bytes per part of the peak of one rank's tensors, which is what accelerators count; as ``estimate``."""
     weights = _Weights.of(networks)
     images = recipe.train.batch_size_per_gpu
-    local = recipe.crops.local_crops_number * images if networks.objective.dino_local_weight > 0 else 0
-    passes = [(2 * images, local)]
-    if local and networks.can_take_turns and crops_in_turn(recipe.parallel, device, precision, mode):
-        passes = [(0, local), (2 * images, 0)]
+    local = recipe.crops.local_crops_number if networks.objective.dino_local_weight > 0 else 0
+    least = turn_tokens(recipe.parallel, device, mode)
+    turns = networks.crops_in_turn(images, local, _tokens(recipe, networks), least)
+    passes = [(images * len(c.views), images * c.local_number) for c in turns]
 
     def moment(step: _Step, activations: float, gradients: int) -> dict[str, float]:
         parts = {
             "student and teacher": 8 * weights.all / shards,
             "optimizer": 8 * weights.all / shards,
             # DDP makes room for all of them at once, in the buckets that it sends; those of a first pass are beside it.
-            "gradients": 4 * (len(passes) * weights.all if mode == "ddp" else gradients) / shards,
+            "gradients": 4 * (min(len(passes), 2) * weights.all if mode == "ddp" else gradients) / shards,
             "activations": activations,
             "losses": step.losses,
             "batch": step.batch,
         }
         if mode in ("fsdp", "hsdp"):
             # The last layers' copies and their gradients; two blocks that are gathered, and the gradient of one.
-            # Between two passes, one gradient of a last layer waits.
-            parts["whole layers"] = 4.0 * ((1 + len(passes)) * weights.last + 3 * weights.block)
+            # Between passes, one gradient of a last layer waits.
+            parts["whole layers"] = 4.0 * ((1 + min(len(passes), 2)) * weights.last + 3 * weights.block)
         return parts
 
     moments = []
     for number, counts in enumerate(passes):
         step = _Step(recipe, networks, precision, device, counts)
-        # The second pass finds the gradients of the first.
+        # The others find the gradients of the first.
         last, heads = (weights.all, weights.all) if number else (weights.last, weights.heads)
         moments += [
             moment(step, step.activations, last),
@@ -136,10 +136,7 @@ class _Step:
         backbone = cast(VisionTransformer, networks.student["backbone"])
         images = recipe.train.batch_size_per_gpu
         crops, student = recipe.crops, recipe.student
-        side = backbone.patch_size
-        patches = [(size // side) ** 2 for size in (crops.global_crops_size, crops.local_crops_size)]
-        extra = 1 + student.num_register_tokens
-        tokens = sum(n * (p + extra) for n, p in zip(counts, patches, strict=True))
+        tokens = sum(n * each for n, each in zip(counts, _tokens(recipe, networks), strict=True))
         rate = student.drop_path_rate if student.drop_path_uniform else student.drop_path_rate / 2
         branch = tokens * (1 - rate)  # that a residual branch sees
 
@@ -203,6 +200,14 @@ class _Step:
             at_once = min(seen, columns_at_once(prototypes, precision, device))
             largest = max(largest, prototypes * (width + at_once) * size)
         return (1 + SPARE) * (total + largest)
+
+
+def _tokens(recipe: Recipe, networks: StudentTeacher) -> tuple[int, int]:
+    """Of a global and of a local crop."""
+    backbone = cast(VisionTransformer, networks.student["backbone"])
+    sizes = (recipe.crops.global_crops_size, recipe.crops.local_crops_size)
+    of_global, of_local = (backbone.tokens_of((size, size)) for size in sizes)
+    return of_global, of_local
 
 
 def _masked_patches(recipe: Recipe, networks: StudentTeacher) -> float:

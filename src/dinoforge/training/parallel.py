@@ -24,6 +24,9 @@ Mode = Literal["none", "ddp", "fsdp", "hsdp"]
 _BYTES = 4 * 5
 """Of each parameter of the student: its value, the teacher's, its gradient and AdamW's two moments in float32."""
 
+_TURN_TOKENS = 3072
+"""Of a turn at least: each visits all weights, which with fewer tokens costs more time than it is worth."""
+
 
 @dataclass(frozen=True)
 class Parallel:
@@ -62,16 +65,16 @@ def choose_mode(recipe: Recipe, *, parameters: int, device_bytes: int | None, wo
     return "hsdp" if nodes > 1 else "fsdp"
 
 
-def crops_in_turn(settings: config.Parallel, device: torch.device, precision: torch.dtype, mode: Mode) -> bool:
-    """Whether local and global crops take turns.
+def turn_tokens(settings: config.Parallel, device: torch.device, mode: Mode) -> int | None:
+    """How many tokens a turn has at least, if crops take turns; None if they do not.
 
-    Unless said, they do on a CPU, where twice as many smaller products cost little; but not in float32, whose sums are
-    to round as the reference's do, and not where the gradients that wait for the second turn may take what is saved.
+    Unless said, they do on a CPU, where more and smaller products cost little; but not where the gradients that wait
+    for the last turn may take what is saved.
     """
-    if settings.crops_in_turn is not None:
-        return settings.crops_in_turn
-    in_half = precision is not torch.float32
-    return device.type == "cpu" and in_half and mode == "none" and not settings.activation_checkpointing
+    in_turn = settings.crops_in_turn
+    if in_turn is None:
+        in_turn = device.type == "cpu" and mode == "none" and not settings.activation_checkpointing
+    return _TURN_TOKENS if in_turn else None
 
 
 def shard_count(mode: Mode, shard_ranks: int | None) -> int:

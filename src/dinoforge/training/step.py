@@ -61,7 +61,7 @@ def train_step(
     scaler: torch.amp.GradScaler | None = None,
     measure: bool = False,
     parallel: Parallel | None = None,
-    crops_in_turn: bool = False,
+    turn_tokens: int | None = None,
 ) -> StepResult:
     """Forward, backward, clipping, AdamW, moving average.
 
@@ -76,8 +76,8 @@ def train_step(
         measure: whether the result has diagnostics: those of this rank's first micro-batch and of its part of the
             weights; the weights are the same either way.
         parallel: how the networks are laid over ranks; None for one process.
-        crops_in_turn: whether local and global crops have a forward and a backward pass each, one after the other,
-            which halves the memory of activations.
+        turn_tokens: let the student see some of the crops at a time, with so many tokens at least, and have several
+            forward and backward passes, which take less memory; None: one for all crops.
 
     Returns:
         Losses of the global batch, the same on every rank.
@@ -105,12 +105,16 @@ def train_step(
             )
     terms: list[Tensor] = []
     for i, part in enumerate(parts):
-        turns: list[Turn | None] = [None]
+        turns: Sequence[Turn | None] = (None,)
         measured = diagnostics if i == 0 else None
-        if crops_in_turn:
+        if turn_tokens is not None:
             with autocast:
                 turns = student_teacher.turns(
-                    part, teacher_temp=hyper.teacher_temp, others=others[i], diagnostics=measured
+                    part,
+                    teacher_temp=hyper.teacher_temp,
+                    least=turn_tokens,
+                    others=others[i],
+                    diagnostics=measured,
                 )
         for turn in turns:
             is_last = i + 1 == len(parts) and turn is turns[-1]
