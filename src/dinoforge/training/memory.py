@@ -87,7 +87,7 @@ def of_tensors(
 
     moments = []
     for number, counts in enumerate(passes):
-        step = _Step(recipe, networks, precision, device, counts)
+        step = _Step(recipe, networks, precision, device, counts, in_turn=len(passes) > 1)
         # The others find the gradients of the first.
         last, heads = (weights.all, weights.all) if number else (weights.last, weights.heads)
         moments += [
@@ -123,6 +123,7 @@ class _Step:
     Args:
         recipe, networks, precision, device: as for ``estimate``.
         counts: global and local crops that the student sees in it.
+        in_turn: whether there are others.
     """
 
     def __init__(
@@ -132,6 +133,8 @@ class _Step:
         precision: torch.dtype,
         device: torch.device,
         counts: tuple[int, int],
+        *,
+        in_turn: bool,
     ) -> None:
         backbone = cast(VisionTransformer, networks.student["backbone"])
         images = recipe.train.batch_size_per_gpu
@@ -167,7 +170,7 @@ class _Step:
             self.one_block = of_a_block
             self.working = branch * size * 3 * width + stream
         self.activations = kept + heads
-        self.losses = self._scratch(recipe, networks, precision, device, sum(counts) + masked)
+        self.losses = self._scratch(recipe, networks, precision, device, sum(counts) + masked, in_turn)
         values = student.in_chans * (
             2 * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2
         )
@@ -182,11 +185,21 @@ class _Step:
 
     @staticmethod
     def _scratch(
-        recipe: Recipe, networks: StudentTeacher, precision: torch.dtype, device: torch.device, seen: float
+        recipe: Recipe,
+        networks: StudentTeacher,
+        precision: torch.dtype,
+        device: torch.device,
+        seen: float,
+        in_turn: bool,
     ) -> float:
-        """The memory that the losses keep: targets, an effective weight, a chunk of the student's logits."""
+        """The memory that the losses keep: targets, an effective weight, a chunk of the student's logits.
+
+        Between turns, each head's weight is kept.
+        """
         size = precision.itemsize if precision is not torch.float16 else 4
-        total, largest = 0.0, 0.0
+        targets = 0.0
+        weights: list[float] = []
+        chunks: list[float] = []
         crops = 2.0 * recipe.train.batch_size_per_gpu
         masked = crops * _masked_patches(recipe, networks)
         of_heads = {"dino_head": crops, networks.ibot_head_name: masked}
@@ -196,10 +209,11 @@ class _Step:
             if name not in networks.student:
                 continue
             prototypes, width = cast(DINOHead, networks.student[name]).last_layer.weight_v.shape
-            total += prototypes * samples * size
-            at_once = min(seen, columns_at_once(prototypes, precision, device))
-            largest = max(largest, prototypes * (width + at_once) * size)
-        return (1 + SPARE) * (total + largest)
+            targets += prototypes * samples * size
+            weights.append(prototypes * width * size)
+            chunks.append(prototypes * min(seen, columns_at_once(prototypes, precision, device)) * size)
+        kept = sum(weights) if in_turn else max(weights, default=0.0)
+        return (1 + SPARE) * (targets + kept + max(chunks, default=0.0))
 
 
 def _tokens(recipe: Recipe, networks: StudentTeacher) -> tuple[int, int]:
