@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 STEPS = 3
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "small": ("small", {}),
-    "ViT-S/14, 8 images, 65,536 prototypes": (
+    "ViT-S/16, 8 images, 65,536 prototypes": (
         "dinov2",
         {"student.arch": "vit_small", "train.batch_size_per_gpu": 8},
     ),
