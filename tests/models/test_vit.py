@@ -329,8 +329,11 @@ def test_rate_zero_is_no_stochastic_depth():
         assert_equal_tokens(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("of_accelerators", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_group_of_which_nothing_is_kept(dtype):
+def test_a_group_of_which_nothing_is_kept(dtype, of_accelerators, monkeypatch):
+    # Where a graph is exported, code runs that accelerators run, too.
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: of_accelerators)
     network = make_vit()
     nothing, second = Kept(torch.tensor([], dtype=torch.int64), 3.0), Kept(torch.tensor([1]), 3.0)
     for kept in ([nothing], [nothing, second]):

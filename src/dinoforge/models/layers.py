@@ -90,7 +90,7 @@ class Attention(nn.Module):
         parts = []
         for part, (images, tokens) in zip(_split(qkv, groups), groups, strict=True):
             out = F.scaled_dot_product_attention(*_heads(part, images, tokens, self.num_heads))
-            parts.append(out.transpose(1, 2).reshape(part.shape[0], -1))
+            parts.append(out.transpose(1, 2).reshape(part.shape[0], qkv.shape[1] // 3))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def project(self, x: Tensor, scale: Tensor | None) -> Tensor:
@@ -313,10 +313,8 @@ class _NormLinear(torch.autograd.Function):
 
 def _few_rows(x: Tensor, dtype: torch.dtype) -> Iterator[slice]:
     """Rows to work on at a time, by products in ``dtype``; on CPUs few, to stay in the cache between two operations."""
-    if (
-        x.device.type != "cpu" or torch.compiler.is_exporting()
-    ):  # a graph for any number of images has no loop over them
-        yield slice(None)
+    if x.device.type != "cpu" or torch.compiler.is_exporting():
+        yield slice(None)  # a graph for any number of images has no loop over them
     elif dtype.itemsize == 2 and len(x):
         for rows, _ in pieces(len(x), _ROWS):
             yield rows
