@@ -505,6 +505,35 @@ def test_crops_are_seen_at_once_if_only_local_ones_read_the_dino_head():
 
 
 @pytest.mark.parametrize(
+    ("overrides", "local", "turns"),
+    [
+        ({}, 3, 4),
+        ({}, 0, 2),
+        ({"dino.local_loss_weight": 0}, 3, 2),
+        ({"dino.loss_weight": 0}, 3, 2),
+        ({"dino.loss_weight": 0, "ibot.separate_head": True}, 3, 1),
+    ],
+)
+def test_turns_are_taken_and_end_as_all_crops_at_once_do(overrides, local, turns):
+    ends = []
+    for least, expected in ((None, 1), (1, turns)):
+        recipe = make_recipe(overrides)
+        networks = make(recipe=recipe)
+        calls = []
+        networks.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        optimizer = build_optimizer(recipe, networks)
+        for group in optimizer.param_groups:
+            group["eps"] = 1e-4  # with a tiny one, a first step is the sign of each gradient, also where that is noise
+        hyper = Hyperparameters(1e-2, 1e-2, 0.04, 0.9, TEMP, last_layer_frozen=False)
+        result = train_step(networks, optimizer, make_batch(local=local), hyper, clip_grad=3.0, turn_tokens=least)
+        assert len(calls) == expected
+        ends.append(networks.student.state_dict() | vars(result.losses))
+    at_once, in_turn = ends
+    for name, value in at_once.items():
+        torch.testing.assert_close(in_turn[name], value, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
     ("local", "least", "expected"),
     [
         (8, None, [((0, 1), 0, 8)]),

@@ -94,7 +94,8 @@ class Crops:
 
     @property
     def local_number(self) -> int:
-        return len(range(self.local.start, self.local.stop))
+        number: int = self.local.stop - self.local.start
+        return number
 
     def rows(self, images: int) -> tuple[slice, slice]:
         """Their places among the global crops [2B] and the local ones [L·B] of B images, crop-major."""
@@ -107,11 +108,13 @@ class Turn:
     """What the student has one forward and backward pass for.
 
     crops: that it sees.
+    patches: which of the masked ones [M] are theirs and have a loss.
     targets: of all crops.
     last_layers: of its heads, by name, which all turns of a batch read.
     """
 
     crops: Crops
+    patches: slice
     targets: TargetsOfBoth
     last_layers: Mapping[str, LastLayer]
 
@@ -150,7 +153,7 @@ class StudentTeacher(nn.Module):
         """The crops that the student sees together, the local ones first.
 
         They are half of the local ones, or a global one, or more where these have too few tokens. All are seen at once
-        if the DINO head reads only local ones, since the last turn gives its last layer the gradient of all.
+        if the DINO head reads no global ones, since the last turn gives its last layer the gradient of all.
 
         Args:
             images: B.
@@ -204,7 +207,7 @@ class StudentTeacher(nn.Module):
         if turn is None:
             (turn,) = self.turns(batch, teacher_temp=teacher_temp, least=None, others=others, diagnostics=diagnostics)
         with record_function("student"), torch.set_grad_enabled(torch.is_grad_enabled() and not backbone_frozen):
-            tokens = self._student_tokens(batch, kept, turn.crops)
+            tokens = self._student_tokens(batch, kept, turn)
         with record_function("losses"):
             losses = self._losses(batch, tokens, others, turn)
         if diagnostics is not None:
@@ -240,33 +243,30 @@ class StudentTeacher(nn.Module):
             # Called where global crops are seen; between two calls its weight must not be where the other head's is.
             calls = sum(len(crops.views) > 0 for crops in turns)
             layers["ibot_head"] = LastLayer(calls, "weight" if calls == 1 else "second weight")
-        return [Turn(crops, targets, layers) for crops in turns]
+        return [Turn(crops, self._patches(batch, crops), targets, layers) for crops in turns]
 
     def _student_tokens(
-        self, batch: Batch, kept: Sequence[KeptSamples] | None, crops: Crops
+        self, batch: Batch, kept: Sequence[KeptSamples] | None, turn: Turn
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The cls tokens of global [V·B, D] and local crops [l·B, D], and their masked patches [m, D]."""
-        of_globals, of_locals = crops.rows(len(batch.global_crops) // 2)
+        of_globals, of_locals = turn.crops.rows(len(batch.global_crops) // 2)
         groups: list[tuple[int, slice]] = []
         masks: list[Tensor | None] = []
         wanted: list[Tensor | None] = []
-        if crops.views:
+        if turn.crops.views:
             first = of_globals.start * batch.masks.shape[1]
             groups.append((0, of_globals))
             masks.append(batch.masks[of_globals])  # also without the iBOT loss, as in the reference
-            wanted.append(batch.masked[self._patches(batch, crops)] - first)
+            wanted.append(batch.masked[turn.patches] - first)
         if of_locals.start < of_locals.stop:
             groups.append((1, of_locals))
             masks.append(None)
             wanted.append(None)
         every = self.student_crops(batch)
+        if kept is not None and groups != [(group, slice(0, len(crops))) for group, crops in enumerate(every)]:
+            kept = [block.of(groups) for block in kept]
         backbone = cast(VisionTransformer, self.student["backbone"])
-        tokens = backbone.encode_some(
-            [every[group][rows] for group, rows in groups],
-            masks,
-            wanted,
-            None if kept is None else [block.of(groups) for block in kept],
-        )
+        tokens = backbone.encode_some([every[group][rows] for group, rows in groups], masks, wanted, kept)
         none = tokens[0][0][:0]
         cls = {group: cls for (group, _), (cls, _) in zip(groups, tokens, strict=True)}
         return cls.get(0, none), cls.get(1, none), tokens[0][1]
@@ -309,8 +309,7 @@ class StudentTeacher(nn.Module):
             terms += [("dino_global", "dino_head", term) for term in of_globals]
             terms += [("dino_local", "dino_head", term) for term in of_locals]
         if ibot_targets is not None and views:
-            seen = self._patches(batch, turn.crops)
-            term = ibot_term(embedded[-1], ibot_targets, batch.masks, o.ibot_student_temp, o.ibot_weight, seen)
+            term = ibot_term(embedded[-1], ibot_targets, batch.masks, o.ibot_student_temp, o.ibot_weight, turn.patches)
             terms.append(("ibot", self.ibot_head_name, term))
 
         zero = torch.zeros((), device=batch.global_crops.device)

@@ -116,7 +116,7 @@ class LastLayer:
     """The student's weight-normed last layer in a step that calls ``cross_entropy`` several times.
 
     Its weight is made by the first call, and its gradient is a sum over all calls, which the last one hands on: neither
-    is made anew, nor held twice.
+    is made anew, nor held twice. In between, the scratch memory of its name belongs to these calls.
 
     Args:
         calls: how many are to come.

@@ -68,13 +68,14 @@ def of_tensors(
     least = turn_tokens(recipe.parallel, device, mode)
     turns = networks.crops_in_turn(images, local, _tokens(recipe, networks), least)
     passes = [(images * len(c.views), images * c.local_number) for c in turns]
+    in_turn = len(passes) > 1
 
     def moment(step: _Step, activations: float, gradients: int) -> dict[str, float]:
         parts = {
             "student and teacher": 8 * weights.all / shards,
             "optimizer": 8 * weights.all / shards,
             # DDP makes room for all of them at once, in the buckets that it sends; those of a first pass are beside it.
-            "gradients": 4 * (min(len(passes), 2) * weights.all if mode == "ddp" else gradients) / shards,
+            "gradients": 4 * ((1 + in_turn) * weights.all if mode == "ddp" else gradients) / shards,
             "activations": activations,
             "losses": step.losses,
             "batch": step.batch,
@@ -82,12 +83,12 @@ def of_tensors(
         if mode in ("fsdp", "hsdp"):
             # The last layers' copies and their gradients; two blocks that are gathered, and the gradient of one.
             # Between passes, one gradient of a last layer waits.
-            parts["whole layers"] = 4.0 * ((1 + min(len(passes), 2)) * weights.last + 3 * weights.block)
+            parts["whole layers"] = 4.0 * ((2 + in_turn) * weights.last + 3 * weights.block)
         return parts
 
     moments = []
     for number, counts in enumerate(passes):
-        step = _Step(recipe, networks, precision, device, counts, in_turn=len(passes) > 1)
+        step = _Step(recipe, networks, precision, device, counts, in_turn=in_turn)
         # The others find the gradients of the first.
         last, heads = (weights.all, weights.all) if number else (weights.last, weights.heads)
         moments += [
