@@ -20,7 +20,7 @@ from dinoforge.losses.tiles import (
     product_dtype,
     tiles,
 )
-from dinoforge.products import padded
+from dinoforge.products import linear, padded
 
 _SAFE_EXPONENT = 40.0  # sums and products of exponentials up to this do not overflow
 
@@ -256,7 +256,7 @@ def _accumulate(
 ) -> None:
     """Adds what a chunk gives to the values of its terms, to their gradients [C, G, d] and to ``grad_w`` [K, d]."""
     filled = chunk[-1].columns.stop
-    unused = padded(filled, w.dtype) - filled
+    unused = padded(filled) - filled
     z = torch.cat([piece.z for piece in chunk])  # [n, d]
     z = F.pad(z, (0, 0, 0, unused))
     weights = F.pad(torch.cat([piece.weights for piece in chunk]), (0, unused))  # [n]
@@ -293,7 +293,7 @@ def _forward(
         The loss [n]; unnormalised exponentials [K, n], in the precision of ``w``; and per tile of prototypes the
         factor [n] that makes them probabilities, times the number of targets.
     """
-    columns = z.to(w.dtype).T.contiguous()  # [d, n]
+    rows = z.to(w.dtype)
     exponentials = scratch.take("student", (len(w), len(z)), w.dtype, w.device)
     exact = torch.promote_types(w.dtype, torch.float32)
     safe = largest is not None and largest < _SAFE_EXPONENT
@@ -302,7 +302,7 @@ def _forward(
     mass, agreement = torch.zeros_like(top), torch.zeros_like(top)
     tops: list[tuple[slice, Tensor]] = []
     for tile in tiles(len(w), len(z), w.device):
-        logits = torch.mm(w[tile], columns, out=exponentials[tile])  # [k, n]
+        logits = linear(w[tile], rows, place=exponentials[tile])  # [k, n]
         for piece in chunk:
             agreement[piece.columns] += piece.agreement(logits, tile)
         if not safe:
@@ -310,9 +310,10 @@ def _forward(
             mass *= (top - new_top).exp_()
             top = new_top
             logits = logits.sub_(top) if logits.dtype == exact else logits - top
-        logits.exp_()
-        if logits.dtype != w.dtype:
-            exponentials[tile] = logits
+        if logits.dtype == w.dtype:
+            logits = torch.exp(logits, out=exponentials[tile])
+        else:
+            exponentials[tile] = logits.exp_()
         mass += logits.sum(dim=0, dtype=exact)
         tops.append((tile, top))
     targets = torch.zeros_like(top)  # of each column

@@ -60,7 +60,7 @@ def teacher_logits(
     """
     dtype = product_dtype(embeddings)
     w, _ = effective_weight(weight_g, weight_v, dtype, scratch)
-    count = padded(len(embeddings), dtype)
+    count = padded(len(embeddings))
     z = w.new_zeros(w.shape[1], count)
     z[:, : len(embeddings)] = (embeddings / temp).T
     logits = scratch.take(name, (len(w), count), dtype, w.device)

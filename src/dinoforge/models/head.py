@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoforge.models.layers import product_dtype, scaled_linear
+from dinoforge.models.layers import scaled_linear
 from dinoforge.products import padded
 
 
@@ -73,7 +73,7 @@ class DINOHead(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """The normalised bottleneck [N, d] that the last layer reads."""
-        unused = padded(len(x), product_dtype(x)) - len(x)
+        unused = padded(len(x)) - len(x)
         bottleneck = self.mlp(F.pad(x, (0, 0, 0, unused)))[: len(x)]
         return F.normalize(bottleneck.float(), dim=-1)
 

@@ -14,9 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dinoforge.products import linear as multiply
 from dinoforge.products import padded, pieces
 
-_ROWS = 1024  # of all tokens that a CPU works on at a time
+# Tokens that a CPU works on at a time: many for the speed of products, which gain less in half precision, and few for
+# the cache and for memory.
+_MOST_ROWS = 2048
+_MOST_HALF_ROWS = 1024
+_LEAST_ROWS = 128
 
 Groups = tuple[tuple[int, int], ...]  # (images, tokens per image) of each resolution
 
@@ -83,7 +88,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, norm: nn.LayerNorm, groups: Groups) -> Tensor:
         """What each token of ``norm(x)`` [T, D] gathers from its image, before the last layer [T, D]."""
         qkv = norm_linear(x, norm, self.qkv)  # [T, 3D]
-        if qkv.device.type == "cpu" and not torch.compiler.is_exporting():
+        if _on_cpu(qkv):
             kind = _HalfAttentionOnCpu if qkv.dtype.itemsize == 2 else _AttentionOnCpu
             attended: Tensor = kind.apply(qkv, groups, self.num_heads)
             return attended
@@ -188,7 +193,7 @@ def _few_images(groups: Groups, num_heads: int) -> Iterator[tuple[slice, tuple[i
     for images, tokens in groups:
         at_once = 1 + 2**19 // (num_heads * tokens**2)
         largest = min(1 << at_once.bit_length() - 1, 1 << (images - 1).bit_length())
-        for part, size in pieces(images, largest):
+        for part, size in pieces(images, largest, max(largest // 4, 1)):
             yield slice(start + part.start * tokens, start + part.stop * tokens), (size, tokens, num_heads)
         start += images * tokens
 
@@ -311,43 +316,47 @@ class _NormLinear(torch.autograd.Function):
         return grad_x, grad_norm_weight, grad_norm_bias, None, grad_weight, grad_bias, None
 
 
+def _on_cpu(x: Tensor) -> bool:
+    """Whether a CPU works on ``x``: not a GPU, nor a graph for any number of images that is being exported."""
+    return x.device.type == "cpu" and not torch.compiler.is_exporting()
+
+
 def _few_rows(x: Tensor, dtype: torch.dtype) -> Iterator[slice]:
     """Rows to work on at a time, by products in ``dtype``; on CPUs few, to stay in the cache between two operations."""
-    if x.device.type != "cpu" or torch.compiler.is_exporting():
-        yield slice(None)  # a graph for any number of images has no loop over them
-    elif dtype.itemsize == 2 and len(x):
-        for rows, _ in pieces(len(x), _ROWS):
+    if not _on_cpu(x):
+        yield slice(None)
+    elif len(x):
+        most = _MOST_HALF_ROWS if dtype.itemsize == 2 else _MOST_ROWS
+        for rows, _ in pieces(len(x), most, _LEAST_ROWS):
             yield rows
     else:
-        for start in range(0, max(len(x), 1), _ROWS):
-            yield slice(start, min(start + _ROWS, len(x)))
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    rows = _more_rows(x)
-    into = out if rows is x else out.new_empty(len(rows), out.shape[1])
-    if bias is None:
-        torch.mm(rows, weight.T, out=into)
-    else:
-        torch.addmm(bias, rows, weight.T, out=into)
-    if rows is not x:
-        out.copy_(into[: len(x)])
-
-
-def _product(rows: Tensor, weight: Tensor) -> Tensor:
-    return (_more_rows(rows) @ weight)[: len(rows)]
-
-
-def _of_weight(grad: Tensor, rows: Tensor) -> Tensor:
-    return _more_rows(grad).T @ _more_rows(rows)
+        yield slice(0, 0)
 
 
 def _more_rows(x: Tensor) -> Tensor:
     """A piece of ``_few_rows`` with rows of zeros up to the size of such pieces."""
-    if x.device.type != "cpu" or torch.compiler.is_exporting():
+    if not _on_cpu(x):
         return x
-    more = padded(len(x), x.dtype, _ROWS // 4) - len(x)
+    more = padded(len(x), _LEAST_ROWS) - len(x)
     return F.pad(x, (0, 0, 0, more)) if more else x
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    rows = _more_rows(x)
+    result = multiply(rows, weight, bias, place=out if rows is x else None)
+    if result is not out:
+        out.copy_(result[: x.shape[0]])
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return multiply(_more_rows(x), weight.T)[: x.shape[0]]
+
+
+def _of_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a weight [D', D] from those of its output [T, D'] and what it read [T, D]."""
+    grad, x = _more_rows(grad), _more_rows(x)
+    # In half precision oneDNN is faster this way round; in float32 MKL, where the product is higher than wide.
+    return (x.T @ grad).T if grad.dtype.itemsize == 2 or grad.shape[1] < x.shape[1] else grad.T @ x
 
 
 def _added(sums: list[Tensor | None], parts: list[Tensor | None]) -> list[Tensor | None]:
@@ -508,13 +517,7 @@ class Narrowing:
 
 
 def narrowing_to(
-    wanted: Tensor,
-    groups: Groups,
-    attn: list[Kept] | None,
-    ffn: list[Kept] | None,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
+    wanted: Tensor, groups: Groups, attn: list[Kept] | None, ffn: list[Kept] | None, device: torch.device
 ) -> Narrowing:
     """What the last block does for the rows ``wanted`` [W].
 
@@ -522,11 +525,10 @@ def narrowing_to(
         wanted: packed rows, on the CPU.
         groups: all tokens.
         attn, ffn: what the branches keep, as for ``subset_of``; None for all.
-        dtype: of the products.
         device: where to.
     """
-    attn_rows, attn_places, attn_scales = _padded(_kept_among(wanted, groups, attn), dtype)
-    _, ffn_places, ffn_scales = _padded(_kept_among(wanted, groups, ffn), dtype)
+    attn_rows, attn_places, attn_scales = _kept_among(wanted, groups, attn)
+    _, ffn_places, ffn_scales = _kept_among(wanted, groups, ffn)
     parts = (wanted, attn_rows, attn_places, attn_scales, ffn_places, ffn_scales)
     return Narrowing(*(part.to(device, non_blocking=True) for part in parts))
 
@@ -547,13 +549,6 @@ def _kept_among(wanted: Tensor, groups: Groups, kept: list[Kept] | None) -> tupl
     places = (row_of[wanted] >= 0).nonzero()[:, 0]
     hit = wanted[places]
     return row_of[hit], places, scale_of[hit, None]
-
-
-def _padded(kept: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, places and factors with, where the product wants more, first rows that add nothing to the first place."""
-    unused = padded(len(kept[0]), dtype) - len(kept[0])
-    rows, places, factors = kept
-    return F.pad(rows, (0, unused)), F.pad(places, (0, unused)), F.pad(factors, (0, 0, 0, unused))
 
 
 class _Take(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoforge.models.layers import Block, Groups, Kept, PatchEmbed, Subset, narrowing_to, product_dtype, subset_of
+from dinoforge.models.layers import Block, Groups, Kept, PatchEmbed, Subset, narrowing_to, subset_of
 
 # embed_dim, depth, num_heads; arXiv 2010.11929, 2012.12877 and, for giant, 2304.07193.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -236,7 +236,7 @@ class VisionTransformer(nn.Module):
         keep_attn, _ = _subsets(kept, last, groups, x.device)
         attn = kept[last].attn if kept is not None and keep_attn is not None else None
         ffn = kept[last].ffn if kept is not None else None
-        narrowing = narrowing_to(torch.cat(wanted), groups, attn, ffn, dtype=product_dtype(x), device=x.device)
+        narrowing = narrowing_to(torch.cat(wanted), groups, attn, ffn, x.device)
         x = self.norm(self.blocks[last](x, groups, keep_attn, narrowing=narrowing))
         parts = x.split([len(rows) for rows in wanted])
         return list(zip(parts[::2], parts[1::2], strict=True))
