@@ -7,7 +7,8 @@ A is ViT-S/14 on crops of 224 and 98 pixels, batch 8; B is a small network (widt
 
 The share of the peak is the work of the *reference implementation's* step, whatever this one leaves out or adds, over
 step time and GEMM peak: products of linear layers, with masked tokens padded to the upper bound as the reference pads
-them; attention is not counted.
+them; attention is not counted. The peak is the rate of ``torch.mm``, which is what the reference multiplies by; the
+linear layers here may be faster (``dinoforge.products``), so that more than 100 % is possible.
 """
 
 import argparse
@@ -101,7 +102,8 @@ def main() -> None:
     dim = vit_size(recipe)[0]
     tokens, k = 4096, options.prototypes
     shapes = [(tokens, dim, 3 * dim), (tokens, dim, 4 * dim), (tokens, 4 * dim, dim), (512, 256, k)]
-    peak = gemm_peak(device, dtype, shapes)
+    peak = gemm_peak(device, dtype, shapes, by_linear=False)
+    ours = gemm_peak(device, dtype, shapes)
     times += bench.run(options.steps // 2)
     step = statistics.median(times)
     result = {
@@ -110,6 +112,7 @@ def main() -> None:
         "prototypes": k,
         "gflop": flops / 1e9,
         "gemm_gflops": peak / 1e9,
+        "linear_gflops": ours / 1e9,
         "step_s": step,
         "images_per_s": recipe.train.batch_size_per_gpu / step,
         "share_of_peak": flops / step / peak,
@@ -122,10 +125,10 @@ def main() -> None:
     print(f"work {options.work}, {options.dtype}, {k:,} prototypes, {device}, {torch.get_num_threads()} threads")
     rows = {
         "work of the reference's step": f"{result['gflop']:.0f} GFLOP",
-        "GEMM peak": f"{result['gemm_gflops']:.0f} GFLOP/s",
+        "GEMM peak": f"{result['gemm_gflops']:.0f} GFLOP/s by torch.mm, {result['linear_gflops']:.0f} in linear layers",
         "step": f"{step:.3f} s (median of {len(times)}, {min(times):.3f} to {max(times):.3f})",
         "images": f"{result['images_per_s']:.2f} / s",
-        "share of peak": f"{result['share_of_peak']:.1%}",
+        "share of peak": f"{result['share_of_peak']:.1%} of the rate of torch.mm",
         "peak memory": f"{peak_memory:.2f} GiB",
     }
     for name, text in rows.items():

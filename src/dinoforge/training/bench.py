@@ -17,6 +17,7 @@ from dinoforge.data.batch import Batch, masked_patches, prepare
 from dinoforge.data.loader import Failure, make_loader, sample_rng
 from dinoforge.data.sources import Source
 from dinoforge.errors import DataError
+from dinoforge.products import linear
 from dinoforge.student_teacher import StudentTeacher
 from dinoforge.training.build import (
     build_data,
@@ -45,7 +46,14 @@ Shape = tuple[int, int, int]  # of a product [m, k] @ [k, n]
 _SQUARES = (1024, 2048, 3072, 4096)
 
 
-def gemm_peak(device: torch.device, dtype: torch.dtype, shapes: Sequence[Shape] = (), *, seconds: float = 0.4) -> float:
+def gemm_peak(
+    device: torch.device,
+    dtype: torch.dtype,
+    shapes: Sequence[Shape] = (),
+    *,
+    seconds: float = 0.4,
+    by_linear: bool = True,
+) -> float:
     """The highest rate of matrix products that is reached on a device, FLOP/s.
 
     Args:
@@ -53,13 +61,15 @@ def gemm_peak(device: torch.device, dtype: torch.dtype, shapes: Sequence[Shape] 
         dtype: of both factors and the product.
         shapes: shapes to try besides large squares.
         seconds: time to spend on each.
+        by_linear: multiply as linear layers here do (``dinoforge.products``), not by ``torch.mm``.
     """
     best = 0.0
     for m, k, n in [(s, s, s) for s in _SQUARES] + list(shapes):
         a = torch.randn(m, k, device=device).to(dtype)
         b = torch.randn(n, k, device=device).to(dtype)
         out = torch.empty(m, n, device=device, dtype=dtype)
-        times = _repeat(partial(torch.mm, a, b.T, out=out), device, seconds)
+        multiply = partial(linear, a, b, place=out) if by_linear else partial(torch.mm, a, b.T, out=out)
+        times = _repeat(multiply, device, seconds)
         best = max(best, 2 * m * k * n / min(times))
     return best
 
