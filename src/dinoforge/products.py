@@ -14,13 +14,14 @@ from torch import Tensor
 # PyTorch multiplies float32 by MKL on x86, which on AMD's processors is 10 to 20 % slower than oneDNN. The operator
 # here is what its compiler makes of a linear layer; under the compiler it is left to do so itself.
 _BY_ONEDNN = platform.machine().lower() in {"x86_64", "amd64"} and torch.backends.mkldnn.is_available()
+_ONEDNN_ROWS = 128  # and multiples; other numbers, which may be new in every step, are MKL's, which keeps nothing
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, place: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``, without a gradient of its own.
 
     Args:
-        x: [N, D]; where N is new in every step, ``padded``.
+        x: [N, D]; in half precision, where N is new in every step, ``padded``.
         weight: [D', D] in the precision of ``x``, of any strides.
         bias: [D'], or None.
         place: memory [N, D'] that the result takes, unless oneDNN makes it, which takes memory of its own.
@@ -29,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, place: Tens
         [N, D'].
     """
     on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if _BY_ONEDNN and on_cpu and x.dtype is torch.float32 and x.numel():
+    if _BY_ONEDNN and on_cpu and x.dtype is torch.float32 and x.numel() and x.shape[0] % _ONEDNN_ROWS == 0:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return result
     if bias is None:

@@ -17,11 +17,10 @@ from torch.autograd.function import once_differentiable
 from dinoforge.products import linear as multiply
 from dinoforge.products import padded, pieces
 
-# Tokens that a CPU works on at a time: many for the speed of products, which gain less in half precision, and few for
-# the cache and for memory.
-_MOST_ROWS = 2048
-_MOST_HALF_ROWS = 1024
-_LEAST_ROWS = 128
+# The fewest (but for the last) and the most tokens that a CPU works on at a time: many for the speed of products, which
+# gain less in half precision, and few for the cache and for memory.
+_ROWS = (512, 2048)
+_HALF_ROWS = (128, 1024)
 
 Groups = tuple[tuple[int, int], ...]  # (images, tokens per image) of each resolution
 
@@ -326,18 +325,18 @@ def _few_rows(x: Tensor, dtype: torch.dtype) -> Iterator[slice]:
     if not _on_cpu(x):
         yield slice(None)
     elif len(x):
-        most = _MOST_HALF_ROWS if dtype.itemsize == 2 else _MOST_ROWS
-        for rows, _ in pieces(len(x), most, _LEAST_ROWS):
+        least, most = _HALF_ROWS if dtype.itemsize == 2 else _ROWS
+        for rows, _ in pieces(len(x), most, least):
             yield rows
     else:
         yield slice(0, 0)
 
 
 def _more_rows(x: Tensor) -> Tensor:
-    """A piece of ``_few_rows`` with rows of zeros up to the size of such pieces."""
-    if not _on_cpu(x):
+    """A piece of ``_few_rows``, in half precision with rows of zeros up to the size of such pieces."""
+    if not _on_cpu(x) or x.dtype.itemsize != 2:
         return x
-    more = padded(len(x), _LEAST_ROWS) - len(x)
+    more = padded(len(x), _HALF_ROWS[0]) - len(x)
     return F.pad(x, (0, 0, 0, more)) if more else x
 
 
