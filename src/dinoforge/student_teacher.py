@@ -152,8 +152,9 @@ class StudentTeacher(nn.Module):
     def crops_in_turn(self, images: int, local: int, tokens: tuple[int, int], least: int | None) -> list[Crops]:
         """The crops that the student sees together, the local ones first.
 
-        They are half of the local ones, or a global one, or more where these have too few tokens. All are seen at once
-        if the DINO head reads no global ones, since the last turn gives its last layer the gradient of all.
+        They are the local ones, or half of them, and each global one by itself, or each global one with half of the
+        local ones: whichever makes the largest turn smallest. All are seen at once if these have too few tokens, or if
+        the DINO head reads no global ones, since the last turn gives its last layer the gradient of all.
 
         Args:
             images: B.
@@ -168,18 +169,18 @@ class StudentTeacher(nn.Module):
         o = self.objective
         if least is None or not (o.dino_global_weight > 0 or (o.has_ibot and self.ibot_head_name == "dino_head")):
             return [Crops((0, 1), slice(0, local))]
-        middle, none = -(-local // 2), slice(local, local)
-        turns = [Crops((), slice(0, middle)), Crops((), slice(middle, local)), Crops((0,), none), Crops((1,), none)]
-        place = 0
-        while place < len(turns) > 1:
-            if size(turns[place]) >= least:
-                place += 1
-            else:
-                place = min(place, len(turns) - 2)
-                first, second = turns[place : place + 2]
-                joined = Crops(first.views + second.views, slice(first.local.start, second.local.stop))
-                turns[place : place + 2] = [joined]
-        return turns
+        middle = -(-local // 2)
+        halves = [slice(0, middle), slice(middle, local)]
+        every, none = slice(0, local), slice(local, local)
+        alone = [Crops((0,), none), Crops((1,), none)]
+        ways = [
+            [Crops((), half) for half in halves if half.start < half.stop] + alone,
+            [Crops((), every), *alone],
+            [Crops((view,), half) for view, half in enumerate(halves)],
+        ]
+        # The largest turn takes the most memory; of equals, the fewest visits to the weights.
+        fitting = [way for way in ways if min(map(size, way)) >= least]
+        return min(fitting, key=lambda way: (max(map(size, way)), len(way)), default=[Crops((0, 1), every)])
 
     def forward(
         self,
@@ -240,9 +241,11 @@ class StudentTeacher(nn.Module):
         targets = self._targets(batch, teacher_temp, others, diagnostics)
         layers = {"dino_head": LastLayer(len(turns))}
         if "ibot_head" in self.student:
-            # Called where global crops are seen; between two calls its weight must not be where the other head's is.
-            calls = sum(len(crops.views) > 0 for crops in turns)
-            layers["ibot_head"] = LastLayer(calls, "weight" if calls == 1 else "second weight")
+            layers["ibot_head"] = LastLayer(sum(len(crops.views) > 0 for crops in turns))
+            if len(turns) > 1:
+                # Between turns both weights are kept, the larger one where the teacher's was.
+                smaller = min(layers, key=lambda name: cast(DINOHead, self.student[name]).last_layer.weight_v.numel())
+                layers[smaller].name = "second weight"
         return [Turn(crops, self._patches(batch, crops), targets, layers) for crops in turns]
 
     def _student_tokens(
