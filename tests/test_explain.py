@@ -15,7 +15,7 @@ from dinoforge.config import load_recipe, recipe_names
 from dinoforge.data.batch import Batch, masked_patches
 from dinoforge.errors import DinoforgeError
 from dinoforge.losses import cross_entropy, targets
-from dinoforge.models import head, layers
+from dinoforge.models import head
 from dinoforge.models.vit import draw_kept_samples
 from dinoforge.optim.param_groups import set_hyperparameters
 from dinoforge.training.build import (
@@ -245,7 +245,7 @@ def test_masks_are_measured():
 )
 def test_the_work_is_what_a_step_computes(monkeypatch, changes):
     """Against PyTorch's counter of the products that a real forward and backward pass runs, without what is padded."""
-    for module in (layers, head, targets, cross_entropy):
+    for module in (head, targets, cross_entropy):
         monkeypatch.setattr(module, "padded", lambda count, multiple=32: count)
     recipe = small(**changes)
     c, b = recipe.crops, recipe.train.batch_size_per_gpu
