@@ -30,7 +30,7 @@ from dinoforge.data.crops import CropParameters, MultiCrop, on_reduced, reductio
 from dinoforge.data.decode import MAX_PIXELS, decode, describe
 from dinoforge.data.photometry import Photometry
 from dinoforge.data.sources import Source, printable
-from dinoforge.errors import DataError, ImageError
+from dinoforge.errors import DataError, ImageError, WorkerError
 
 MAX_ATTEMPTS = 10
 """Images tried for one position before the batch is given up."""
@@ -257,7 +257,8 @@ def make_loader(
         timeout: Longest wait for a batch, seconds, above 0. Without workers it has no meaning.
 
     Raises:
-        DataError: (on iteration) A batch could not be made; a worker was killed, or hangs: names the image it was at.
+        DataError: (on iteration) A batch could not be made.
+        WorkerError: (on iteration) A worker was killed, or hangs: names the image it was at.
     """
     # Which process each worker is, and which image it is at: what remains of a worker that can no longer tell.
     whereabouts = torch.full((num_workers, 2), -1, dtype=torch.int64).share_memory_()
@@ -293,14 +294,14 @@ def _checked(
                 return
             except (RuntimeError, OSError, EOFError) as error:  # the last two: a batch whose maker is gone
                 if watch.hung is not None:
-                    raise DataError(
+                    raise WorkerError(
                         f"no batch came within {timeout:g} s (data.timeout): a data-loading worker "
                         f"hangs{_naming(source, [watch.hung])}. The storage may be stuck, or the image too much work"
                     ) from error
                 if str(error).startswith("DataLoader timed out"):
                     continue
                 if dead := _dead(whereabouts):
-                    raise DataError(
+                    raise WorkerError(
                         f"a data-loading worker was killed{_naming(source, dead)}. Most often the system does that for "
                         "lack of memory or of shared memory (/dev/shm): use fewer train.num_workers or a smaller "
                         "train.batch_size_per_gpu. If it is always the same image, take that out"
