@@ -5,7 +5,7 @@ the backbone begin; when nearly all gradients are there. What is alive then foll
 batch, and the estimate is that of the largest. docs/running.md compares it with measured runs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -16,11 +16,13 @@ from dinoforge.models.head import DINOHead
 from dinoforge.models.layers import Block, Mlp, SwiGLU
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.student_teacher import StudentTeacher
-from dinoforge.training.parallel import Mode, turn_tokens
+from dinoforge.training.build import build_student_teacher
+from dinoforge.training.parallel import Mode, shard_count, turn_tokens
 
 _LIBRARIES = 0.65 * 2**30  # on a CPU: the interpreter, PyTorch and the others
 _COMPILER = 0.15 * 2**30  # PyTorch's, which its activation checkpointing, DDP and FSDP2 import
 _GAPS = 0.1  # bytes that the C library holds between blocks for each byte of tensors
+_WORTH_IT = 0.95  # of what the recipe takes: a way to save less is not told
 
 
 def estimate(
@@ -97,6 +99,60 @@ def of_tensors(
             moment(step, step.one_block + step.working, weights.all),
         ]
     return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def ways_to_save(
+    recipe: Recipe,
+    *,
+    ranks: int,
+    mode: str,
+    device: torch.device | None = None,
+    precision: torch.dtype = torch.bfloat16,
+) -> list[str]:
+    """Keys that would take less memory than the recipe does, each with its estimate, in the order to try them.
+
+    The first costs least. What is on already is left out, and so is what would not help by the estimate.
+
+    Args:
+        recipe: the run, with its batch cut for the ranks.
+        ranks: over all machines.
+        mode: how the networks are laid over them; see ``dinoforge.training.parallel.Mode``.
+        device: what it runs on; None: an accelerator.
+        precision: of matrix products.
+    """
+    device = device or torch.device("cuda")
+    with torch.device("meta"):
+        networks = build_student_teacher(recipe)
+
+    def size(recipe: Recipe, mode: str, shards: int, precision: torch.dtype = precision) -> float:
+        layout = cast(Mode, mode)
+        return sum(estimate(recipe, networks, precision=precision, device=device, mode=layout, shards=shards).values())
+
+    shards = {"fsdp": ranks, "hsdp": shard_count("hsdp", recipe.parallel.shard_ranks)}.get(mode, 1)
+    train, parallel = recipe.train, recipe.parallel
+    ways: list[tuple[str, float]] = []
+    parts = next((n for n in range(2, train.batch_size_per_gpu + 1) if train.batch_size_per_gpu % n == 0), None)
+    if parts is not None:
+        images, accumulate = train.batch_size_per_gpu // parts, train.accumulate * parts
+        keys = f"train.accumulate={accumulate}"
+        if train.batch_size is None:  # or else the keys contradict each other, and that one wins
+            keys = f"train.batch_size_per_gpu={images} {keys}"
+        kept = "the same global batch"
+        if recipe.dino.koleo_loss_weight > 0 and recipe.dino.koleo_scope == "rank":
+            kept += f", but KoLeo compares {images} images at a time"
+        cut = replace(recipe, train=replace(train, batch_size_per_gpu=images, accumulate=accumulate))
+        ways.append((f"{keys} ({kept})", size(cut, mode, shards)))
+    if parallel.crops_in_turn is not True:
+        in_turn = replace(recipe, parallel=replace(parallel, crops_in_turn=True))
+        ways.append(("parallel.crops_in_turn=true", size(in_turn, mode, shards)))
+    if not parallel.activation_checkpointing:
+        again = replace(recipe, parallel=replace(parallel, activation_checkpointing=True))
+        ways.append(("parallel.activation_checkpointing=true", size(again, mode, shards)))
+    if ranks > 1 and mode not in ("fsdp", "hsdp") and recipe.precision != "fp16":  # which cannot be sharded
+        sharded = torch.float32 if precision is torch.float16 else precision
+        ways.append(("parallel.mode=fsdp", size(recipe, "fsdp", ranks, sharded)))
+    now = size(recipe, mode, shards)
+    return [f"{keys}: about {total / 2**30:.1f} GiB" for keys, total in ways if total < _WORTH_IT * now]
 
 
 @dataclass(frozen=True)
