@@ -64,7 +64,7 @@ from dinoforge.training.metrics import (
     check_writable,
     duration,
 )
-from dinoforge.training.non_finite import NonFinitePolicy, RollBackError
+from dinoforge.training.non_finite import NonFinitePolicy, OverflowAlarm, RollBackError
 from dinoforge.training.parallel import Parallel, turn_tokens, wrap
 from dinoforge.training.probes import Probes
 from dinoforge.training.run import DataIdentity, RunDirectory
@@ -288,7 +288,7 @@ def _train(
                         clip_grad=recipe.optim.clip_grad,
                         prepare=partial(prepare, device=device, mean=image.mean, std=image.std),
                         autocast=partial(devices.autocast, device, plan.precision),
-                        hooks=[metrics_hook, saver, *([live] if live else [])],
+                        hooks=[metrics_hook, OverflowAlarm(say), saver, *([live] if live else [])],
                         is_measured=metrics_hook.is_due,
                         should_stop=lambda: stop() or (probes is not None and probes.should_stop()),
                         on_skipped=lambda new: _tell_skipped(run, say, new),

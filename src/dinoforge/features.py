@@ -1,6 +1,7 @@
 """A backbone over a data set: tokens in bounded memory."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict, Unpack
 
@@ -66,7 +67,8 @@ def extract(
     Memory: one batch of images and tokens, and what is returned.
 
     Args:
-        backbone: from float32 images [B, C, H, W] to ``Tokens``; it runs in eval mode, on ``device``.
+        backbone: from float32 images [B, C, H, W] to ``Tokens``; it runs in eval mode, on the ``device`` of
+            ``reading``, and is put back where it was.
         source: the images.
         indices: which of them.
         keep_images: whether ``Features.images`` is filled.
@@ -87,13 +89,14 @@ def extract(
     skipped: list[Skipped] = []
     cls: list[Tensor] = []
     kept_images: list[Tensor] = []
-    for indices_read, batch, unread in _batches(source, indices, reading):
-        kept += indices_read
-        skipped += unread
-        if indices_read:
-            cls.append(embed(backbone, batch, **reading))
-            if keep_images:
-                kept_images.append(batch)
+    with placed(backbone, _device(reading)):
+        for indices_read, batch, unread in _batches(source, indices, reading):
+            kept += indices_read
+            skipped += unread
+            if indices_read:
+                cls.append(embed(backbone, batch, **reading))
+                if keep_images:
+                    kept_images.append(batch)
     if not kept:
         first = f": {skipped[0].name}: {skipped[0].reason}" if skipped else ""
         raise DataError(f"none of the {len(indices)} images can be read{first}")
@@ -115,8 +118,9 @@ def stream(
     Raises:
         WeightsError: the backbone's output is not finite.
     """
-    for kept, batch, skipped in _batches(source, indices, reading):
-        yield kept, _tokens(backbone, batch, reading) if kept else None, skipped
+    with placed(backbone, _device(reading)):
+        for kept, batch, skipped in _batches(source, indices, reading):
+            yield kept, _tokens(backbone, batch, reading) if kept else None, skipped
 
 
 def embed(backbone: nn.Module, images: Tensor, **reading: Unpack[Reading]) -> Tensor:
@@ -125,24 +129,46 @@ def embed(backbone: nn.Module, images: Tensor, **reading: Unpack[Reading]) -> Te
     Raises:
         WeightsError: the backbone's output is not finite.
     """
-    return torch.cat([_tokens(backbone, b, reading).cls for b in images.split(reading.get("batch_size", 64))])
+    with placed(backbone, _device(reading)):
+        return torch.cat([_tokens(backbone, b, reading).cls for b in images.split(reading.get("batch_size", 64))])
+
+
+@contextmanager
+def placed(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Puts a network on a device for as long as it works there, and back where it was."""
+    before = next((p.device for p in network.parameters()), device)
+    network.to(device)
+    try:
+        yield
+    finally:
+        network.to(before)
+
+
+def _device(reading: Reading) -> torch.device:
+    return reading.get("device", torch.device("cpu"))
 
 
 def _tokens(backbone: nn.Module, images: Tensor, reading: Reading) -> Tokens:
-    """Tokens in float32 on the CPU of uint8 images [B, C, H, W]."""
-    device = reading.get("device", torch.device("cpu"))
-    dtype = reading.get("autocast")
+    """Tokens in float32 on the CPU of uint8 images [B, C, H, W]; the backbone is on the device of ``reading``."""
+    device, dtype = _device(reading), reading.get("autocast")
+    # Activations of a sound network can be too large for float16; then float32 has the last word.
+    for precision in (dtype, None) if dtype is torch.float16 else (dtype,):
+        tokens = _forward(backbone, normalize(images.to(device), reading["mean"], reading["std"]), precision)
+        if tokens.cls.isfinite().all() and tokens.patches.isfinite().all():
+            return tokens
+    raise WeightsError("the backbone's features are not finite: its weights are damaged, or its training diverged")
+
+
+def _forward(backbone: nn.Module, images: Tensor, precision: torch.dtype | None) -> Tokens:
+    """Tokens in float32 on the CPU of normalised images; ``precision`` is that of matrix products, None: float32."""
     was_training = backbone.training
     backbone.eval()
     try:
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-            tokens: Tokens = backbone(normalize(images.to(device), reading["mean"], reading["std"]))
+        with torch.no_grad(), torch.autocast(images.device.type, precision, enabled=precision is not None):
+            tokens: Tokens = backbone(images)
     finally:
         backbone.train(was_training)
-    tokens = Tokens(*(t.float().cpu() for t in (tokens.cls, tokens.registers, tokens.patches)))
-    if not (tokens.cls.isfinite().all() and tokens.patches.isfinite().all()):
-        raise WeightsError("the backbone's features are not finite: its weights are damaged, or its training diverged")
-    return tokens
+    return Tokens(*(t.float().cpu() for t in (tokens.cls, tokens.registers, tokens.patches)))
 
 
 @dataclass(frozen=True)

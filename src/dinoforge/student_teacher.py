@@ -8,7 +8,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from dinoforge import distributed
 from dinoforge.data.batch import Batch
@@ -22,6 +21,7 @@ from dinoforge.losses.targets import Targets, centering, sinkhorn_knopp, teacher
 from dinoforge.losses.tiles import Scratch, largest_logit
 from dinoforge.models.head import DINOHead
 from dinoforge.models.vit import KeptSamples, VisionTransformer
+from dinoforge.phases import phase
 
 
 @dataclass(frozen=True)
@@ -207,9 +207,9 @@ class StudentTeacher(nn.Module):
         """
         if turn is None:
             (turn,) = self.turns(batch, teacher_temp=teacher_temp, least=None, others=others, diagnostics=diagnostics)
-        with record_function("student"), torch.set_grad_enabled(torch.is_grad_enabled() and not backbone_frozen):
+        with phase("student"), torch.set_grad_enabled(torch.is_grad_enabled() and not backbone_frozen):
             tokens = self._student_tokens(batch, kept, turn)
-        with record_function("losses"):
+        with phase("losses"):
             losses = self._losses(batch, tokens, others, turn)
         if diagnostics is not None:
             diagnostics.add_cross_entropies(self._cross_entropies(losses, batch))
@@ -361,7 +361,7 @@ class StudentTeacher(nn.Module):
     def _targets(
         self, batch: Batch, temp: float, others: OtherParts | None, diagnostics: Diagnostics | None
     ) -> TargetsOfBoth:
-        with record_function("teacher"):
+        with phase("teacher"):
             dino, ibot = self._own_targets(batch, temp, diagnostics) if others is None else others.targets()
             if diagnostics is not None and dino is not None:
                 diagnostics.add_targets("dino", dino)

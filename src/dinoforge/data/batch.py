@@ -7,6 +7,7 @@ from itertools import chain
 import torch
 
 from dinoforge.data.photometry import Photometry, PhotometryBatch, recolour_batch
+from dinoforge.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,9 @@ def normalize(crops: torch.Tensor, mean: Sequence[float], std: Sequence[float]) 
     if crops.is_floating_point():
         return crops
     shape = (1, -1, 1, 1)
-    scale = torch.tensor(std, dtype=torch.float32, device=crops.device).mul(255).reciprocal().view(shape)
-    shift = torch.tensor(mean, dtype=torch.float32, device=crops.device).mul(255).view(shape)
-    return (crops.float() - shift) * scale
+    scale = torch.tensor(std, dtype=torch.float32).mul(255).reciprocal().view(shape)
+    shift = torch.tensor(mean, dtype=torch.float32).mul(255).view(shape)
+    return (crops.float() - to_device(shift, crops.device)) * to_device(scale, crops.device)
 
 
 def prepare(batch: Batch, *, device: torch.device, mean: Sequence[float], std: Sequence[float]) -> Batch:

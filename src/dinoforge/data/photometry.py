@@ -17,6 +17,8 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from dinoforge.transfer import to_device
+
 UInt8 = npt.NDArray[np.uint8]
 
 JITTER = ("brightness", "contrast", "saturation", "hue")
@@ -150,8 +152,8 @@ def recolour_batch(crops: torch.Tensor, drawn: PhotometryBatch) -> torch.Tensor:
         """Replace the crops where `wanted` [N] is true by `operation` of them and of their values."""
         rows = wanted.nonzero()[:, 0]
         if len(rows):
-            places = rows.to(crops.device, non_blocking=True)
-            own = [v[rows].to(crops.device, non_blocking=True).float().view(-1, 1, 1, 1) for v in values]
+            places = to_device(rows, crops.device)
+            own = [to_device(v[rows], crops.device).float().view(-1, 1, 1, 1) for v in values]
             crops[places] = operation(crops[places].float(), *own).clamp(0, 255).to(torch.uint8)
 
     jitter = (_brightness, _contrast, _saturation, _hue)

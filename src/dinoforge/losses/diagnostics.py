@@ -84,7 +84,7 @@ def effective_rank(features: Tensor) -> Tensor | None:
     if not len(features) or not torch.isfinite(features).all():
         return None
     try:
-        values = torch.linalg.svdvals(features.double().cpu())
+        values = torch.linalg.svdvals(features.cpu().double())
     except RuntimeError:  # it does not converge for some matrices, which is no reason to end a run
         return None
     p = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)

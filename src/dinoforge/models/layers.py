@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from dinoforge.products import linear as multiply
 from dinoforge.products import padded, pieces
+from dinoforge.transfer import to_device
 
 # The fewest (but for the last) and the most tokens that a CPU works on at a time: many for the speed of products, which
 # gain less in half precision, and few for the cache and for memory.
@@ -57,7 +58,7 @@ def subset_of(kept: list[Kept], groups: Groups, device: torch.device) -> Subset:
         rows.append((start + indices[:, None] * tokens + torch.arange(tokens)).flatten())
         start += images * tokens
     return Subset(
-        rows=torch.cat(rows).to(device, non_blocking=True),
+        rows=to_device(torch.cat(rows), device),
         groups=tuple((len(indices), tokens) for (indices, _), (_, tokens) in zip(kept, groups, strict=True)),
         scales=tuple(scale for _, scale in kept),
     )
@@ -529,7 +530,7 @@ def narrowing_to(
     attn_rows, attn_places, attn_scales = _kept_among(wanted, groups, attn)
     _, ffn_places, ffn_scales = _kept_among(wanted, groups, ffn)
     parts = (wanted, attn_rows, attn_places, attn_scales, ffn_places, ffn_scales)
-    return Narrowing(*(part.to(device, non_blocking=True) for part in parts))
+    return Narrowing(*(to_device(part, device) for part in parts))
 
 
 def _kept_among(wanted: Tensor, groups: Groups, kept: list[Kept] | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -79,7 +79,7 @@ CHARTS = (
     Chart("Seconds of a probe", ("probe.seconds",), "Training waits so long for one.", "speed", "zero", exact=True),
     Chart(
         "Left out",
-        ("skipped_images", "skipped_steps", "rollbacks"),
+        ("skipped_images", "skipped_steps", "rollbacks", "overflows"),
         "Unreadable images, steps that were not finite, returns to a checkpoint.",
         "speed",
         "zero",

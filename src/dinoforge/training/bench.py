@@ -10,13 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from dinoforge.config import Recipe
 from dinoforge.data.batch import Batch, masked_patches, prepare
 from dinoforge.data.loader import Failure, make_loader, sample_rng
 from dinoforge.data.sources import Source
 from dinoforge.errors import DataError
+from dinoforge.phases import PHASES, Stopwatch, timed_by
 from dinoforge.products import linear
 from dinoforge.student_teacher import StudentTeacher
 from dinoforge.training.build import (
@@ -39,11 +39,12 @@ from dinoforge.training.explain import work_of_a_step
 from dinoforge.training.loop import kept_samples
 from dinoforge.training.parallel import Mode, turn_tokens, wrap
 from dinoforge.training.plan import Plan
-from dinoforge.training.step import PHASES, train_step
+from dinoforge.training.step import train_step
 
 Shape = tuple[int, int, int]  # of a product [m, k] @ [k, n]
 
 _SQUARES = (1024, 2048, 3072, 4096)
+_MOST_OVERFLOWS = 20  # of steps: then the loss scale has come down from 65,536 to 1
 
 
 def gemm_peak(
@@ -93,7 +94,7 @@ def seconds_per_step(recipe: Recipe, source: Source, *, repeats: int = 6) -> flo
             raise DataError(batch.message)
     processors = usable_processors()
     if device.type != "cpu":
-        bench.run(2)
+        bench.warm_up()
         return max(min(bench.run(repeats)), min(making) / min(processors, 8))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -172,13 +173,16 @@ class StepBench:
             indices=torch.arange(images),
         )
 
-    def step(self, batch: Batch) -> None:
-        """One optimizer step, all of it but the making of the batch."""
+    def step(self, batch: Batch) -> bool:
+        """One optimizer step, all of it but the making of the batch; whether it updated the weights.
+
+        It does not where gradients overflow in float16, until the loss scale has come down.
+        """
         r, networks = self._recipe, self._state.student_teacher
         prepared = prepare(batch, device=self._device, mean=r.data.mean, std=r.data.std)
         rates = build_drop_path_rates(r)
         kept = kept_samples(networks, prepared, rates, seed=r.train.seed, number=self._step, parts=r.train.accumulate)
-        train_step(
+        result = train_step(
             networks,
             self._state.optimizer,
             prepared,
@@ -191,6 +195,15 @@ class StepBench:
             turn_tokens=turn_tokens(r.parallel, self._device, self.parallel.mode),
         )
         self._step += 1
+        return not result.overflowed
+
+    def warm_up(self) -> None:
+        """Runs steps until two have updated the weights."""
+        whole = sum(self.step(self.batch()) for _ in range(2))
+        for _ in range(_MOST_OVERFLOWS):
+            if whole >= 2:
+                return
+            whole += self.step(self.batch())
 
     def run(self, steps: int) -> list[float]:
         """Seconds of each of so many steps."""
@@ -212,15 +225,10 @@ class StepBench:
 
     def phases(self) -> dict[str, float]:
         """Seconds of one step by phase, and the rest."""
-        batch = self.batch()
-        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])
-        with profile(activities=activities) as profiler:
+        batch, stopwatch = self.batch(), Stopwatch(self._device)
+        with timed_by(stopwatch):
             total = _timed(partial(self.step, batch), self._device)
-        spent = dict.fromkeys(PHASES, 0.0)
-        for event in profiler.key_averages():
-            if event.key in spent:
-                time_us = event.device_time_total if self._device.type == "cuda" else event.cpu_time_total
-                spent[event.key] = time_us / 1e6
+        spent = dict.fromkeys(PHASES, 0.0) | stopwatch.seconds()
         return spent | {"rest": max(total - sum(spent.values()), 0.0)}
 
     def work(self, batch: Batch) -> float:
@@ -327,7 +335,7 @@ def measure(plan: Plan, source: Source, *, seconds: float = 10.0) -> Report:
     """
     recipe = plan.recipe
     bench = StepBench(recipe, plan.device, plan.precision)
-    bench.run(2)
+    bench.warm_up()
     times = bench.run(3)
     while sum(times) < seconds:
         times += bench.run(1)

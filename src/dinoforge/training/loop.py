@@ -33,6 +33,8 @@ class TrainState:
     skipped_in_a_row: int = 0  # of them, the last ones
     rollbacks: int = 0
     passed_over: int = 0  # batches that rollbacks left out: step n takes batch n + passed_over
+    overflows: int = 0  # steps whose gradients were too large for float16 at the loss scale of then
+    overflows_in_a_row: int = 0  # of them, the last ones
 
     @property
     def next_batch(self) -> int:
@@ -58,7 +60,7 @@ class TrainState:
     def load_values(self, values: Mapping[str, Any]) -> None:
         """Sets what ``values`` gave."""
         for name in _NUMBERS:
-            setattr(self, name, values[name])
+            setattr(self, name, values.get(name, 0))  # checkpoints of earlier versions have fewer of them
         if self.scaler and values["scaler"]:
             self.scaler.load_state_dict(values["scaler"])
         self.bad_images.load_state_dict(values["bad_images"])
@@ -66,14 +68,19 @@ class TrainState:
     def go_back(self, values: Mapping[str, Any]) -> None:
         """Sets what ``values`` gave earlier in this run, but keeps count, and goes on with batches not seen since."""
         next_batch, rollbacks, skipped = self.next_batch, self.rollbacks, self.skipped_steps
+        overflows = self.overflows
         known = self.bad_images.state_dict()
         self.load_values(values)
         self.passed_over = next_batch - self.step
         self.rollbacks, self.skipped_steps, self.skipped_in_a_row = rollbacks + 1, skipped, 0
+        self.overflows, self.overflows_in_a_row = overflows, 0
         self.bad_images.load_state_dict(known)
 
 
-_NUMBERS = ("step", "seconds", "skipped_steps", "skipped_in_a_row", "rollbacks", "passed_over")
+_NUMBERS = (
+    *("step", "seconds", "skipped_steps", "skipped_in_a_row", "rollbacks", "passed_over"),
+    *("overflows", "overflows_in_a_row"),
+)
 
 
 @dataclass(frozen=True)
@@ -134,8 +141,9 @@ def train(
     """
     while state.step < schedules.total_steps and not distributed.any_over_ranks(should_stop()):
         started = time.perf_counter()
-        batch = prepare(next(batches))
+        batch = next(batches)
         waited = time.perf_counter() - started
+        batch = prepare(batch)
         skipped = _skipped_on_any_rank(batch)
         on_skipped(state.bad_images.update(skipped, (state.next_batch + 1) * samples_per_step))
 
@@ -166,6 +174,8 @@ def train(
             continue
         state.step += 1
         state.skipped_in_a_row = 0
+        state.overflows += result.overflowed
+        state.overflows_in_a_row = state.overflows_in_a_row + 1 if result.overflowed else 0
         seconds = time.perf_counter() - started
         state.seconds += seconds
         report = StepReport(state, hyper, result, batch, seconds, waited)

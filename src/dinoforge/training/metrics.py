@@ -16,7 +16,7 @@ from dinoforge.diagnosis import Watch
 from dinoforge.errors import RecipeError, RunError
 from dinoforge.files import write_text, writing_error
 from dinoforge.training.device import peak_memory_gib
-from dinoforge.training.loop import StepReport
+from dinoforge.training.loop import StepReport, TrainState
 from dinoforge.training.probes import Probes
 
 Metrics = dict[str, float]
@@ -74,6 +74,7 @@ class MetricsHook:
             "skipped_images": len(report.state.bad_images.skipped),
             "skipped_steps": report.state.skipped_steps,
             "rollbacks": report.state.rollbacks,
+            **_of_float16(report.state),
             "train_seconds": report.state.seconds,
             **(self.probes(step) if self.probes and due else {}),
         }
@@ -81,6 +82,11 @@ class MetricsHook:
         self._shown = now
         for sink in [*self.sinks, self.display] if due else [self.display]:
             sink(metrics)
+
+
+def _of_float16(state: TrainState) -> Metrics:
+    """The loss scale, and how often gradients overflowed; nothing in other precisions."""
+    return {"loss_scale": state.scaler.get_scale(), "overflows": state.overflows} if state.scaler else {}
 
 
 class JsonLines:

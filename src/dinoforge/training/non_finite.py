@@ -16,10 +16,32 @@ from dinoforge.training.plan import Plan
 from dinoforge.training.run import RunDirectory
 
 _KEPT_BATCHES = 20
+_OVERFLOWS = 8  # in a row, which lower the loss scale 256-fold
 
 
 class RollBackError(Exception):
     """Too many steps in a row whose loss or gradients are not finite."""
+
+
+class OverflowAlarm:
+    """Says that gradients go on overflowing in float16; now and then a step does, and at the start several.
+
+    Args:
+        say: tells the user.
+    """
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self.say = say
+
+    def __call__(self, report: loop.StepReport) -> None:
+        state = report.state
+        if state.scaler is not None and state.overflows_in_a_row == _OVERFLOWS:
+            self.say(
+                f"overflow   gradients of {_OVERFLOWS} steps in a row, up to step {state.step:,}, are not finite in "
+                f"float16; the loss scale is {state.scaler.get_scale():g} now, and these steps updated nothing. At a "
+                "scale of 1 such steps count as not finite. precision=fp32 does not overflow, nor does bf16 where the "
+                "GPU has it"
+            )
 
 
 class NonFinitePolicy:

@@ -127,6 +127,7 @@ class Saver:
             "skipped_images": len(self.state.bad_images.skipped),
             "skipped_steps": self.state.skipped_steps,
             "rollbacks": self.state.rollbacks,
+            **({"overflows": self.state.overflows} if self.state.scaler else {}),
             "checkpoint_wait_seconds": round(self.waited, 2),
         }
         architecture = build.vit_arguments(self.plan.recipe)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from dinoforge import distributed
 from dinoforge.data.batch import Batch
@@ -17,11 +16,9 @@ from dinoforge.optim.clipping import clip_gradients
 from dinoforge.optim.movement import sampled, update_ratios
 from dinoforge.optim.param_groups import set_hyperparameters
 from dinoforge.optim.schedules import Hyperparameters
+from dinoforge.phases import phase
 from dinoforge.student_teacher import Losses, OtherParts, StudentTeacher, Turn
 from dinoforge.training.parallel import Parallel
-
-PHASES = ("teacher", "student", "losses", "backward", "clipping", "optimizer", "moving average")
-"""The parts of a step, as they are called in a profile."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,9 @@ class StepResult:
     """What a step gave: the losses and, per sub-network, the gradient norm before clipping; still on the device."""
 
     losses: Losses
-    grad_norms: dict[str, Tensor]
+    grad_norms: dict[str, Tensor]  # empty after an overflow
     diagnostics: dict[str, Tensor] = field(default_factory=dict)  # of a step that was measured
+    overflowed: bool = False  # gradients were too large for float16, and nothing was updated but the loss scale
 
     def values(self) -> dict[str, float]:
         """All of it as numbers, diagnostics where they are finite; waits for the device."""
@@ -72,7 +70,8 @@ def train_step(
         kept: stochastic depth of each micro-batch, see ``StudentTeacher``; as many as there are here, the batch is cut
             into.
         autocast: precision of the forward pass; entered more than once.
-        scaler: loss scaling for float16. It skips a step whose gradients overflow; that is no error.
+        scaler: loss scaling for float16. A step whose gradients overflow halves the scale and updates nothing else;
+            that is no error until the scale is 1.
         measure: whether the result has diagnostics: those of this rank's first micro-batch and of its part of the
             weights; the weights are the same either way.
         parallel: how the networks are laid over ranks; None for one process.
@@ -83,7 +82,8 @@ def train_step(
         Losses of the global batch, the same on every rank.
 
     Raises:
-        NonFiniteError: before anything was updated; on all ranks or on none.
+        NonFiniteError: a loss that is not finite, or gradients that are not at any loss scale; before anything was
+            updated; on all ranks or on none.
     """
     parallel = parallel or Parallel("none", student_teacher)
     autocast = autocast or nullcontext()
@@ -130,37 +130,51 @@ def train_step(
                         turn=turn,
                     )
                 terms.append(torch.stack([t.detach().float() for t in vars(losses).values()]))
-                with record_function("backward"):
+                with phase("backward"):
                     total = losses.total / len(parts)
                     (total if scaler is None else scaler.scale(total)).backward()
     if scaler is not None:
         scaler.unscale_(optimizer)
-    with record_function("clipping"):
+    with phase("clipping"):
         grad_norms = clip_gradients(dict(student_teacher.student.items()), clip_grad)
     means = distributed.mean_over_ranks(torch.stack(terms).sum(dim=0) / len(parts))
     losses = Losses(*means)
     result = StepResult(losses, grad_norms)
 
-    # Both are the same on every rank, so all come to the same answer.
-    checked = [losses.total] if scaler is not None else [losses.total, *grad_norms.values()]
-    if not torch.isfinite(torch.stack(checked).sum()):
+    # Both are the same on every rank, so all come to the same answer. It is what an ordinary step waits for once.
+    checked = torch.stack([losses.total, torch.stack(list(grad_norms.values())).sum()])
+    loss_is_finite, gradients_are_finite = torch.isfinite(checked).tolist()
+    if not (loss_is_finite and gradients_are_finite):
         optimizer.zero_grad(set_to_none=True)
         for center, before in zip(student_teacher.buffers(), centers, strict=True):
             center.copy_(before)
+        if scaler is not None and _overflowed(scaler, loss_is_finite):
+            return StepResult(losses, {}, overflowed=True)
         raise NonFiniteError(result.values())
     if hyper.last_layer_frozen:
         student_teacher.cancel_last_layer_gradients()
     weights_before = sampled(student_teacher.student) if measure else {}
-    with record_function("optimizer"):
+    with phase("optimizer"):
         if scaler is None:
             optimizer.step()
         else:
             scaler.step(optimizer)
             scaler.update()
         optimizer.zero_grad(set_to_none=True)
-    with record_function("moving average"):
+    with phase("moving average"):
         student_teacher.update_teacher(hyper.momentum)
     if diagnostics is not None:
         ratios = update_ratios(weights_before, sampled(student_teacher.student))
         result.diagnostics.update(diagnostics.values | {f"diag.update_ratio.{k}": v for k, v in ratios.items()})
     return result
+
+
+def _overflowed(scaler: torch.amp.GradScaler, loss_is_finite: bool) -> bool:
+    """Whether gradients that are not finite may only have been scaled too much; the scale is then halved.
+
+    They have not if the loss is not finite, either, or if the scale is 1. In any case the scaler is ready for the next
+    step.
+    """
+    before = scaler.get_scale()
+    scaler.update(None if loss_is_finite and before > 1 else before)
+    return scaler.get_scale() < before
