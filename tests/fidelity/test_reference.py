@@ -21,7 +21,7 @@ from dinoforge.training.build import RunLength, build_schedules
 from plain_losses import centering, dino_loss, ibot_loss, sinkhorn_knopp, updated_center
 
 DATA = Path(__file__).parent / "data"
-CASES = sorted(path.parent.name for path in DATA.glob("*/case.json"))
+CASES = sorted(path.parent.name for path in check.CASES.glob("*/case.json"))
 
 
 def test_all_cases_are_here():
@@ -30,7 +30,7 @@ def test_all_cases_are_here():
 
 @pytest.mark.parametrize("name", CASES)
 def test_steps_agree_with_the_reference(name, capsys):
-    assert check.main([str(DATA / name)]) == 0, capsys.readouterr().out
+    assert check.main([str(check.CASES / name)]) == 0, capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_steps_agree_with_the_reference(name, capsys):
 )
 def test_a_departure_from_the_reference_is_found(tmp_path, section, key, value, kind):
     case = tmp_path / "case"
-    shutil.copytree(DATA / "centering_shared_head", case)
+    shutil.copytree(check.CASES / "centering_shared_head", case)
     settings = json.loads((case / "case.json").read_text())
     settings["config"].setdefault(section, {})[key] = value
     (case / "case.json").write_text(json.dumps(settings))
@@ -55,7 +55,7 @@ def test_a_departure_from_the_reference_is_found(tmp_path, section, key, value, 
 
 def test_a_number_that_is_not_one_is_found(tmp_path):
     case = tmp_path / "case"
-    shutil.copytree(DATA / "no_layer_decay_no_koleo", case)
+    shutil.copytree(check.CASES / "no_layer_decay_no_koleo", case)
     batch = load_file(case / "batch_0.safetensors")
     batch["global_crops"][0, 0, 0, 0] = 1e30
     save_file(batch, case / "batch_0.safetensors")
