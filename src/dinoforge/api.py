@@ -37,7 +37,7 @@ from dinoforge.data.decode import MAX_PIXELS, decode
 from dinoforge.data.loader import STOP_SIGNALS, Skipped, inspect, make_loader
 from dinoforge.data.sources import Source, open_source, read_labels
 from dinoforge.diagnosis import Finding, diagnose
-from dinoforge.errors import DataError, DinoforgeError, RecipeError, RunError, TrainingError, WeightsError
+from dinoforge.errors import DataError, DinoforgeError, RecipeError, RunError, WeightsError
 from dinoforge.evaluation.classifiers import ClassifierResult, Method, run_classifier
 from dinoforge.evaluation.knn import KnnResult, run_knn
 from dinoforge.evaluation.probe import Probe
@@ -116,6 +116,7 @@ def train(
         DataError: no usable images; too many unreadable ones.
         RunError: ``out`` is another run's, or cannot be written.
         TrainingError: losses or gradients that stay non-finite; see docs/reliability.md.
+        LostRankError: another rank failed, was killed, or cannot be reached.
     """
     device, backend, minutes = _where(recipe, _flat_keys(keys))
     with distributed.process_group(devices.rank_device(device), backend, timedelta(minutes=minutes)):
@@ -125,10 +126,7 @@ def train(
             return _train_together(data, recipe, keys, out, labels, dry_run=dry_run, console=console)
         except RuntimeError as error:
             if distributed.is_active() and distributed.is_lost_connection(error):
-                raise TrainingError(
-                    "another rank is gone. Run the same command again to continue at the last checkpoint; torchrun "
-                    "does it by itself with --max-restarts, dinoforge with --nproc"
-                ) from error
+                raise distributed.lost_rank() from error
             raise
 
 

@@ -4,26 +4,35 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from dinoforge import __version__
-from dinoforge.errors import DataError, DinoforgeError, TrainingError
+from dinoforge.errors import (
+    DataError,
+    DinoforgeError,
+    OutOfMemoryError,
+    TrainingError,
+    has_launcher,
+    record_failure,
+)
 
 if TYPE_CHECKING:
     from dinoforge.features import Skipped
 
 _EXIT_FINDINGS = 1
-_EXIT_USER_ERROR = 2
+_EXIT_CRASH = 1
 _EXIT_SIGNALS = {"SIGINT": 130, "SIGUSR1": 138, "SIGUSR2": 140, "SIGTERM": 143}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code.
 
-    0 done, 1 doctor found something, 2 a user's error, 130, 138, 140 or 143 stopped by a signal.
+    0 done; 1 doctor found something, or a data worker died; 2 a user's error; 3 out of memory; 4 another rank is gone;
+    130, 138, 140 or 143 stopped by a signal.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -38,17 +47,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except DinoforgeError as error:
         _print_error(error)
-        return _EXIT_USER_ERROR
+        return error.exit_code
     except KeyboardInterrupt:
         return _EXIT_SIGNALS["SIGINT"]
 
 
 def _print_error(error: DinoforgeError) -> None:
-    """Prints an error that all ranks have once, and one that perhaps only this rank has."""
-    rank = os.environ.get("RANK", "0") if _is_rank() else "0"
+    """Prints an error that all ranks have once, and one that perhaps only this rank has; or has the launcher do it."""
+    rank = "0"
+    if _is_rank():
+        record_failure(error)
+        rank = os.environ.get("RANK", "0")
+        if has_launcher():
+            return
     if rank == "0":
         print(f"error: {error}", file=sys.stderr)
-    elif isinstance(error, DataError | TrainingError):
+    elif isinstance(error, DataError | TrainingError | OutOfMemoryError):
         print(f"error on rank {rank}: {error}", file=sys.stderr)
 
 
@@ -59,13 +73,20 @@ def _is_rank() -> bool:
 
 def run() -> NoReturn:
     """The program ``dinoforge``."""
-    code = main()
-    if _is_rank():
-        # gloo's threads outlive the process group, and may abort the process while the interpreter shuts down.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    if not _is_rank():
+        sys.exit(main())
+    try:
+        code = main()
+    except Exception as error:
+        record_failure(error)
+        print(f"rank {os.environ.get('RANK', '0')}:", file=sys.stderr)
+        traceback.print_exc()
+        code = _EXIT_CRASH
+    # What libraries do while the interpreter shuts down may wait for ranks that will never come, and gloo's threads,
+    # which outlive the process group, may abort the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,27 +1,36 @@
-"""The process group, rank and world size, and reductions that are valid on one process."""
+"""The process group, rank and world size, what becomes of ranks when one fails, and reductions valid on one process."""
 
+import json
+import multiprocessing
 import os
+import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from dinoforge.errors import DinoforgeError, RecipeError, TrainingError
+from dinoforge.errors import DinoforgeError, LostRankError, RecipeError, has_launcher, record_failure
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 _PATIENCE = timedelta(minutes=30)  # of ranks with each other, where nothing else is said: as gloo has it
+_LOOK_SECONDS = 1.0  # between two looks at the other ranks
+_GRACE_SECONDS = 5.0  # in which a rank may end by itself after another has failed, and for farewells
 
 
 @contextmanager
@@ -31,6 +40,10 @@ def process_group(device: torch.device, backend: str = "auto", timeout: timedelt
     The only place that sets a process group up or takes it down. Nothing to do where this process was started alone,
     or where the caller has a group already.
 
+    A rank that leaves by an exception tells the others, and drops the group without waiting for them. The others are
+    given a few seconds; then their processes end with the exit code of ``LostRankError``, wherever they are: with NCCL
+    they may be in a kernel that waits for ever. So they do when a rank of their machine was killed.
+
     Args:
         device: this rank's.
         backend: ``gloo``, ``nccl`` or ``auto``: gloo for what is on the CPU, nccl for what is on a GPU. What ranks tell
@@ -38,29 +51,187 @@ def process_group(device: torch.device, backend: str = "auto", timeout: timedelt
         timeout: how long a rank waits for the others before it fails; None: as long as PyTorch does.
 
     Raises:
-        RecipeError: a backend that the device cannot use.
-        TrainingError: ranks that do not come together.
+        RecipeError: a backend or device that several ranks cannot use, or a GPU that two of them share.
+        LostRankError: ranks that do not come together.
     """
     if launched_world_size() == 1 or dist.is_initialized():
         yield
         return
     if backend == "nccl" and device.type != "cuda":
         raise RecipeError(f"parallel.backend=nccl needs device=cuda, not {device.type}: expected auto or gloo")
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"several ranks need device=cuda or device=cpu, not {device.type}: start one process")
+    by_nccl = device.type == "cuda" and backend in ("auto", "nccl")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl" if backend in ("auto", "nccl") else "gloo"
-    else:
-        backend = "gloo"
+    patience = timeout or _PATIENCE
+    others: _Others | None = None
     try:
-        store, rank, world_size = next(rendezvous("env://", timeout=timeout or _PATIENCE))
-        store = PrefixStore(_agreed_name(store, rank, world_size, timeout or _PATIENCE), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    except (RuntimeError, TimeoutError) as error:
-        raise TrainingError(f"the {launched_world_size()} ranks did not come together: {error}") from error
-    try:
+        try:
+            store, rank, world_size = next(rendezvous("env://", timeout=patience))
+            store = PrefixStore(_agreed_name(store, rank, world_size, patience), store)
+            places = _places(store, rank, world_size, device)
+            others = _Others(store, rank, places, patience)
+            others.start()
+            if by_nccl:
+                _require_own_gpus(places)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if by_nccl else "gloo",
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                timeout=timeout,
+                device_id=device if by_nccl else None,  # or else NCCL guesses it where no tensor says
+            )
+        except (RuntimeError, TimeoutError) as error:
+            raise LostRankError(f"the {launched_world_size()} ranks did not come together: {error}") from error
         yield
-    finally:
-        dist.destroy_process_group()
+        others.leave()
+    except BaseException as error:
+        record_failure(error)  # before anything that may hang
+        if others is not None:
+            others.warn(error)
+        _drop_group()
+        raise
+    dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a rank runs."""
+
+    host: str
+    machine: str  # equal for processes that can see each other, and for no others
+    process: int
+    gpu: str | None
+
+    @classmethod
+    def here(cls, device: torch.device) -> "_Place":
+        # Machines may share a name, and containers a machine.
+        boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+        machine = f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else uuid.getnode()}"
+        if namespace.exists():
+            machine += f" {namespace.stat().st_ino}"
+        gpu = None
+        if device.type == "cuda":
+            # Tasks that see one GPU each call it 0, so a number alone says little.
+            number = f"{machine} {os.environ.get('CUDA_VISIBLE_DEVICES', '')} {device.index}"
+            gpu = str(getattr(torch.cuda.get_device_properties(device), "uuid", number))
+        return cls(socket.gethostname(), machine, os.getpid(), gpu)
+
+
+def _places(store: Store, rank: int, world_size: int, device: torch.device) -> list[_Place]:
+    """Where each rank runs; waits for all of them."""
+    store.set(f"place of {rank}", json.dumps(asdict(_Place.here(device))))
+    told = store.multi_get([f"place of {other}" for other in range(world_size)])
+    return [_Place(**json.loads(text)) for text in told]
+
+
+def _require_own_gpus(places: Sequence[_Place]) -> None:
+    """Raises RecipeError, on every rank, if two have one GPU: NCCL would fail, or wait for ever."""
+    first: dict[str | None, int] = {}
+    for rank, place in enumerate(places):
+        other = first.setdefault(place.gpu, rank)
+        if other != rank:
+            raise RecipeError(
+                f"ranks {other} and {rank} on {place.host} share one GPU ({place.gpu}): start as many ranks as there "
+                "are GPUs, for example by --nproc auto, and give each its own"
+            )
+
+
+class _Others(threading.Thread):
+    """Looks every second whether the other ranks are well, and ends this process if one is gone and it does not.
+
+    Args:
+        store: that all ranks share, and that no earlier ranks have used.
+        rank: this one.
+        places: of all ranks.
+        patience: how long to wait for the others when this one is done.
+    """
+
+    def __init__(self, store: Store, rank: int, places: Sequence[_Place], patience: timedelta) -> None:
+        super().__init__(name="watch over the other ranks", daemon=True)
+        self._store = store
+        self._own_store = store.clone()  # a look must not wait for what the main thread waits for
+        self._rank, self._world_size, self._patience = rank, len(places), patience
+        here = places[rank].machine
+        self._near = {r: p.process for r, p in enumerate(places) if r != rank and p.machine == here}
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        while not self._done.wait(_LOOK_SECONDS):
+            if (cause := self._look()) is not None:
+                break
+        if self._done.wait(_GRACE_SECONDS):
+            return
+        error = lost_rank(cause)
+        record_failure(error)
+        if not has_launcher():
+            print(f"error on rank {self._rank}: {error}", file=sys.stderr)
+        leave_process(error.exit_code)
+
+    def _look(self) -> str | None:
+        """What happened to another rank, if something did."""
+        store = self._own_store
+        try:
+            if store.check(["failed"]):
+                return store.get("failed").decode()
+            for rank, process in self._near.items():
+                if not _is_alive(process) and not store.check([f"{rank} is done"]):
+                    return store.compare_set("failed", "", f"rank {rank} was killed").decode()
+        except RuntimeError:  # the connection: who keeps the store is gone
+            return "the store that all ranks share is gone"
+        return None
+
+    def warn(self, error: BaseException) -> None:
+        """Tells the other ranks that this one fails."""
+        told = f"rank {self._rank} failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        _within_grace(lambda: self._store.compare_set("failed", "", told))
+        self._done.set()
+
+    def leave(self) -> None:
+        """Waits until all ranks are done: who ends first has the others ended by whatever started them."""
+        with suppress(RuntimeError):  # nothing is lost any more, so who is not well may end as it will
+            self._store.set(f"{self._rank} is done", "")
+            self._store.wait([f"{rank} is done" for rank in range(self._world_size)], self._patience)
+        self._done.set()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _drop_group() -> None:
+    """Takes the process group down without a word to the other ranks; the ordinary way waits for them with NCCL."""
+    if dist.is_initialized():
+        _within_grace(getattr(distributed_c10d, "_abort_process_group", dist.destroy_process_group))
+
+
+def _within_grace(call: Callable[[], object]) -> None:
+    """Calls what may wait for a network or a device that is not well; leaves it alone after some seconds."""
+
+    def try_it() -> None:
+        with suppress(RuntimeError):  # this rank fails already, and not for this
+            call()
+
+    thread = threading.Thread(target=try_it, daemon=True)
+    thread.start()
+    thread.join(_GRACE_SECONDS)
+
+
+def leave_process(code: int) -> NoReturn:
+    """Ends this process, and its data-loading workers, as it stands: nothing that waits is waited for."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _agreed_name(store: Store, rank: int, world_size: int, patience: timedelta) -> str:
@@ -128,16 +299,26 @@ def world_size() -> int:
     return dist.get_world_size() if is_active() else 1
 
 
+def lost_rank(cause: str | None = None) -> LostRankError:
+    """The error of a rank that cannot go on without another one."""
+    return LostRankError(
+        f"another rank is gone{f': {cause}' if cause else ''}. Run the same command again to continue at the last "
+        "checkpoint; torchrun does it by itself with --max-restarts, dinoforge with --nproc"
+    )
+
+
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether an error says that another rank cannot be reached; gloo has no type for it."""
+    """Whether an error says that another rank cannot be reached; gloo has no type for it, and NCCL one for all."""
     signs = (
         "Connection closed by peer",
         "Connection reset by peer",
         "Broken pipe",
         "Connection refused",
         "Timed out waiting",
+        "ncclRemoteError",
+        "NCCL communicator was aborted",
     )
-    return isinstance(error, dist.DistNetworkError | dist.DistBackendError) or any(s in str(error) for s in signs)
+    return isinstance(error, dist.DistNetworkError) or any(s in str(error) for s in signs)
 
 
 def is_first() -> bool:

@@ -4,10 +4,18 @@ The command line prints them without a traceback and exits with their code. Anyt
 exits with 1.
 """
 
+import json
+import os
+import time
+import traceback
+from pathlib import Path
 from typing import ClassVar
 
 RECURRING = frozenset({2, 3})
 """Exit codes of what would happen again if the same command were started again."""
+
+STOPPED = frozenset({130, 138, 140, 143})
+"""Exit codes of what a signal has stopped: SIGINT, SIGUSR1, SIGUSR2, SIGTERM."""
 
 
 class DinoforgeError(Exception):
@@ -60,3 +68,31 @@ class OutOfMemoryError(DinoforgeError):
 
 class ExportError(DinoforgeError):
     """A backbone that another library's format cannot hold, or whose outputs differ there."""
+
+
+LAUNCHER = "dinoforge-"
+"""What the names of the launches of ``dinoforge train --nproc`` begin with."""
+
+
+def has_launcher() -> bool:
+    """Whether ``dinoforge train --nproc`` started this rank, and prints what it fails of when all have ended."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(LAUNCHER)
+
+
+def record_failure(error: BaseException) -> None:
+    """Tells whoever started this rank why it fails: writes the file that PyTorch's elastic agent reads.
+
+    Writes nothing where there is no agent, or where an earlier error of this rank is there already.
+    """
+    name = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not name or os.path.exists(name):
+        return
+    if isinstance(error, DinoforgeError):
+        text = trace = str(error)
+    else:
+        text = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        trace = "".join(traceback.format_exception(error))
+    told = {"message": text, "extraInfo": {"py_callstack": trace, "timestamp": time.time()}}
+    aside = Path(f"{name}.partial")  # the agent fails on half a file
+    aside.write_text(json.dumps({"message": told}), encoding="utf-8")
+    aside.rename(name)
