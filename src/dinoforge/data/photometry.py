@@ -202,7 +202,8 @@ def _hue(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     hue = ((sixth * (256 / 6)).round() + (turns * 256).round()).remainder(256) * (6 / 256)  # 0…6
     span = (span * 255 / value.clamp(min=1)).round() * value / 255  # as from a saturation of 8 bits
     # Each channel is the value less the span, but for the part of the circle near its own hue.
-    place = (hue + x.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)).remainder(6)
+    turned = torch.arange(5, 0, -2, dtype=x.dtype, device=x.device)  # 5, 3, 1, without a copy to the device
+    place = (hue + turned.view(1, 3, 1, 1)).remainder(6)
     return (value - span * torch.minimum(place, 4 - place).clamp(0, 1)).round()
 
 
