@@ -70,12 +70,12 @@ class Train:
     centering: Targets = "centering"
     OFFICIAL_EPOCH_LENGTH: int = 1250  # steps of a nominal epoch: the unit of every *_epochs key
     seed: int = 0
-    num_workers: int | None = 10  # capped at the processors there are; null: chosen for the device
+    num_workers: int | None = 10  # no more than there are processors; null: chosen for the device
     sinkhorn_iterations: int = 3  # ours: a constant of the reference
     steps: int | None = None  # ours: length of the run in optimizer steps
     epochs: float | None = None  # ours: or in passes over the user's images; neither: optim.epochs nominal epochs
     max_minutes: float | None = None  # ours: stop with a checkpoint after that long; schedules do not change
-    threads: int | None = None  # ours: compute threads; null: all processors
+    threads: int | None = None  # ours: compute threads; null: all processors, or on an accelerator a few
     max_skips: int = 3  # ours: steps in a row without finite loss and gradients; then back to the last checkpoint
     max_rollbacks: int = 3  # ours: that many times; then the run ends
 
@@ -253,7 +253,8 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Recipe:
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device multiplies faster in it
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: what the device multiplies fastest
+    allow_tf32: bool = False  # CUDA: products and convolutions of float32 may round their factors to 10 bits
     device: str = "auto"  # auto: cuda, then mps, then cpu
     dino: Dino = field(default_factory=Dino)
     ibot: Ibot = field(default_factory=Ibot)

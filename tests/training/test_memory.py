@@ -85,5 +85,11 @@ def test_what_would_not_help_is_left_out():
     assert "parallel.crops_in_turn" not in names(on_cpu)  # they take turns there
 
 
+def test_a_checkpoint_that_is_written_aside_takes_memory_on_a_cpu_alone():
+    on_cpu = ways_to_save(recipe_of(), ranks=1, mode="none", device=torch.device("cpu"), precision=torch.float32)
+    assert on_cpu[0].startswith("checkpoint.asynchronous=false: about ")
+    assert "checkpoint.asynchronous" not in names(ways_to_save(recipe_of(), ranks=1, mode="none"))
+
+
 def test_float16_is_not_told_to_be_sharded():
     assert "parallel.mode" not in names(ways_to_save(recipe_of(precision="fp16"), ranks=8, mode="ddp"))

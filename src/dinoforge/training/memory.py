@@ -131,6 +131,9 @@ def ways_to_save(
     shards = {"fsdp": ranks, "hsdp": shard_count("hsdp", recipe.parallel.shard_ranks)}.get(mode, 1)
     train, parallel = recipe.train, recipe.parallel
     ways: list[tuple[str, float]] = []
+    if recipe.checkpoint.asynchronous:  # takes memory on a CPU, where the copy is beside all else
+        waiting = replace(recipe, checkpoint=replace(recipe.checkpoint, asynchronous=False))
+        ways.append(("checkpoint.asynchronous=false", size(waiting, mode, shards)))
     parts = next((n for n in range(2, train.batch_size_per_gpu + 1) if train.batch_size_per_gpu % n == 0), None)
     if parts is not None:
         images, accumulate = train.batch_size_per_gpu // parts, train.accumulate * parts

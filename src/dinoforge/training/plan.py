@@ -8,12 +8,21 @@ import torch
 from dinoforge import distributed
 from dinoforge.config import Recipe
 from dinoforge.data.loader import DataSummary
-from dinoforge.errors import RecipeError
 from dinoforge.optim.schedules import Schedules
 from dinoforge.student_teacher import StudentTeacher
 from dinoforge.training.build import RunLength, build_schedules, build_student_teacher, run_length, vit_size
-from dinoforge.training.device import rank_device, resolve_precision, usable_processors
-from dinoforge.training.memory import estimate
+from dinoforge.training.device import (
+    allocator_settings,
+    compute_threads,
+    free_memory,
+    loader_workers,
+    note_of_fallback,
+    note_of_idle_gpus,
+    rank_device,
+    resolve_precision,
+    usable_processors,
+)
+from dinoforge.training.memory import estimate, ways_to_save
 from dinoforge.training.parallel import Mode, mode_here, shard_count
 
 
@@ -32,6 +41,8 @@ class Plan:
     mode: Mode  # how the networks are laid over ranks
     parameters: dict[str, int]  # per sub-network of the student
     memory: dict[str, float]  # estimated bytes per part
+    free: float | None  # bytes that the device has free; None: unknown
+    notes: tuple[str, ...] = ()  # what the user may not expect, and what to do
 
     def metadata(self) -> dict[str, Any]:
         """What a backbone's file says about its run."""
@@ -46,20 +57,23 @@ def make_plan(recipe: Recipe, data: DataSummary) -> Plan:
     """
     ranks = distributed.world_size()
     device = rank_device(recipe.device)
-    precision = resolve_precision(recipe.precision, device)
     length = run_length(recipe, images=data.count, world_size=ranks)
     schedules = build_schedules(recipe, length)
     with torch.device("meta"):
         networks = build_student_teacher(recipe)
     mode = mode_here(recipe, networks, device)
-    if mode in ("fsdp", "hsdp") and precision is torch.float16:
-        raise RecipeError("precision=fp16 cannot be sharded: set precision=bf16, or parallel.mode=ddp")
+    precision = resolve_precision(recipe.precision, device, sharded=mode in ("fsdp", "hsdp"))
     shards = shard_count(mode, recipe.parallel.shard_ranks)
     processors = usable_processors()
-    wanted = recipe.train.num_workers
-    if wanted is None:
-        wanted = max(1, processors // 2) if device.type == "cpu" else processors
-        wanted = min(wanted, 8)
+    memory = estimate(recipe, networks, precision=precision, device=device, mode=mode, shards=shards)
+    free = free_memory(device)
+    notes = (
+        note_of_fallback(recipe.device, device),
+        note_of_idle_gpus(recipe.device, device),
+        _note_of_precision(recipe, device, precision),
+        _note_of_workers(recipe.train.num_workers, processors),
+        _note_of_memory(recipe, sum(memory.values()), free, device, precision, mode),
+    )
     return Plan(
         recipe=recipe,
         data=data,
@@ -67,11 +81,44 @@ def make_plan(recipe: Recipe, data: DataSummary) -> Plan:
         schedules=schedules,
         device=device,
         precision=precision,
-        threads=recipe.train.threads or processors,
-        num_workers=min(wanted, processors),
+        threads=compute_threads(device, processors, recipe.train.threads),
+        num_workers=loader_workers(device, processors, recipe.train.num_workers),
         mode=mode,
         parameters=_count(networks),
-        memory=estimate(recipe, networks, precision=precision, device=device, mode=mode, shards=shards),
+        memory=memory,
+        free=free,
+        notes=tuple(note for note in notes if note is not None),
+    )
+
+
+def _note_of_precision(recipe: Recipe, device: torch.device, precision: torch.dtype) -> str | None:
+    if precision is resolve_precision(recipe.precision, device):
+        return None
+    return (
+        "computes in float32, since float16, in which this GPU is faster, cannot be sharded; parallel.mode=ddp takes "
+        "float16, if the weights fit"
+    )
+
+
+def _note_of_workers(wanted: int | None, processors: int) -> str | None:
+    if wanted is None or wanted <= processors:
+        return None
+    return (
+        f"train.num_workers={wanted}, but there {'is' if processors == 1 else 'are'} "
+        f"{_count_of(processors, 'processor')} for this rank, and so {_count_of(processors, 'data worker')}"
+    )
+
+
+def _note_of_memory(
+    recipe: Recipe, needed: float, free: float | None, device: torch.device, precision: torch.dtype, mode: Mode
+) -> str | None:
+    if free is None or needed <= free:
+        return None
+    ways = ways_to_save(recipe, ranks=distributed.world_size(), mode=mode, device=device, precision=precision)
+    return (
+        f"may run out of memory: by the estimate it takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "
+        f"{'of main memory are free' if device.type == 'cpu' else f'are free on {device}'}. What takes less, in the "
+        "order to try: " + "; ".join([*ways, "smaller crops, or a smaller network"])
     )
 
 
@@ -84,6 +131,7 @@ def render(plan: Plan, *, data_path: str, out: str) -> str:
     r, s = plan.recipe, plan.recipe.student
     embed_dim, depth, heads = vit_size(r)
     side = r.crops.global_crops_size
+    tf32 = " with TF32" if r.allow_tf32 and plan.device.type == "cuda" else ""
     total = sum(plan.memory.values())
     top = sorted(plan.memory.items(), key=lambda part: -part[1])[:3]
     local = f" + {r.crops.local_crops_number} × {r.crops.local_crops_size}²" if r.crops.local_crops_number else ""
@@ -107,15 +155,22 @@ def render(plan: Plan, *, data_path: str, out: str) -> str:
             "your data"
         ),
         "compute": (
-            f"{plan.device}, {str(plan.precision).removeprefix('torch.')}, {_count_of(plan.threads, 'thread')}, "
+            f"{plan.device}, {str(plan.precision).removeprefix('torch.')}{tf32}, {_count_of(plan.threads, 'thread')}, "
             f"{_count_of(plan.num_workers, 'data worker')}{_ranks(plan)}"
         ),
         "memory": f"about {total / 2**30:.1f} GiB ("
         + ", ".join(f"{name} {size / 2**30:.1f}" for name, size in top)
-        + ")",
-        "out": out,
+        + f"){_of_device(plan)}",
     }
-    return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
+    notes = [("note", note) for note in plan.notes]
+    return "\n".join(f"{name:<8} {text}" for name, text in [*lines.items(), *notes, ("out", out)])
+
+
+def _of_device(plan: Plan) -> str:
+    """What memory the device has free, and how PyTorch was told to manage it."""
+    free = "" if plan.free is None else f" of {plan.free / 2**30:.1f} GiB that are free"
+    settings = allocator_settings() if plan.device.type == "cuda" else None
+    return free + (f"; allocator {settings}" if settings else "")
 
 
 def _ranks(plan: Plan) -> str:
