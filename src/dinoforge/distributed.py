@@ -286,6 +286,14 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched_world_size() > 1 else 1
 
 
+def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Sets how long the ranks of a group wait for each other in what they do from now on."""
+    # Versions of PyTorch differ in the name.
+    change = getattr(distributed_c10d, "set_timeout", None) or getattr(distributed_c10d, "_set_pg_timeout", None)
+    if change is not None:
+        change(timeout, group)
+
+
 def is_active() -> bool:
     """Whether several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

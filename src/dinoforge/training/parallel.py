@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -85,14 +86,41 @@ def shard_count(mode: Mode, shard_ranks: int | None) -> int:
 
 
 def mode_here(recipe: Recipe, student_teacher: StudentTeacher, device: torch.device) -> Mode:
-    """``choose_mode`` on this machine."""
-    return choose_mode(
+    """``choose_mode`` on this machine.
+
+    Raises:
+        RecipeError: a mode that these ranks, or their backend, cannot run.
+    """
+    mode = choose_mode(
         recipe,
         parameters=sum(p.numel() for p in student_teacher.student.parameters()),
         device_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
         world_size=distributed.world_size(),
         nodes=distributed.world_size() // distributed.local_world_size(),
     )
+    if mode == "hsdp":
+        copies_and_shards(distributed.world_size(), shard_count(mode, recipe.parallel.shard_ranks))
+    if mode in ("fsdp", "hsdp") and device.type == "cuda" and recipe.parallel.backend == "gloo":
+        raise RecipeError(
+            f"parallel.backend=gloo cannot shard what is on a GPU, and parallel.mode is {mode}: set "
+            "parallel.backend=auto, or parallel.mode=ddp"
+        )
+    return mode
+
+
+def copies_and_shards(ranks: int, inner: int) -> tuple[int, int]:
+    """How many copies of the networks hsdp makes of so many ranks, and over how many ranks each is sharded.
+
+    Raises:
+        RecipeError: there are too few ranks, or they cannot be cut so.
+    """
+    if ranks % inner or not 1 < inner < ranks:
+        raise RecipeError(
+            f"parallel.mode=hsdp: {ranks} ranks cannot be cut into copies of {inner} ranks each: expected "
+            "parallel.shard_ranks to be more than 1 and less than the number of ranks, and to divide it"
+            + ("; hsdp needs 4 ranks at least: set parallel.mode=fsdp" if ranks < 4 else "")
+        )
+    return ranks // inner, inner
 
 
 def wrap(
@@ -103,6 +131,7 @@ def wrap(
     activation_checkpointing: bool = False,
     shard_ranks: int | None = None,
     some_frozen: bool = False,
+    timeout: timedelta | None = None,
 ) -> Parallel:
     """Lays the networks, which are equal on all ranks and on the device, over the ranks.
 
@@ -114,6 +143,7 @@ def wrap(
             backward pass.
         shard_ranks: for hsdp: over how many ranks a copy is sharded; None: those of a machine.
         some_frozen: whether there are steps in which some parameters get no gradient.
+        timeout: how long the ranks that share or copy weights wait for each other; None: as long as PyTorch does.
 
     Raises:
         RecipeError: ranks that cannot be laid out so.
@@ -132,24 +162,24 @@ def wrap(
             find_unused_parameters=some_frozen,
         )
         return Parallel(mode, ddp, ddp.no_sync)
-    mesh = _mesh(mode, device, shard_ranks)
+    mesh = _mesh(mode, device, shard_ranks, timeout)
     for networks in (student_teacher.student, student_teacher.teacher):
         _shard(networks, mesh)
     # Each micro-batch's gradients are reduced at once: kept whole, they would take the memory that sharding saves.
     return Parallel(mode, student_teacher)
 
 
-def _mesh(mode: Mode, device: torch.device, shard_ranks: int | None) -> DeviceMesh:
+def _mesh(mode: Mode, device: torch.device, shard_ranks: int | None, timeout: timedelta | None) -> DeviceMesh:
     ranks = distributed.world_size()
     if mode == "fsdp":
-        return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
-    inner = shard_count(mode, shard_ranks)
-    if ranks % inner or not 1 < inner < ranks:
-        raise RecipeError(
-            f"parallel.mode=hsdp: {ranks} ranks cannot be cut into copies of {inner} ranks each: expected "
-            "parallel.shard_ranks to be more than 1 and less than the number of ranks, and to divide it"
-        )
-    return init_device_mesh(device.type, (ranks // inner, inner), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
+    else:
+        shape = copies_and_shards(ranks, shard_count(mode, shard_ranks))
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    if timeout is not None:
+        for group in mesh.get_all_groups():  # those made for the mesh have PyTorch's own timeout
+            distributed.set_timeout(group, timeout)
+    return mesh
 
 
 def _shard(networks: nn.ModuleDict, mesh: DeviceMesh) -> None:
