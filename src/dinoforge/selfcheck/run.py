@@ -1,0 +1,112 @@
+"""Runs the parts of a self-check one after the other, and gathers their lines."""
+
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dinoforge import __version__
+from dinoforge.selfcheck.lines import Line, fail, not_here
+from dinoforge.selfcheck.part import PARTS, command, other_output, read
+from dinoforge.selfcheck.processes import Ended, Program
+from dinoforge.selfcheck.settings import Settings
+
+_LOOK_SECONDS = 0.05
+_NEEDS_DEVICE = tuple(name for name in PARTS if name != "environment")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a self-check found."""
+
+    lines: tuple[Line, ...]
+    settings: Settings
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return all(line.status != "FAIL" for line in self.lines)
+
+    def as_json(self) -> dict[str, Any]:
+        lines = [line.as_json() for line in self.lines]
+        asked = {key: value for key, value in self.settings.as_json().items() if key != "folder"}
+        environment: dict[str, Any] = {"dinoforge": __version__, "python": platform.python_version()}
+        for line in lines:
+            if line["values"].get("part") == "environment":
+                environment[line["name"]] = line["values"] | {"text": line["text"]}
+        return {
+            "passed": self.passed,
+            "asked": asked,
+            "environment": environment,
+            "lines": lines,
+            "seconds": round(self.seconds, 1),
+        }
+
+    def summary(self) -> str:
+        """The last line for people."""
+        counts = {status: sum(line.status == status for line in self.lines) for status in ("ok", "FAIL", "not here")}
+        told = f"{counts['ok']} ok, {counts['FAIL']} FAIL, {counts['not here']} not here, in {self.seconds:.0f} s"
+        if self.passed:
+            return f"passed: {told}"
+        return f"FAILED: {told}. Paste all of this into a bug report."
+
+
+def selfcheck(
+    *,
+    device: str = "auto",
+    nproc: str | None = None,
+    short: bool = False,
+    only: Sequence[str] = (),
+    on_line: Callable[[Line], object] = lambda line: None,
+) -> Report:
+    """Looks at everything that a user of this machine will meet.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        nproc: ranks to start, or ``auto`` for one for each GPU; None: what needs ranks is left out.
+        short: leave out what takes long on a CPU.
+        only: names of ``PARTS``; empty for all.
+        on_line: given each line as soon as it is there.
+    """
+    started = time.monotonic()
+    found: list[Line] = []
+    with tempfile.TemporaryDirectory(prefix="dinoforge-selfcheck-", ignore_cleanup_errors=True) as folder:
+        settings = Settings(device, nproc, short, Path(folder))
+        usable = True
+        for name, seconds in PARTS.items():
+            if only and name not in only:
+                continue
+            if not usable and name in _NEEDS_DEVICE:
+                lines: Iterator[Line] = iter([not_here(name, "needs the device that failed above")])
+            else:
+                lines = lines_apart(name, settings, seconds)
+            for line in lines:
+                line = replace(line, values={"part": name} | line.values)
+                usable &= not (name == "environment" and line.name == "device" and line.status == "FAIL")
+                found.append(line)
+                on_line(line)
+    return Report(tuple(found), settings, time.monotonic() - started)
+
+
+def lines_apart(name: str, settings: Settings, seconds: float) -> Iterator[Line]:
+    """The findings of a part that runs in a process of its own, as they come; its crash or hang is one of them."""
+    folder = settings.folder / name
+    folder.mkdir(exist_ok=True)
+    with Program(command(name, replace(settings, folder=folder)), folder, seconds=seconds) as program:
+        told = failed = 0
+        while True:
+            over = not program.running or program.late
+            for line in read(program.output)[told:]:
+                told += 1
+                failed += line.status == "FAIL"
+                yield line
+            if over:
+                break
+            time.sleep(_LOOK_SECONDS)
+        ended = program.wait()
+    if ended.code is None or (ended.code != 0 and not (ended.code == 1 and failed)) or not told:
+        rest = Ended(ended.code, other_output(ended.output), ended.seconds)
+        yield fail(name, f"this part {ended.told}, after {told} lines", rest.tail(12))

@@ -1,0 +1,28 @@
+"""What a self-check is asked to look at."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    Args:
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        nproc: ranks to start, ``auto`` for one for each GPU, or None for no ranks.
+        short: leave out what takes long on a CPU.
+        folder: for images, runs and output; emptied by whoever made it.
+    """
+
+    device: str
+    nproc: str | None
+    short: bool
+    folder: Path
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"folder": str(self.folder)}
+
+    @classmethod
+    def from_json(cls, read: dict[str, Any]) -> "Settings":
+        return cls(**(read | {"folder": Path(read["folder"])}))
