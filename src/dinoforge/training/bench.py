@@ -29,9 +29,11 @@ from dinoforge.training.build import (
 )
 from dinoforge.training.device import (
     autocast,
+    in_use,
     keep_freed_memory,
+    loader_workers,
     peak_memory_gib,
-    resolve_device,
+    rank_device,
     resolve_precision,
     usable_processors,
 )
@@ -80,9 +82,14 @@ def seconds_per_step(recipe: Recipe, source: Source, *, repeats: int = 6) -> flo
 
     On a processor it is the work that counts, so that what else runs meanwhile hardly matters: both are timed on one
     thread in processor time, and shared out over all processors at 90 %. Elsewhere, the longer of the step and the
-    batch, which workers make meanwhile.
+    batch, which workers make meanwhile; without workers, both.
     """
-    device = resolve_device(recipe.device)
+    device = rank_device(recipe.device)
+    with in_use(device, allow_tf32=recipe.allow_tf32):
+        return _seconds_per_step(recipe, source, device, repeats)
+
+
+def _seconds_per_step(recipe: Recipe, source: Source, device: torch.device, repeats: int) -> float:
     bench = StepBench(recipe, device, resolve_precision(recipe.precision, device))
     data = build_data(recipe, source)
     making = []
@@ -95,7 +102,8 @@ def seconds_per_step(recipe: Recipe, source: Source, *, repeats: int = 6) -> flo
     processors = usable_processors()
     if device.type != "cpu":
         bench.warm_up()
-        return max(min(bench.run(repeats)), min(making) / min(processors, 8))
+        step, workers = min(bench.run(repeats)), loader_workers(device, processors, recipe.train.num_workers)
+        return max(step, min(making) / workers) if workers else step + min(making)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -146,7 +154,9 @@ class StepBench:
         self._images = recipe.train.batch_size_per_gpu * recipe.train.accumulate
         length = run_length(recipe, images=self._images)
         self._schedules = build_schedules(recipe, length)
-        self._state = build_state(recipe, device, images=length.images, lay_out=partial(self._lay_out, mode))
+        self._state = build_state(
+            recipe, device, images=length.images, precision=precision, lay_out=partial(self._lay_out, mode)
+        )
         self._step = length.steps // 2
         self._generator = torch.Generator().manual_seed(recipe.train.seed)
 

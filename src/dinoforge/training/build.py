@@ -324,6 +324,7 @@ def build_state(
     device: torch.device,
     *,
     images: int,
+    precision: torch.dtype | None = None,
     initialise: Callable[[StudentTeacher], object] | None = None,
     lay_out: Callable[[StudentTeacher], object] | None = None,
 ) -> TrainState:
@@ -333,6 +334,7 @@ def build_state(
         recipe: the run.
         device: where to.
         images: in the data.
+        precision: of matrix products, as the plan has it: float16 needs a scaler. None: the recipe's, in one process.
         initialise: puts other weights into the fresh networks.
         lay_out: shards the networks, which the optimizer follows.
     """
@@ -344,7 +346,7 @@ def build_state(
     student_teacher.to(device)
     if lay_out:
         lay_out(student_teacher)
-    half = resolve_precision(recipe.precision, device) is torch.float16
+    half = (precision or resolve_precision(recipe.precision, device)) is torch.float16
     return TrainState(
         student_teacher=student_teacher,
         optimizer=build_optimizer(recipe, student_teacher),

@@ -70,7 +70,7 @@ def rank_device(name: str) -> torch.device:
         RecipeError: as ``resolve_device``; ranks that would share one GPU, as far as this one can tell.
     """
     device = resolve_device(name)
-    if device.type == "cpu" or distributed.launched_world_size() == 1:
+    if device.type not in ("cuda", "mps") or distributed.launched_world_size() == 1:
         return device
     ranks = max(distributed.local_world_size(), distributed.local_rank() + 1)  # of this machine
     if device.type == "mps":
@@ -211,7 +211,7 @@ def resolve_precision(name: str, device: torch.device, *, sharded: bool = False)
     """
     if sharded and name == "fp16":
         raise RecipeError("precision=fp16 cannot be sharded: set precision=bf16, or parallel.mode=ddp")
-    if name == "fp16" and device.type == "mps" and torch.__version__ < (2, 9):
+    if name == "fp16" and device.type == "mps" and torch.__version__ < "2.9":
         raise RecipeError(  # its scaler computes in float64, which MPS does not have
             f"precision=fp16 on mps needs PyTorch 2.9, this one is {torch.__version__}: set precision=fp32 or bf16"
         )
