@@ -91,5 +91,6 @@ def test_a_checkpoint_that_is_written_aside_takes_memory_on_a_cpu_alone():
     assert "checkpoint.asynchronous" not in names(ways_to_save(recipe_of(), ranks=1, mode="none"))
 
 
-def test_float16_is_not_told_to_be_sharded():
-    assert "parallel.mode" not in names(ways_to_save(recipe_of(precision="fp16"), ranks=8, mode="ddp"))
+@pytest.mark.parametrize("key", [{"precision": "fp16"}, {"parallel__backend": "gloo"}])
+def test_what_cannot_be_sharded_is_not_told_to_be(key: dict[str, object]):
+    assert "parallel.mode" not in names(ways_to_save(recipe_of(**key), ranks=8, mode="ddp"))

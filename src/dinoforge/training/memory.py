@@ -151,7 +151,8 @@ def ways_to_save(
     if not parallel.activation_checkpointing:
         again = replace(recipe, parallel=replace(parallel, activation_checkpointing=True))
         ways.append(("parallel.activation_checkpointing=true", size(again, mode, shards)))
-    if ranks > 1 and mode not in ("fsdp", "hsdp") and recipe.precision != "fp16":  # which cannot be sharded
+    refused = recipe.precision == "fp16" or (device.type == "cuda" and parallel.backend == "gloo")
+    if ranks > 1 and mode not in ("fsdp", "hsdp") and not refused:
         sharded = torch.float32 if precision is torch.float16 else precision
         ways.append(("parallel.mode=fsdp", size(recipe, "fsdp", ranks, sharded)))
     now = size(recipe, mode, shards)

@@ -1,0 +1,294 @@
+"""What the plan says of a machine, on machines that are not here."""
+
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dinoforge import api, distributed
+from dinoforge.config import load_recipe
+from dinoforge.data.loader import DataSummary
+from dinoforge.errors import RecipeError
+from dinoforge.training import bench, build
+from dinoforge.training import device as devices
+from dinoforge.training.plan import Plan, make_plan, render
+from tiny import TINY
+
+CPU = torch.device("cpu")
+DATA = DataSummary(
+    count=1000, sampled=16, widths=(300, 300), heights=(300, 300), modes=(("L", 16),), values=(0, 255), failures=()
+)
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(devices.machine, "processors", lambda: 16)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """``machine(gpus=…, capability=…, free_gib=…, ranks=…)``: what is there."""
+
+    def set_up(
+        gpus: int = 1, capability: tuple[int, int] = (8, 0), free_gib: float = 40.0, ranks: int = 1, total_gib: int = 80
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        properties = SimpleNamespace(total_memory=total_gib * GIB)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * GIB), total_gib * GIB))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+        monkeypatch.setattr(devices.machine, "free_memory", lambda: free_gib * GIB)
+        monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+        if ranks > 1:
+            for name, value in {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "RANK": 0, "LOCAL_RANK": 0}.items():
+                monkeypatch.setenv(name, str(value))
+
+    return set_up
+
+
+def plan_of(recipe: str = "small", **keys: object) -> Plan:
+    given = TINY | {"precision": "auto", "train.num_workers": None, "train.threads": None}
+    if recipe != "small":
+        given = {"train.num_workers": None, "train.batch_size_per_gpu": 64}
+    return make_plan(load_recipe(recipe, given | {k.replace("__", "."): v for k, v in keys.items()})[0], DATA)
+
+
+def lines(plan: Plan) -> list[tuple[str, str]]:
+    return [(line[:8].strip(), line[9:]) for line in render(plan, data_path="photos", out="run").splitlines()]
+
+
+def said(plan: Plan, name: str) -> str:
+    return dict(lines(plan))[name]
+
+
+# Notes
+
+
+def test_nothing_is_noted_where_nothing_surprises(machine):
+    machine(gpus=1)
+    assert plan_of().notes == ()
+    machine(gpus=0)
+    assert plan_of(device="cpu").notes == ()
+
+
+def test_notes_stand_below_the_memory(machine, monkeypatch):
+    machine(gpus=8)
+    plan = plan_of(train__num_workers=40)
+    assert plan.notes == (
+        "1 of 8 GPUs is used: start with --nproc auto to use all, or choose one by device=cuda:N",
+        "train.num_workers=40, but there are 16 processors for this rank, and so 16 data workers",
+    )
+    assert [name for name, _ in lines(plan)][-4:] == ["memory", "note", "note", "out"]
+    assert [text for name, text in lines(plan) if name == "note"] == list(plan.notes)
+
+
+def test_the_cpu_in_place_of_a_gpu_is_noted(machine, monkeypatch):
+    machine(gpus=0)
+    monkeypatch.setattr(devices, "has_gpu", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    (note,) = plan_of().notes
+    assert note.startswith("trains on the CPU, although there is a GPU: this PyTorch")
+    assert plan_of(device="cpu").notes == ()
+
+
+def test_train_prints_the_notes(machine, monkeypatch, solar_cells, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices, "has_gpu", lambda: True)
+    api.train(solar_cells, out=tmp_path / "run", dry_run=True, **TINY | {"train.num_workers": 99})
+    out = capsys.readouterr().out
+    assert "note     trains on the CPU, although there is a GPU: " in out
+    assert "note     train.num_workers=99, but there are 16 processors" in out
+
+
+def test_what_a_device_has_free_stands_beside_the_estimate(machine):
+    machine(free_gib=7.5)
+    assert re.fullmatch(r"about 0\.\d GiB \(.*\) of 7\.5 GiB that are free", said(plan_of(), "memory"))
+    machine(gpus=0, free_gib=3.5)
+    plan = plan_of(device="cpu")
+    assert re.fullmatch(r"about 0\.\d GiB \(.*\) of 3\.5 GiB that are free", said(plan, "memory"))
+    assert said(replace(plan, free=None), "memory").endswith(")")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "keys", "named"),
+    [
+        (1, 1, {}, ["batch_size_per_gpu=32 train.accumulate=2", "crops_in_turn", "activation_checkpointing"]),
+        (
+            2,
+            2,
+            {"parallel__mode": "ddp"},
+            ["batch_size_per_gpu=32 train.accumulate=2", "crops_in_turn", "activation_checkpointing", "mode=fsdp"],
+        ),
+        (1, 1, {"parallel__activation_checkpointing": True}, ["batch_size_per_gpu=32", "crops_in_turn"]),
+        (2, 2, {"parallel__mode": "fsdp"}, ["batch_size_per_gpu=32", "crops_in_turn", "activation_checkpointing"]),
+    ],
+)
+def test_more_than_is_free_is_noted_with_what_takes_less(machine, gpus, ranks, keys, named):
+    machine(gpus=gpus, ranks=ranks, free_gib=1.25)
+    plan = plan_of("dinov2", **keys)
+    (note,) = plan.notes
+    needed = sum(plan.memory.values()) / GIB
+    where = plan.device
+    assert note.startswith(
+        f"may run out of memory: by the estimate it takes {needed:.1f} GiB, and 1.2 GiB are free on {where}."
+    )
+    places = [note.find(name) for name in named]
+    assert -1 not in places
+    assert places == sorted(places)
+    for other in {"crops_in_turn", "activation_checkpointing", "mode=fsdp"}:
+        assert (other in note) == any(other in name for name in named)
+    assert note.endswith("; smaller crops, or a smaller network")
+
+
+def test_memory_that_suffices_is_not_noted(machine):
+    machine(free_gib=1.25)
+    needed = sum(plan_of("dinov2").memory.values()) / GIB
+    machine(free_gib=needed * 1.001)
+    assert plan_of("dinov2").notes == ()
+    machine(free_gib=needed * 0.999)
+    assert len(plan_of("dinov2").notes) == 1
+
+
+def test_main_memory_that_does_not_suffice_is_noted(machine):
+    machine(gpus=0, free_gib=2)
+    (note,) = plan_of("dinov2", device="cpu").notes
+    assert (
+        "2.0 GiB of main memory are free. What takes less, in the order to try: checkpoint.asynchronous=false" in note
+    )
+
+
+def test_the_allocator_is_told_on_cuda_alone(machine, monkeypatch):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    machine(gpus=1)
+    assert said(plan_of(), "memory").endswith("; allocator expandable_segments:True")
+    assert "allocator" not in said(plan_of(device="cpu"), "memory")
+
+
+def test_tf32_is_told_where_it_means_something(machine):
+    machine(gpus=1)
+    assert said(plan_of(precision="fp32"), "compute").startswith("cuda, float32, ")
+    assert said(plan_of(precision="fp32", allow_tf32=True), "compute").startswith("cuda, float32 with TF32, ")
+    assert said(plan_of(precision="fp32", allow_tf32=True, device="cpu"), "compute").startswith("cpu, float32, ")
+
+
+# Processors
+
+
+def test_on_a_gpu_processors_are_for_the_workers(machine):
+    machine(gpus=1)
+    plan = plan_of()
+    assert (plan.num_workers, plan.threads) == (15, 1)
+    machine(gpus=4, ranks=4)
+    plan = plan_of(train__batch_size_per_gpu=2)
+    assert (plan.num_workers, plan.threads) == (3, 1)
+    assert plan_of(train__batch_size_per_gpu=2, train__threads=2).threads == 2
+
+
+def test_on_a_cpu_workers_and_step_share_the_processors(machine):
+    machine(gpus=0)
+    plan = plan_of(device="cpu")
+    assert (plan.num_workers, plan.threads) == (8, 16)
+    plan = plan_of(device="cpu", train__num_workers=20)
+    assert plan.num_workers == 16
+    assert plan.notes == ("train.num_workers=20, but there are 16 processors for this rank, and so 16 data workers",)
+
+
+@pytest.mark.parametrize(
+    ("processors", "wanted", "seconds"), [(16, None, 1 / 15), (64, None, 1 / 32), (16, 4, 1 / 4), (2, 10, 1 / 2)]
+)
+def test_time_is_measured_for_the_workers_that_there_would_be(monkeypatch, processors, wanted, seconds):
+    """Each batch takes a second of a processor, each step nearly none."""
+    assert measured(monkeypatch, processors, wanted) == pytest.approx(seconds)
+
+
+def test_without_workers_a_step_waits_for_its_batch(monkeypatch):
+    assert measured(monkeypatch, 16, 0) == pytest.approx(1.01)
+
+
+def measured(monkeypatch, processors: int, wanted: int | None) -> float:
+    clock = iter(range(1000))
+    cuda = torch.device("cuda:0")
+    monkeypatch.setattr(bench, "time", SimpleNamespace(process_time=lambda: next(clock)))
+    monkeypatch.setattr(bench, "rank_device", lambda name: cuda)
+    monkeypatch.setattr(bench, "usable_processors", lambda: processors)
+    monkeypatch.setattr(bench, "resolve_precision", lambda name, device: torch.float32)
+    monkeypatch.setattr(bench, "build_data", lambda recipe, source: list(range(10)))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: devices.nullcontext())
+    step = SimpleNamespace(warm_up=lambda: None, run=lambda repeats: [0.01] * repeats)
+    monkeypatch.setattr(bench, "StepBench", lambda recipe, device, precision: step)
+    recipe, _ = load_recipe("small", {"train.num_workers": wanted})
+    return bench.seconds_per_step(recipe, source=None)
+
+
+# Precision
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"), [((6, 1), torch.float32), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
+)
+def test_the_plan_has_the_precision_of_the_gpu(machine, capability, precision):
+    machine(capability=capability)
+    assert plan_of().precision is precision
+    assert plan_of().notes == ()
+
+
+@pytest.mark.parametrize("mode", ["fsdp", "hsdp"])
+def test_what_is_sharded_computes_in_float32_on_a_gpu_of_float16(machine, mode):
+    machine(capability=(7, 5), gpus=4, ranks=4)
+    shards = {"parallel__shard_ranks": 2} if mode == "hsdp" else {}
+    plan = plan_of(parallel__mode=mode, train__batch_size_per_gpu=2, **shards)
+    assert plan.precision is torch.float32
+    assert plan.notes == (
+        "computes in float32, since float16, in which this GPU is faster, cannot be sharded; parallel.mode=ddp takes "
+        "float16, if the weights fit",
+    )
+    assert plan_of(parallel__mode="ddp", train__batch_size_per_gpu=2).precision is torch.float16
+
+
+def test_float16_that_was_given_is_not_sharded(machine):
+    machine(capability=(7, 5), gpus=2, ranks=2, total_gib=1)
+    with pytest.raises(RecipeError, match="fp16 cannot be sharded"):  # by auto, since weights would not fit
+        plan_of("dinov2", precision="fp16")
+    with pytest.raises(RecipeError, match="fp16 cannot be sharded"):
+        plan_of(parallel__mode="fsdp", precision="fp16")
+
+
+def test_the_state_has_a_scaler_where_the_plan_computes_in_float16(machine):
+    """Whatever the recipe alone would mean here."""
+    machine(gpus=0)
+    plan = plan_of(device="cpu")
+    for precision, scaled in ((torch.float16, True), (torch.bfloat16, False), (torch.float32, False)):
+        state = api._Start(replace(plan, precision=precision), print).state(images=1000)
+        assert (state.scaler is not None) is scaled
+        measured = bench.StepBench(plan.recipe, CPU, precision)
+        assert (measured._state.scaler is not None) is scaled
+    recipe = load_recipe("small", TINY | {"precision": "fp16"})[0]
+    assert build.build_state(recipe, CPU, images=8).scaler is not None
+    assert build.build_state(recipe, CPU, images=8, precision=torch.float32).scaler is None
+
+
+@pytest.mark.parametrize(
+    ("key", "step", "precision"),
+    [
+        ("auto", 0, torch.float16),
+        ("auto", 99, torch.float16),
+        ("auto", 100, torch.bfloat16),
+        ("bf16", 0, torch.bfloat16),
+        ("fp32", 200, torch.float32),
+    ],
+)
+def test_a_batch_is_replayed_in_the_precision_that_it_had(monkeypatch, key, step, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # of which auto makes float32 here
+    starts = [{"step": 0, "precision": "float16"}, {"step": 100, "precision": "bfloat16"}]
+    run = SimpleNamespace(info=lambda: {"starts": starts})
+    recipe = load_recipe("small", {"precision": key})[0]
+    assert api._precision_of(run, recipe, step, CPU) is precision
