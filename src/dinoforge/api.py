@@ -55,6 +55,7 @@ from dinoforge.training import bench as benchmarks
 from dinoforge.training import device as devices
 from dinoforge.training import plan as plans
 from dinoforge.training import replay as replays
+from dinoforge.training.memory import ways_to_save
 from dinoforge.training.metrics import (
     Alarm,
     Display,
@@ -65,6 +66,7 @@ from dinoforge.training.metrics import (
     duration,
 )
 from dinoforge.training.non_finite import NonFinitePolicy, OverflowAlarm, RollBackError
+from dinoforge.training.out_of_memory import LastStep, out_of_memory_in_words
 from dinoforge.training.parallel import Parallel, turn_tokens, wrap
 from dinoforge.training.probes import Probes
 from dinoforge.training.run import DataIdentity, RunDirectory
@@ -116,10 +118,16 @@ def train(
         DataError: no usable images; too many unreadable ones.
         RunError: ``out`` is another run's, or cannot be written.
         TrainingError: losses or gradients that stay non-finite; see docs/reliability.md.
+        OutOfMemoryError: what the device has does not do; what was done until then is saved if there is one process.
         LostRankError: another rank failed, was killed, or cannot be reached.
     """
-    device, backend, minutes = _where(recipe, _flat_keys(keys))
-    with distributed.process_group(devices.rank_device(device), backend, timedelta(minutes=minutes)):
+    said = _said(recipe, _flat_keys(keys))
+    device, patience = devices.rank_device(said["device"]), timedelta(minutes=said["parallel.timeout_minutes"])
+    devices.use_expandable_segments(device)
+    with (
+        distributed.process_group(device, said["parallel.backend"], patience),
+        devices.in_use(device, allow_tf32=said["allow_tf32"]),
+    ):
         if console is None or not distributed.is_first():
             console = Console(quiet=not distributed.is_first())
         try:
@@ -130,13 +138,11 @@ def train(
             raise
 
 
-def _where(recipe: str | Path | Recipe, given: Mapping[str, Any]) -> tuple[str, str, float]:
-    """Device, backend and minutes of patience that a recipe asks for, before the images are known."""
+def _said(recipe: str | Path | Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe says by dotted keys, before the images are known."""
     if recipe == "auto":
-        said = flatten(Recipe()) | converted(given)
-    else:
-        said = flatten(load_recipe(recipe, given)[0])
-    return said["device"], said["parallel.backend"], said["parallel.timeout_minutes"]
+        return flatten(Recipe()) | converted(given)
+    return flatten(load_recipe(recipe, given)[0])
 
 
 def _train_together(
@@ -186,7 +192,15 @@ def _train_together(
         result = RunResult(run.path, plan.length.steps, plan.length.steps, summary=run.read_summary())
         say(f"\nThis run is finished: the backbone is {run.teacher}. For another one, choose another --out.")
         return result
-    with _threads(plan.threads):
+    ways = partial(
+        ways_to_save,
+        resolved,
+        ranks=distributed.world_size(),
+        mode=plan.mode,
+        device=plan.device,
+        precision=plan.precision,
+    )
+    with _threads(plan.threads), out_of_memory_in_words(plan.device, ways):
         base = auto.BASE if choices else base_of(recipe)
         return _train(plan, source, known, run, identity, base, console)
 
@@ -262,6 +276,7 @@ def _train(
         )
         on_non_finite = NonFinitePolicy(run, state, plan, source, say)
         live = _live_report(run, plan, source, labels, say)
+        last_step = LastStep(state)
         try:
             while True:
                 batches = make_loader(
@@ -284,7 +299,7 @@ def _train(
                         turn_tokens=turn_tokens(recipe.parallel, device, start.parallel.mode),
                         drop_path_rates=build.build_drop_path_rates(recipe),
                         clip_grad=recipe.optim.clip_grad,
-                        prepare=partial(prepare, device=device, mean=image.mean, std=image.std),
+                        prepare=last_step.remembered(partial(prepare, device=device, mean=image.mean, std=image.std)),
                         autocast=partial(devices.autocast, device, plan.precision),
                         hooks=[metrics_hook, OverflowAlarm(say), saver, *([live] if live else [])],
                         is_measured=metrics_hook.is_due,
@@ -304,6 +319,9 @@ def _train(
                 except DataError:
                     if not distributed.is_active():  # otherwise perhaps of one rank, and all save together
                         saver.finish()  # what was done until then
+                    raise
+                except (RuntimeError, MemoryError) as error:
+                    last_step.save_after(error, saver, say)
                     raise
                 finally:
                     batches.close()  # ends the workers
@@ -372,9 +390,7 @@ def _probes(
         say(f"probe    none, since no rank has the whole teacher (parallel.mode is {plan.mode})")
         return None
     architecture = build.vit_arguments(plan.recipe)
-    reading = _reading(image, architecture["patch_size"], plan.recipe.eval)
-    reading["device"] = plan.device
-    reading["autocast"] = None if plan.precision is torch.float32 else plan.precision
+    reading = _reading(image, architecture["patch_size"], plan.recipe.eval, plan.device, plan.precision)
     seed = plan.recipe.train.seed
     try:
         probe = Probe(source, labels, max_images=settings.max_images, seed=seed, **reading)
@@ -436,6 +452,7 @@ class _Start:
             recipe,
             self.plan.device,
             images=images,
+            precision=self.plan.precision,
             initialise=lambda networks: _initialise(networks, recipe, self.say) if fresh else None,
             lay_out=self._lay_out,
         )
@@ -449,6 +466,7 @@ class _Start:
             activation_checkpointing=settings.activation_checkpointing,
             shard_ranks=settings.shard_ranks,
             some_frozen=self.plan.schedules.freeze_backbone_steps > 0,
+            timeout=timedelta(minutes=settings.timeout_minutes),
         )
         if not hasattr(self, "parallel"):
             self.parallel = parallel
@@ -542,10 +560,18 @@ def replay(
     if not run.exists:
         raise RunError(f"{model} is no run directory: it has no recipe.yaml and run.json")
     recipe = run.recipe()
-    saved = replays.load_batch(Path(batch))
     device = devices.resolve_device(recipe.device)
+    with devices.in_use(device, allow_tf32=recipe.allow_tf32):
+        return _replay(run, recipe, device, Path(batch), precision)
+
+
+def _replay(
+    run: RunDirectory, recipe: Recipe, device: torch.device, batch: Path, precision: Literal["recipe", "fp32"]
+) -> tuple[replays.Findings, replays.SavedBatch, int]:
+    saved = replays.load_batch(batch)
+    dtype = torch.float32 if precision == "fp32" else _precision_of(run, recipe, saved.step, device)
     images = run.info()["data"]["images"]
-    state = build.build_state(recipe, device, images=images)
+    state = build.build_state(recipe, device, images=images, precision=dtype)
     steps = [step for step in checkpoint.steps(run.path) if step <= saved.step]
     if steps:
         checkpoint.load(run.path, steps[-1], state.tensors())
@@ -562,7 +588,6 @@ def replay(
     (kept,) = loop.kept_samples(
         state.student_teacher, saved.batch, rates, seed=recipe.train.seed, number=saved.number, rank=saved.rank
     )
-    dtype = devices.resolve_precision(recipe.precision if precision == "recipe" else "fp32", device)
     findings = replays.find(
         state.student_teacher,
         saved.batch.to(device),
@@ -571,6 +596,15 @@ def replay(
         autocast=partial(devices.autocast, device, dtype),
     )
     return findings, saved, steps[-1] if steps else 0
+
+
+def _precision_of(run: RunDirectory, recipe: Recipe, step: int, device: torch.device) -> torch.dtype:
+    """In which the run made that step, perhaps on another device, or sharded: ``auto`` may mean another one here."""
+    starts = [start for start in run.info()["starts"] if start["step"] <= step]
+    if recipe.precision != "auto" or not starts:
+        return devices.resolve_precision(recipe.precision, device)
+    dtype: torch.dtype = getattr(torch, starts[-1]["precision"])
+    return dtype
 
 
 def bench(data: Any, recipe: str | Path | Recipe = "small", *, seconds: float = 10.0, **keys: Any) -> benchmarks.Report:
@@ -586,8 +620,9 @@ def bench(data: Any, recipe: str | Path | Recipe = "small", *, seconds: float = 
     """
     source = open_source(data)
     resolved = auto_recipe(source, **keys)[0] if recipe == "auto" else resolve(recipe, keys)[0]
+    devices.use_expandable_segments(devices.rank_device(resolved.device))
     plan = _plan(build.with_batch_cut(resolved, world_size=1), source)
-    with _threads(plan.threads):
+    with devices.in_use(plan.device, allow_tf32=plan.recipe.allow_tf32), _threads(plan.threads):
         return benchmarks.measure(plan, source, seconds=seconds)
 
 
@@ -706,7 +741,8 @@ def export(
         raise RecipeError(f"{', '.join(other)}: export takes only {', '.join(_UNSAID)}")
     images, shown = _examples(model, backbone)
     size = (size, size) if isinstance(size, int) else size
-    return exports.make(backbone, to, Path(out), images, shown=shown, size=size, bake=bake)
+    with features.placed(backbone, torch.device("cpu")):  # where the other library's outputs are, too
+        return exports.make(backbone, to, Path(out), images, shown=shown, size=size, bake=bake)
 
 
 def _examples(
@@ -751,15 +787,16 @@ def embed(model: str | Path | weights.Backbone, data: Any, **keys: Any) -> np.nd
     Args:
         model: a run directory, a weights file, or what ``load`` gave.
         data: as for ``train``.
-        keys: ``eval`` keys, such as ``eval={"size": 224}``.
+        keys: ``eval`` keys, such as ``eval={"size": 224}``; ``device`` and ``precision``.
 
     Raises:
         DataError: an image cannot be read; the row of each must be where it is expected.
     """
     backbone, keys = _opened(model, keys)
     source = open_source(data)
-    reading = _reading(backbone.image, backbone.network.patch_size, _eval_keys(Eval(), keys))
-    found = features.extract(backbone.network, source, range(len(source)), **reading)
+    reading = _reading(backbone.image, backbone.network.patch_size, *_eval_keys(Eval(), keys))
+    with devices.in_use(reading["device"]):
+        found = features.extract(backbone.network, source, range(len(source)), **reading)
     if found.skipped:
         first = found.skipped[0]
         raise DataError(f"{len(found.skipped)} images cannot be read, first {first.name}: {first.reason}")
@@ -791,8 +828,8 @@ def write_features(
         WeightsError: no readable backbone.
     """
     backbone, keys = _opened(model, keys)
-    settings = _eval_keys(Eval(), keys)
-    reading = _reading(backbone.image, backbone.network.patch_size, settings)
+    settings, device, precision = _eval_keys(Eval(), keys)
+    reading = _reading(backbone.image, backbone.network.patch_size, settings, device, precision)
     meaning = {
         "model": "given" if isinstance(model, weights.Backbone) else str(model),
         "step": backbone.step,
@@ -801,15 +838,16 @@ def write_features(
         "mean": list(reading["mean"]),
         "std": list(reading["std"]),
     }
-    return embedding.write_features(
-        backbone.network,
-        open_source(data),
-        Path(out),
-        patches=patches,
-        meaning=meaning,
-        on_progress=on_progress,
-        **reading,
-    )
+    with devices.in_use(device):
+        return embedding.write_features(
+            backbone.network,
+            open_source(data),
+            Path(out),
+            patches=patches,
+            meaning=meaning,
+            on_progress=on_progress,
+            **reading,
+        )
 
 
 def evaluate_knn(
@@ -832,14 +870,15 @@ def evaluate_knn(
         labels: a CSV file with names and labels; by default the names of sub-folders.
         shots: at most so many labelled images of each class; by default the whole training part.
         seed: of the splits, the shots and the untrained network.
-        keys: ``eval`` keys.
+        keys: ``eval`` keys; ``device`` and ``precision``.
 
     Raises:
         DataError: images without labels, or fewer than two classes.
         WeightsError: no readable backbone.
     """
     run, setup = _evaluation(model, data, test, labels, shots, seed, keys)
-    result, skipped = run_knn(**setup)
+    with devices.in_use(setup["device"]):
+        result, skipped = run_knn(**setup)
     if run and shots is None:
         run.write_summary(dict(result))
     return result, skipped
@@ -867,7 +906,8 @@ def evaluate_classifier(
         WeightsError: no readable backbone.
     """
     _, setup = _evaluation(model, data, test, labels, shots, seed, keys)
-    return run_classifier(method, **setup)
+    with devices.in_use(setup["device"]):
+        return run_classifier(method, **setup)
 
 
 def _evaluation(
@@ -885,7 +925,7 @@ def _evaluation(
     backbone, keys = _opened(model, keys)
     run = RunDirectory(Path(model)) if Path(model).is_dir() else None
     run = run if run and run.exists else None
-    settings = _eval_keys(run.recipe().eval if run else Eval(), keys)
+    settings, device, precision = _eval_keys(run.recipe().eval if run else Eval(), keys)
 
     def labelled(images: Any) -> tuple[Source, list[str] | None]:
         source = open_source(images)
@@ -901,7 +941,7 @@ def _evaluation(
         "test": None if test is None else labelled(test),
         "shots": shots,
         "seed": seed,
-        **_reading(backbone.image, backbone.network.patch_size, settings),
+        **_reading(backbone.image, backbone.network.patch_size, settings, device, precision),
     }
 
 
@@ -921,7 +961,11 @@ def doctor(path: str | Path) -> list[Finding]:
 
 
 def report(
-    *paths: str | Path, data: Any = None, labels: str | Path | None = None, figures: str | Path | None = None
+    *paths: str | Path,
+    data: Any = None,
+    labels: str | Path | None = None,
+    figures: str | Path | None = None,
+    device: str = "auto",
 ) -> reports.Written:
     """Writes ``report.html`` into a run, or ``comparison.html`` into the first of several.
 
@@ -930,6 +974,7 @@ def report(
         data: the images, where the run does not find them any more.
         labels: a CSV file with names and labels; by default the names of sub-folders.
         figures: a folder for the figures as PNG and SVG; of one run.
+        device: where the network runs; ``auto``: CUDA, then MPS, then the CPU.
 
     Raises:
         RunError: a folder that is no run, or cannot be written.
@@ -941,10 +986,12 @@ def report(
     alone = len(paths) == 1
     if figures is not None and not alone:
         raise RunError("figures are those of one run: give one run directory")
-    runs = [open_run(path, data=data, labels=labels, pictures=alone) for path in paths]
+    where = devices.resolve_device(device)
+    runs = [open_run(path, data=data, labels=labels, pictures=alone, device=where) for path in paths]
     out = RunDirectory(Path(paths[0])).report if alone else Path(paths[0]) / "comparison.html"
-    write_text(out, pages.page(runs))
-    written, missing = plots.write(runs[0], Path(figures)) if figures is not None else ([], [])
+    with devices.in_use(where):
+        write_text(out, pages.page(runs))
+        written, missing = plots.write(runs[0], Path(figures)) if figures is not None else ([], [])
     return reports.Written(out, written, missing)
 
 
@@ -1059,22 +1106,28 @@ def _flat_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _eval_keys(settings: Eval, keys: Mapping[str, Any]) -> Eval:
+def _eval_keys(settings: Eval, keys: Mapping[str, Any]) -> tuple[Eval, torch.device, torch.dtype]:
+    """How images are shown, where the backbone computes, and in which precision."""
     flat = _flat_keys(keys)
+    where = {key: flat.pop(key) for key in ("device", "precision") if key in flat}
     if other := [key for key in flat if not key.startswith("eval.")]:
-        raise RecipeError(f"{', '.join(other)}: expected eval.size, eval.crop, or one of {', '.join(_UNSAID)}")
+        raise RecipeError(
+            f"{', '.join(other)}: expected eval.size, eval.crop, device, precision, or one of {', '.join(_UNSAID)}"
+        )
     # Checked as part of a recipe whose patch divides every size; the backbone's own is checked on use.
-    checked, _ = load_recipe("dinov2", flat | {"student.patch_size": 1})
-    return replace(settings, **{key.removeprefix("eval."): getattr(checked.eval, key[5:]) for key in flat})
+    checked, _ = load_recipe("dinov2", flat | where | {"student.patch_size": 1})
+    device = devices.resolve_device(checked.device)
+    given = {key.removeprefix("eval."): getattr(checked.eval, key[5:]) for key in flat}
+    return replace(settings, **given), device, devices.resolve_precision(checked.precision, device)
 
 
-def _reading(image: weights.ImageInput, patch: int, settings: Eval) -> features.Reading:
-    """How images are shown to a backbone with patches of that side."""
+def _reading(
+    image: weights.ImageInput, patch: int, settings: Eval, device: torch.device, precision: torch.dtype
+) -> features.Reading:
+    """How images are shown to a backbone with patches of that side, and where it computes."""
     size = settings.size or image.size
     if size % patch:
         raise RecipeError(f"eval.size={size} is not a multiple of the patch size {patch}")
-    device = devices.resolve_device("auto")
-    dtype = devices.resolve_precision("auto", device)
     return features.Reading(
         size=size,
         channels=image.in_chans,
@@ -1084,7 +1137,7 @@ def _reading(image: weights.ImageInput, patch: int, settings: Eval) -> features.
         max_pixels=image.max_pixels,
         center_crop=settings.crop,
         device=device,
-        autocast=None if dtype is torch.float32 else dtype,
+        autocast=None if precision is torch.float32 else precision,
         num_workers=0,
     )
 

@@ -375,6 +375,12 @@ def scaled_linear(x: Tensor, linear: nn.Linear, scale: Tensor | None, *, gelu: b
     """
     dtype = product_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
+        if dtype is torch.float16 and scale is not None:
+            # The gradient of a weight that is not scaled yet, at a scale of 1e-5 and times the loss scale, is beyond
+            # float16. The scale is float32, and so is what it multiplies on the way back.
+            bias = None if linear.bias is None else linear.bias.to(dtype)
+            y = F.gelu(x.to(dtype)) if gelu else x.to(dtype)
+            return F.linear(y, linear.weight.to(dtype), bias) * scale
         out: Tensor = _ScaledLinear.apply(x.to(dtype), linear.weight, linear.bias, scale, gelu)
     return out
 

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from dinoforge import transfer
+from dinoforge.training import device as devices
 
 DEVICE = torch.device("lazy:0")
 
@@ -140,7 +141,7 @@ class _Accelerator:
 
     def call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The result of an operation, on the device where its operands are or where it was asked for."""
-        flat, _ = tree_flatten((args, kwargs))
+        flat, _ = tree_flatten((args, kwargs)) if kwargs else tree_flatten(args)
         tensors = [x for x in flat if isinstance(x, Tensor)]
         ours = [x for x in tensors if isinstance(x, _OnDevice)]
         if func in (_aten._pin_memory.default, _aten.is_pinned.default):
@@ -267,13 +268,19 @@ class _Autocasting(TorchFunctionMode):
 
 
 @contextmanager
-def fake_accelerator(*, float64: bool = True) -> Iterator[Counts]:
+def fake_accelerator(*, float64: bool = True, found: bool = False) -> Iterator[Counts]:
     """Lets tensors be put on ``DEVICE``; gives what is counted.
 
     Args:
         float64: whether it has float64; MPS has not.
+        found: whether ``device=auto`` takes it.
     """
     accelerator = _Accelerator(float64)
+    resolve = devices.resolve_device
+
+    def resolve_device(name: str) -> torch.device:
+        return DEVICE if name == "auto" else resolve(name)
+
     original = torch.autocast
 
     class Autocast(original):  # type: ignore[misc, valid-type]
@@ -314,6 +321,8 @@ def fake_accelerator(*, float64: bool = True) -> Iterator[Counts]:
         stack.enter_context(patch.object(torch.amp, "autocast", Autocast))
         stack.enter_context(patch.object(torch, DEVICE.type, ModuleType(DEVICE.type), create=True))
         _teach_optimizers(stack)
+        if found:
+            stack.enter_context(patch.object(devices, "resolve_device", resolve_device))
         stack.enter_context(_Autocasting(accelerator))
         stack.enter_context(_Dispatch(accelerator))
         yield accelerator.counts
