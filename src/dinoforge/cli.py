@@ -11,14 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from dinoforge import __version__
-from dinoforge.errors import (
-    DataError,
-    DinoforgeError,
-    OutOfMemoryError,
-    TrainingError,
-    has_launcher,
-    record_failure,
-)
+from dinoforge.errors import DinoforgeError, has_launcher, is_of_one_rank, record_failure
 
 if TYPE_CHECKING:
     from dinoforge.features import Skipped
@@ -62,7 +55,7 @@ def _print_error(error: DinoforgeError) -> None:
             return
     if rank == "0":
         print(f"error: {error}", file=sys.stderr)
-    elif isinstance(error, DataError | TrainingError | OutOfMemoryError):
+    elif is_of_one_rank(error):
         print(f"error on rank {rank}: {error}", file=sys.stderr)
 
 
@@ -250,6 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--data", metavar="DIR", help="the images, if they are no longer where the run had them")
     report.add_argument("--labels", metavar="FILE.csv", help="file name, label; default: names of sub-folders")
     report.add_argument("--figures", metavar="DIR", help="also write each figure of one run, as PNG and SVG")
+    report.add_argument("--device", default="auto", metavar="NAME", help="of the network: cuda:N, mps or cpu")
     report.add_argument("--open", action="store_true", help="open the page in the browser")
     report.set_defaults(run=_report, parser=report)
 
@@ -280,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("data", metavar="DATA", help="folder of images, walked recursively")
     embed.add_argument("--out", required=True, metavar="FILE", help="….parquet, or ….npy with ….names.txt")
     embed.add_argument("--patches", action="store_true", help="the patch tokens, too")
-    _add_keys(embed, "eval.size=N, eval.crop=true, student.num_heads=N")
+    _add_keys(embed, "eval.size=N, eval.crop=true, device=cpu, precision=fp32, student.num_heads=N")
     embed.set_defaults(run=_embed, parser=embed)
 
     evaluate = commands.add_parser("eval", help="measure a backbone on labelled images")
@@ -306,7 +300,7 @@ def _parser() -> argparse.ArgumentParser:
             "--shots", type=int, metavar="N", help="at most N labelled images of each class; default: all"
         )
         method.add_argument("--json", action="store_true", help="print one line of JSON")
-        _add_keys(method, "eval.size=N, eval.crop=true, student.num_heads=N")
+        _add_keys(method, "eval.size=N, eval.crop=true, device=cpu, precision=fp32, student.num_heads=N")
         method.set_defaults(run=_eval_knn if name == "knn" else _eval_classifier, method=name, parser=method)
     return parser
 
@@ -487,7 +481,9 @@ def _doctor(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from dinoforge.api import report
 
-    written = report(*options.runs, data=options.data, labels=options.labels, figures=options.figures)
+    written = report(
+        *options.runs, data=options.data, labels=options.labels, figures=options.figures, device=options.device
+    )
     print(written.page)
     for path in written.figures:
         print(path)

@@ -79,6 +79,11 @@ def has_launcher() -> bool:
     return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(LAUNCHER)
 
 
+def is_of_one_rank(error: BaseException) -> bool:
+    """Whether perhaps only this rank has the error; what is wrong with recipe or run directory, all have."""
+    return not isinstance(error, DinoforgeError) or isinstance(error, DataError | TrainingError | OutOfMemoryError)
+
+
 def record_failure(error: BaseException) -> None:
     """Tells whoever started this rank why it fails: writes the file that PyTorch's elastic agent reads.
 
@@ -92,7 +97,8 @@ def record_failure(error: BaseException) -> None:
     else:
         text = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         trace = "".join(traceback.format_exception(error))
-    told = {"message": text, "extraInfo": {"py_callstack": trace, "timestamp": time.time()}}
+    extra = {"py_callstack": trace, "timestamp": time.time(), "of_one_rank": is_of_one_rank(error)}
+    told = {"message": text, "extraInfo": extra}
     aside = Path(f"{name}.partial")  # the agent fails on half a file
     aside.write_text(json.dumps({"message": told}), encoding="utf-8")
     aside.rename(name)

@@ -107,8 +107,8 @@ def first_failure(failures: "Mapping[int, ProcessFailure]") -> "tuple[int, Proce
 
 
 def _described(rank: int, failure: "ProcessFailure") -> str:
-    where = f" on rank {rank}" if rank else ""
     if isinstance(failure.message, Mapping):
+        where = f" on rank {rank}" if rank and failure.message["extraInfo"].get("of_one_rank") else ""
         return f"error{where}: {failure.message['message']}"
     if failure.exitcode > 0:
         return f"error: rank {rank} ended with exit code {failure.exitcode}"

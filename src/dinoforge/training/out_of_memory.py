@@ -48,7 +48,6 @@ def out_of_memory_in_words(device: torch.device, ways: Callable[[], Sequence[str
         if not is_out_of_memory(error):
             raise
         helps = ways()
-        # Two sentences without a colon after the last one would read as one list.
         advice = f"In this order, try: {'; '.join(helps)}" if helps else "Only a smaller network or smaller crops help"
         raise OutOfMemoryError(f"{device} is out of memory. {_what_happened(error, device)}. {advice}") from error
 
@@ -58,10 +57,10 @@ def _what_happened(error: BaseException, device: torch.device) -> str:
     text = str(error).strip().partition("\n")[0]
     if asked := re.search(r"you tried to allocate (\d+) bytes", text):  # of main memory
         free = free_memory(torch.device("cpu"))
-        left = "" if free is None else f", and there are {free / 2**30:.1f} GiB"
+        left = "" if free is None else f", and {free / 2**30:.1f} GiB are free"
         return f"{int(asked[1]) / 2**30:.1f} GiB of main memory were asked for{left}"
     sentences = re.split(r"(?<=\.)\s+(?=[A-Z])", text)
-    told = [s.rstrip(".") for s in sentences if re.search(r"allocate|capacity|ALLOC_FAILED", s)]
+    told = [s.rstrip(".") for s in sentences if re.search("Tried to allocate|capacity|max allowed|ALLOC_FAILED", s)]
     return ". ".join(told) or text.rstrip(".") or type(error).__name__
 
 
