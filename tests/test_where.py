@@ -174,6 +174,15 @@ def test_a_device_that_is_not_there_is_refused_with_the_reason(run, classes, mon
         dinoforge.embed(run, classes, device="cuda")
 
 
+def test_features_from_the_cpu_in_place_of_a_gpu_are_told(run, classes, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for there, keys, told in ((True, {}, True), (False, {}, False), (True, {"device": "cpu"}, False)):
+        monkeypatch.setattr(devices, "has_gpu", lambda there=there: there)
+        dinoforge.embed(run, classes, **keys)
+        assert ("device   computes on the CPU, although there is a GPU: " in capsys.readouterr().err) is told
+
+
 def test_other_keys_are_refused(run, classes):
     with pytest.raises(RecipeError, match=r"train\.steps: expected eval\.size, eval\.crop, device, precision, or"):
         dinoforge.embed(run, classes, **{"train.steps": 3})

@@ -1117,6 +1117,8 @@ def _eval_keys(settings: Eval, keys: Mapping[str, Any]) -> tuple[Eval, torch.dev
     # Checked as part of a recipe whose patch divides every size; the backbone's own is checked on use.
     checked, _ = load_recipe("dinov2", flat | where | {"student.patch_size": 1})
     device = devices.resolve_device(checked.device)
+    if (note := devices.note_of_fallback(checked.device, device)) and devices.has_gpu():
+        print(f"device   {note}", file=sys.stderr)
     given = {key.removeprefix("eval."): getattr(checked.eval, key[5:]) for key in flat}
     return replace(settings, **given), device, devices.resolve_precision(checked.precision, device)
 

@@ -207,7 +207,7 @@ def test_falling_back_to_the_cpu_is_told_with_its_reason(monkeypatch):
     monkeypatch.setattr(devices, "has_gpu", lambda: True)
     note = devices.note_of_fallback("auto", CPU)
     assert note is not None
-    assert note.startswith("trains on the CPU, although there is a GPU: no NVIDIA driver is found; install one")
+    assert note.startswith("computes on the CPU, although there is a GPU: no NVIDIA driver is found; install one")
     assert note.endswith("device=cpu, if the CPU is meant")
 
 
@@ -223,10 +223,10 @@ def test_a_pytorch_without_cuda_beside_a_gpu_is_told(monkeypatch):
 def test_where_there_is_no_gpu_the_note_is_short(monkeypatch):
     no_gpu(monkeypatch)
     monkeypatch.setattr(devices, "has_gpu", lambda: False)
-    said = "trains on the CPU: this PyTorch is built for CUDA 12.8, but there is no NVIDIA GPU here"
+    said = "computes on the CPU: this PyTorch is built for CUDA 12.8, but there is no NVIDIA GPU here"
     assert devices.note_of_fallback("auto", CPU) == said
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    said = "trains on the CPU: this PyTorch is built for ROCm 6.4, but there is no AMD GPU here"
+    said = "computes on the CPU: this PyTorch is built for ROCm 6.4, but there is no AMD GPU here"
     assert devices.note_of_fallback("auto", CPU) == said
 
 

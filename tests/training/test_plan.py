@@ -96,7 +96,7 @@ def test_the_cpu_in_place_of_a_gpu_is_noted(machine, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     (note,) = plan_of().notes
-    assert note.startswith("trains on the CPU, although there is a GPU: this PyTorch")
+    assert note.startswith("computes on the CPU, although there is a GPU: this PyTorch")
     assert plan_of(device="cpu").notes == ()
 
 
@@ -105,7 +105,7 @@ def test_train_prints_the_notes(machine, monkeypatch, solar_cells, tmp_path, cap
     monkeypatch.setattr(devices, "has_gpu", lambda: True)
     api.train(solar_cells, out=tmp_path / "run", dry_run=True, **TINY | {"train.num_workers": 99})
     out = capsys.readouterr().out
-    assert "note     trains on the CPU, although there is a GPU: " in out
+    assert "note     computes on the CPU, although there is a GPU: " in out
     assert "note     train.num_workers=99, but there are 16 processors" in out
 
 

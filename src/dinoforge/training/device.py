@@ -104,13 +104,13 @@ def note_of_fallback(name: str, device: torch.device) -> str | None:
     if name != "auto" or device.type != "cpu":
         return None
     if has_gpu():
-        return f"trains on the CPU, although there is a GPU: {_why_no_cuda()}. device=cpu, if the CPU is meant"
+        return f"computes on the CPU, although there is a GPU: {_why_no_cuda()}. device=cpu, if the CPU is meant"
     if build := _gpu_build():
         if sys.platform.startswith("linux"):
             maker = "AMD" if torch.version.hip else "NVIDIA"
-            return f"trains on the CPU: this PyTorch is built for {build}, but there is no {maker} GPU here"
-        return f"trains on the CPU: {_why_no_cuda()}. device=cpu, if the CPU is meant"
-    return f"trains on the CPU: {_why_no_mps()}" if torch.backends.mps.is_built() else None
+            return f"computes on the CPU: this PyTorch is built for {build}, but there is no {maker} GPU here"
+        return f"computes on the CPU: {_why_no_cuda()}. device=cpu, if the CPU is meant"
+    return f"computes on the CPU: {_why_no_mps()}" if torch.backends.mps.is_built() else None
 
 
 def note_of_idle_gpus(name: str, device: torch.device) -> str | None:
