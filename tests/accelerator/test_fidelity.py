@@ -1,7 +1,7 @@
 """The reference's steps by the branches that an accelerator takes, with the bounds of the CPU's.
 
-Cases of one rank run on an accelerator that is not there. Those of two ranks need gloo, which knows no such device: they
-run on the CPU with every branch of its own forced off.
+Cases of one rank run on an accelerator that is not there. Those of two ranks need gloo, which knows no such device:
+they run on the CPU with every branch of its own forced off.
 """
 
 import json

@@ -132,7 +132,7 @@ def test_a_measured_step_needs_no_float64_there(counts, monkeypatch):
     assert {"diag.patch_similarity", "diag.update_ratio.backbone", "diag.kl.ibot"} <= values.keys()
 
 
-# --- the accelerator itself ---------------------------------------------------------------------------------------------
+# --- the accelerator itself ---
 
 
 def test_it_refuses_what_a_real_one_would(counts):

@@ -303,6 +303,10 @@ def fake_accelerator(*, float64: bool = True, found: bool = False) -> Iterator[C
             return accelerator.half.pop() and None if self._ours else super().__exit__(*error)
 
     is_enabled, dtype_of = torch.is_autocast_enabled, torch.get_autocast_dtype
+    is_available = torch.amp.is_autocast_available
+
+    def is_autocast_available(device_type: str) -> bool:
+        return device_type == DEVICE.type or is_available(device_type)
 
     def is_autocast_enabled(device_type: str = "cuda") -> bool:
         return accelerator.half[-1] is not None if device_type == DEVICE.type else is_enabled(device_type)
@@ -319,6 +323,7 @@ def fake_accelerator(*, float64: bool = True, found: bool = False) -> Iterator[C
         }.items():
             stack.enter_context(patch.object(torch, name, value))
         stack.enter_context(patch.object(torch.amp, "autocast", Autocast))
+        stack.enter_context(patch.object(torch.amp, "is_autocast_available", is_autocast_available))
         stack.enter_context(patch.object(torch, DEVICE.type, ModuleType(DEVICE.type), create=True))
         _teach_optimizers(stack)
         if found:
