@@ -14,28 +14,13 @@ from dinoforge.data.batch import Batch, prepare
 from dinoforge.data.sources import open_source
 from dinoforge.selfcheck.fake import DEVICE, Counts, DeviceMismatchError, fake_accelerator
 from dinoforge.training import bench as benchmarks
-from dinoforge.training.bench import StepBench
 from dinoforge.training.build import build_data
 from dinoforge.training.step import train_step
 from tiny import TINY
+from variants import VARIANTS, bench
 
 WAITS = 1  # of the host for the device in a step: whether its loss and gradients are finite
 PAGEABLE = 2**16  # bytes: a larger copy from ordinary memory is waited for
-
-STEPS = 1000  # so that the middle of the run is past every warm-up
-VARIANTS = {
-    "sinkhorn": {},
-    "centering": {"train.centering": "centering"},
-    "swiglu_registers": {"student.ffn_layer": "swiglu", "student.num_register_tokens": 3},
-    "separate_heads": {"ibot.separate_head": True, "train.centering": "centering"},
-    "stochastic_depth": {"student.drop_path_rate": 0.4},
-    "in_turn": {"parallel.crops_in_turn": True, "train.batch_size_per_gpu": 128, "ibot.separate_head": True},
-    "accumulated": {"train.accumulate": 2, "student.drop_path_rate": 0.4},
-    "global_koleo": {"dino.koleo_scope": "global", "train.accumulate": 2},
-    "recomputed": {"parallel.activation_checkpointing": True, "student.drop_path_rate": 0.4},
-    "no_local_crops": {"crops.local_crops_number": 0},
-    "frozen_layer": {"optim.freeze_last_layer": "gradient", "optim.freeze_last_layer_length": "90%"},
-}
 
 
 @pytest.fixture
@@ -44,13 +29,7 @@ def counts() -> Iterator[Counts]:
         yield counted
 
 
-def bench(device: torch.device, precision: torch.dtype = torch.float32, **keys: object) -> StepBench:
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    recipe, _ = load_recipe("small", TINY | {"train.steps": STEPS, "precision": names[precision]} | keys)
-    return StepBench(recipe, device, precision)
-
-
-def weights(bench: StepBench) -> dict[str, torch.Tensor]:
+def weights(bench: benchmarks.StepBench) -> dict[str, torch.Tensor]:
     return {name: tensor.cpu() for name, tensor in bench._state.student_teacher.state_dict().items()}
 
 

@@ -79,17 +79,20 @@ class Counts:
         pageable: copies to it from memory that is not page-locked: bytes and the line of the package.
         kernels: operations that are not views.
         traffic: bytes that these read and wrote.
+        operations: names of all operations, views too.
     """
 
     waits: list[tuple[str, str]] = field(default_factory=list)
     pageable: list[tuple[int, str]] = field(default_factory=list)
     kernels: int = 0
     traffic: int = 0
+    operations: set[str] = field(default_factory=set)
 
     def clear(self) -> None:
         """Starts anew."""
         self.waits.clear()
         self.pageable.clear()
+        self.operations.clear()
         self.kernels = self.traffic = 0
 
 
@@ -152,6 +155,7 @@ class _Accelerator:
             to_device = isinstance(args[0], _OnDevice)
         if not (ours or to_device):
             return func(*args, **kwargs)
+        self.counts.operations.add(func.name())
         self._check(func, tensors, ours)
         self._count(func, args, kwargs, ours, to_device)
 
