@@ -1,0 +1,100 @@
+"""What runs leave behind, and how far two of them are apart."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+TERMS = ("total", "dino_local", "dino_global", "ibot", "koleo")
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, a dictionary for each logged step; without a line that is just being written."""
+    try:
+        text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    return [json.loads(row) for row in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def step_of(run: Path) -> int:
+    """The last step that the metrics tell of."""
+    return int(lines[-1]["step"]) if (lines := lines_of(run)) else 0
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Of the checkpoints that are whole."""
+    return sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
+
+
+def state_of(run: Path, step: int) -> dict[str, Tensor]:
+    """The tensors of a checkpoint."""
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+@dataclass(frozen=True)
+class Apart:
+    """How far two runs are apart.
+
+    Args:
+        same: whether every tensor of the last checkpoint and every logged loss is bitwise the same.
+        loss: largest relative difference of a logged loss.
+        weights: ‖a − b‖ of the student's weights, as a share of how far b has moved them since an earlier checkpoint.
+        steps: what was logged; empty if it is the same steps.
+    """
+
+    same: bool
+    loss: float
+    weights: float
+    steps: str
+
+    def within(self, *, loss: float, weights: float) -> bool:
+        return not self.steps and self.loss <= loss and self.weights <= weights
+
+    @property
+    def told(self) -> str:
+        if self.steps:
+            return self.steps
+        return f"losses differ by {self.loss:.1e}, weights by {self.weights:.1e} of their way"
+
+
+def apart(ours: Path, theirs: Path, *, step: int, since: int) -> Apart:
+    """Compares two runs of the same recipe.
+
+    Args:
+        ours: a run.
+        theirs: one that was left alone.
+        step: the last one, of which both have a checkpoint.
+        since: an earlier one, of which ``theirs`` has a checkpoint.
+    """
+    a, b = lines_of(ours), lines_of(theirs)
+    logged = [[line["step"] for line in lines] for lines in (a, b)]
+    if logged[0] != logged[1]:
+        return Apart(False, float("inf"), float("inf"), f"logged {_range(logged[0])}, the other {_range(logged[1])}")
+    loss = 0.0
+    for x, y in zip(a, b, strict=True):
+        scale = max(abs(y["total"]), 1e-6)  # a term may be near 0
+        for term in TERMS:
+            difference = abs(x[term] - y[term]) / scale
+            loss = max(loss, difference) if difference == difference else float("inf")
+    tensors, others = state_of(ours, step), state_of(theirs, step)
+    same = loss == 0 and tensors.keys() == others.keys() and all(torch.equal(tensors[k], others[k]) for k in others)
+    before = state_of(theirs, since)
+    weights = [name for name in others if name.startswith("student.")]
+    if not weights or not set(weights) <= tensors.keys():
+        return Apart(False, loss, float("inf"), "the checkpoints hold other tensors")
+    moved = _norm([others[name] - before[name] for name in weights])
+    return Apart(same, loss, _norm([tensors[name] - others[name] for name in weights]) / max(moved, 1e-12), "")
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return float(torch.stack([tensor.double().square().sum() for tensor in tensors]).sum().sqrt())
+
+
+def _range(steps: list[Any]) -> str:
+    return f"{len(steps)} steps from {steps[0]} to {steps[-1]}" if steps else "no step"
