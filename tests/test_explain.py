@@ -13,7 +13,7 @@ from dinoforge import products
 from dinoforge.cli import main
 from dinoforge.config import load_recipe, recipe_names
 from dinoforge.data.batch import Batch, masked_patches
-from dinoforge.errors import DinoforgeError
+from dinoforge.errors import DinoforgeError, RecipeError
 from dinoforge.losses import cross_entropy, targets
 from dinoforge.models import head
 from dinoforge.models.vit import draw_kept_samples
@@ -187,6 +187,14 @@ def test_images_and_batch():
 def test_errors(arguments, message, capsys):
     assert main(["explain", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("device", "compute"), [("cpu", "cpu"), ("cuda:1", "cuda, bfloat16"), ("mps", "mps, float32")])
+def test_the_device_need_not_be_here(device, compute):
+    explanation = explain(load_recipe("small", {"device": device})[0], images=1000)
+    assert explanation.compute.startswith(compute)
+    with pytest.raises(RecipeError, match="expected auto"):
+        explain(load_recipe("small", {"device": "tpu"})[0], images=1000)
 
 
 def test_a_step_is_a_number_or_last(capsys):

@@ -139,8 +139,7 @@ def explain(
     )
     groups = [_group(group, frozen=hyper.last_layer_frozen) for group in optimizer.param_groups]
     masks = measure_masks(recipe, batch=length.batch_size)
-    device = resolve_device("auto")
-    precision = resolve_precision(recipe.precision, device)
+    device, precision = _where(recipe)
     return Explanation(
         recipe=recipe,
         length=length,
@@ -153,6 +152,21 @@ def explain(
         memory=estimate(recipe, networks, precision=precision, device=device),
         compute=f"{device.type}, {str(precision).removeprefix('torch.')}",
     )
+
+
+def _where(recipe: Recipe) -> tuple[torch.device, torch.dtype]:
+    """Device and precision of the recipe; the device need not be here, and is then one that has bfloat16."""
+    precision = recipe.precision
+    try:
+        device = resolve_device(recipe.device)
+    except RecipeError:
+        kind = recipe.device.partition(":")[0]
+        if kind not in ("cuda", "mps"):
+            raise
+        device = torch.device(kind)
+        if kind == "cuda" and precision == "auto":
+            precision = "bf16"
+    return device, resolve_precision(precision, device)
 
 
 def _group(group: dict[str, Any], *, frozen: bool) -> Group:

@@ -211,13 +211,16 @@ class _Step:
         # What both LayerNorms read, queries, keys and values, and what attention gave; on accelerators that twice,
         # since it is put together from the crops of each size.
         attended = width if on_cpu or not all(counts) else 2 * width
-        of_a_block = branch * size * (2 * width + 3 * width + attended + hidden)
+        # In float16 also what LayerScale multiplies, twice, and what the GELU gave: see models.layers.scaled_linear.
+        gelu = hidden if isinstance(block.mlp, Mlp) else 0
+        unscaled = 2 * width + gelu if precision is torch.float16 and student.layerscale else 0
+        of_a_block = branch * size * (2 * width + 3 * width + attended + hidden + unscaled)
         stream = tokens * width * 4
         masked = counts[0] * _masked_patches(recipe, networks)
         wanted = sum(counts) + masked
         keeps_attended = on_cpu and size == 2  # only what came in is kept there
         of_the_last = branch * size * (4 * width + (0 if keeps_attended else attended))
-        of_the_last += wanted * (1 - rate) * size * (2 * width + hidden)
+        of_the_last += wanted * (1 - rate) * size * (2 * width + hidden + unscaled)
         heads = wanted * self._of_heads(recipe, size)
         depth = len(backbone.blocks)
         if recipe.parallel.activation_checkpointing:

@@ -151,7 +151,7 @@ def wrap(
     if activation_checkpointing:
         for block in cast(VisionTransformer, student_teacher.student["backbone"]).blocks:
             # An attribute of the instance, so that no name changes.
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if mode == "none":
         return Parallel(mode, student_teacher)
     if mode == "ddp":
