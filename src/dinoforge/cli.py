@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import re
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -247,6 +249,22 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--open", action="store_true", help="open the page in the browser")
     report.set_defaults(run=_report, parser=report)
 
+    selfcheck = commands.add_parser(
+        "selfcheck",
+        help="see whether everything is right on this machine; made to be pasted into a bug report",
+        description="Prints the machine and what a run would take of it, compares steps with the reference's numbers, "
+        "goes the way of a user by the commands themselves, kills runs and ranks, and measures memory and speed. Each "
+        "line is ok, FAIL, or not here with the reason. Uses no network. Exit code: 1 if something failed, else 0.",
+        epilog="example: dinoforge selfcheck --nproc auto",
+    )
+    selfcheck.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:N, mps or auto")
+    selfcheck.add_argument("--nproc", metavar="N|auto", help="also start N ranks; auto: one for each GPU")
+    selfcheck.add_argument("--short", action="store_true", help="leave out what takes long on a CPU")
+    selfcheck.add_argument("--only", nargs="+", default=[], metavar="PART", help="some parts, such as: steps speed")
+    selfcheck.add_argument("--json", action="store_true", help="print one line of JSON, and the others to stderr")
+    selfcheck.add_argument("--fault", help=argparse.SUPPRESS)  # how it starts runs that are to go wrong
+    selfcheck.set_defaults(run=_selfcheck, parser=selfcheck)
+
     export = commands.add_parser(
         "export",
         help="write a backbone for another library, and compare its outputs there with ours",
@@ -401,8 +419,46 @@ def _replay(options: argparse.Namespace) -> int:
     return 0
 
 
+def _selfcheck(options: argparse.Namespace) -> int:
+    if options.fault:
+        return _run_fault(options)
+
+    from dinoforge.selfcheck.lines import Line, render
+    from dinoforge.selfcheck.part import PARTS
+    from dinoforge.selfcheck.run import selfcheck
+
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options.device):
+        options.parser.error(f"--device: expected auto, cpu, cuda, cuda:N or mps, got {options.device!r}")
+    if options.nproc is not None and not re.fullmatch(r"auto|[1-9]\d*", options.nproc):
+        options.parser.error(f"--nproc: expected a number from 1, or auto, got {options.nproc!r}")
+    if unknown := set(options.only) - set(PARTS):
+        options.parser.error(f"--only: expected some of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_EXIT_SIGNALS["SIGTERM"]))  # ends what it has started, too
+    stream = sys.stderr if options.json else sys.stdout
+
+    def show(line: Line) -> None:
+        print(render(line), file=stream, flush=True)
+
+    report = selfcheck(device=options.device, nproc=options.nproc, short=options.short, only=options.only, on_line=show)
+    print(report.summary(), file=stream, flush=True)
+    if options.json:
+        print(json.dumps(report.as_json()))
+    return 0 if report.passed else _EXIT_FINDINGS
+
+
+def _run_fault(options: argparse.Namespace) -> int:
+    """A run of the self-check in which something is to go wrong, alone or on ranks."""
+    if options.nproc is not None and not _is_rank():
+        from dinoforge.training.launch import launch, number_of_ranks
+
+        return launch(["selfcheck", "--fault", options.fault], ranks=number_of_ranks(options.nproc), restarts=0)
+
+    from dinoforge.selfcheck.faults import Fault, train_with
+
+    return train_with(Fault.from_json(json.loads(options.fault)))
+
+
 def _bench(options: argparse.Namespace) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler otherwise writes to the terminal
     keys = _keys(options.keys)
     _check(options.recipe, keys)
 

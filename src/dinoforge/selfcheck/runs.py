@@ -1,6 +1,7 @@
 """What runs leave behind, and how far two of them are apart."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,12 @@ def state_of(run: Path, step: int) -> dict[str, Tensor]:
     """The tensors of a checkpoint."""
     folder = run / "checkpoints" / f"step_{step:08d}"
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def copy_as_of(run: Path, to: Path, step: int) -> None:
+    """Copies a run as it was when it wrote the checkpoint of a step, as if it had been killed then."""
+    later = {f"step_{saved:08d}" for saved in saved_steps(run) if saved > step}
+    shutil.copytree(run, to, ignore=lambda folder, names: (later | {"summary.json"}) & set(names))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,116 @@
+"""Training runs in which something is made to go wrong, to see what is said and how soon all have ended.
+
+A check starts them by ``dinoforge selfcheck --fault``, so they end as every run does that a user starts.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from dinoforge import api, distributed
+from dinoforge.config import parse_override
+from dinoforge.errors import DataError, RecipeError
+from dinoforge.student_teacher import StudentTeacher
+from dinoforge.training import loop
+from dinoforge.training.step import StepResult, train_step
+
+AT_CALL = 3
+"""The step in which it happens, from 1; the ranks have found each other by then."""
+
+MESSAGE = "made by selfcheck, to see how a run ends"
+
+_HUGE = 2**50  # bytes, which no memory has
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A run, and what is to go wrong in it.
+
+    Args:
+        kind: ``backward``, an exception in the backward pass of the last rank; ``data``, a DataError of the last rank;
+            ``hang``, a last rank that goes on no more; ``memory``, an allocation that fails, on any rank.
+        images: folder of images.
+        out: run directory. The file ``fault`` there is written just before it happens.
+        keys: of the recipe ``small``, as on the command line.
+    """
+
+    kind: str
+    images: str
+    out: str
+    keys: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, read: dict[str, Any]) -> "Fault":
+        return cls(**(read | {"keys": tuple(read["keys"])}))
+
+
+def train_with(fault: Fault) -> int:
+    """Trains as ``dinoforge train`` does, until it goes wrong.
+
+    Raises:
+        RecipeError: an unknown kind.
+        DataError: of the kind ``data``.
+        OutOfMemoryError: of the kind ``memory``.
+        LostRankError: where it was another rank.
+    """
+    happen = _HAPPENINGS.get(fault.kind)
+    if happen is None:
+        raise RecipeError(f"--fault: expected a kind of {', '.join(_HAPPENINGS)}, got {fault.kind!r}")
+    calls = 0
+
+    def faulty_step(networks: StudentTeacher, *arguments: Any, **more: Any) -> StepResult:
+        nonlocal calls
+        calls += 1
+        if calls == AT_CALL and (fault.kind == "memory" or distributed.rank() == distributed.world_size() - 1):
+            Path(fault.out, "fault").write_text(f"{time.time()}")
+            happen(networks)
+        return train_step(networks, *arguments, **more)
+
+    with patch.object(loop, "train_step", faulty_step):
+        api.train(fault.images, "small", fault.out, **dict(map(parse_override, fault.keys)))
+    return 0
+
+
+def _raise_in_backward(networks: torch.nn.Module) -> None:
+    """Has the backward pass fail when some gradients are there, and others are not."""
+
+    def fail(gradient: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(MESSAGE)
+
+    names = [name for name, parameter in networks.named_parameters() if parameter.requires_grad]
+    dict(networks.named_parameters())[names[len(names) // 2]].register_hook(fail)
+
+
+def _raise_data_error(networks: torch.nn.Module) -> None:
+    raise DataError(MESSAGE)
+
+
+def _hang(networks: torch.nn.Module) -> None:
+    time.sleep(3600)
+
+
+def _run_out_of_memory(networks: torch.nn.Module) -> None:
+    """Leaves the step no memory on CUDA; elsewhere asks the allocator for more than there can be."""
+    device = next(networks.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved(device) / total, device)
+    else:
+        torch.empty(_HUGE, dtype=torch.uint8, device=device)
+
+
+_HAPPENINGS: dict[str, Callable[[torch.nn.Module], None]] = {
+    "backward": _raise_in_backward,
+    "data": _raise_data_error,
+    "hang": _hang,
+    "memory": _run_out_of_memory,
+}
