@@ -11,8 +11,8 @@ from typing import Any, Literal
 Status = Literal["ok", "FAIL", "not here"]
 
 _NAME_COLUMN = 18  # of the text of a line: after the status and the seconds
-_TEXT_COLUMN = 44
-_WIDTH = 118
+_TEXT_COLUMN = 46
+_WIDTH = 120
 _MODULE = Path(__file__).parents[1]
 
 

@@ -42,13 +42,10 @@ def lines_of(name: str, settings: Settings) -> Iterator[Line]:
         since = time.monotonic()
 
 
-def main() -> int:
+def main() -> None:
     name, settings = sys.argv[1], Settings.from_json(json.loads(sys.argv[2]))
-    failed = False
     for line in lines_of(name, settings):
         print(f"\n{PREFIX}{json.dumps(line.as_json())}", flush=True)
-        failed |= line.status == "FAIL"
-    return int(failed)
 
 
 def command(name: str, settings: Settings) -> list[str]:
@@ -68,6 +65,6 @@ def other_output(output: str) -> str:
 
 
 if __name__ == "__main__":
-    code = main()
+    main()
     sys.stdout.flush()
-    os._exit(code)  # threads of a library that hang would be waited for
+    os._exit(0)  # threads of a library that hang would be waited for

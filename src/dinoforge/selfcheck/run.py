@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from dinoforge import __version__
 from dinoforge.selfcheck.lines import Line, fail, not_here
@@ -15,7 +16,10 @@ from dinoforge.selfcheck.processes import Ended, Program
 from dinoforge.selfcheck.settings import Settings
 
 _LOOK_SECONDS = 0.05
-_NEEDS_DEVICE = tuple(name for name in PARTS if name != "environment")
+_BESIDE = {"steps": ("placement",)}
+"""Parts that are started together, since neither has a time or a size to measure, and each keeps one thread busy."""
+_ONE_THREAD = ("placement", "memory")
+"""Parts that are no slower on one thread, and much faster on a machine that is busy."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +77,21 @@ def selfcheck(
     """
     started = time.monotonic()
     found: list[Line] = []
-    with tempfile.TemporaryDirectory(prefix="dinoforge-selfcheck-", ignore_cleanup_errors=True) as folder:
-        settings = Settings(device, nproc, short, Path(folder))
+    with (
+        tempfile.TemporaryDirectory(prefix="dinoforge-selfcheck-", ignore_cleanup_errors=True) as folder,
+        _Parts(Settings(device, nproc, short, Path(folder))) as parts,
+    ):
+        settings = parts.settings
+        wanted = [name for name in PARTS if not only or name in only]
         usable = True
-        for name, seconds in PARTS.items():
-            if only and name not in only:
-                continue
-            if not usable and name in _NEEDS_DEVICE:
+        for name in wanted:
+            if not usable:
                 lines: Iterator[Line] = iter([not_here(name, "needs the device that failed above")])
             else:
-                lines = lines_apart(name, settings, seconds)
+                for other in (name, *_BESIDE.get(name, ())):
+                    if other in wanted:
+                        parts.start(other)
+                lines = parts.lines_of(name)
             for line in lines:
                 line = replace(line, values={"part": name} | line.values)
                 usable &= not (name == "environment" and line.name == "device" and line.status == "FAIL")
@@ -91,22 +100,50 @@ def selfcheck(
     return Report(tuple(found), settings, time.monotonic() - started)
 
 
-def lines_apart(name: str, settings: Settings, seconds: float) -> Iterator[Line]:
-    """The findings of a part that runs in a process of its own, as they come; its crash or hang is one of them."""
-    folder = settings.folder / name
-    folder.mkdir(exist_ok=True)
-    with Program(command(name, replace(settings, folder=folder)), folder, seconds=seconds) as program:
-        told = failed = 0
+class _Parts:
+    """Parts that run in processes of their own; whatever is left of them ends with the context.
+
+    Args:
+        settings: of the check.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._programs: dict[str, Program] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for program in self._programs.values():
+            program.kill()
+
+    def start(self, name: str) -> None:
+        """Starts a part, unless it has been."""
+        if name not in self._programs:
+            folder = self.settings.folder / name
+            folder.mkdir()
+            settings = replace(self.settings, folder=folder)
+            environment = {"OMP_NUM_THREADS": "1"} if name in _ONE_THREAD else {}
+            program = Program(command(name, settings), folder, seconds=PARTS[name], environment=environment)
+            self._programs[name] = program
+
+    def lines_of(self, name: str) -> Iterator[Line]:
+        """The findings of a part as they come; its crash or hang is one of them."""
+        program = self._programs[name]
+        told = 0
         while True:
             over = not program.running or program.late
             for line in read(program.output)[told:]:
                 told += 1
-                failed += line.status == "FAIL"
                 yield line
             if over:
                 break
             time.sleep(_LOOK_SECONDS)
         ended = program.wait()
-    if ended.code is None or (ended.code != 0 and not (ended.code == 1 and failed)) or not told:
+        if ended.code == 0 and told:
+            return
         rest = Ended(ended.code, other_output(ended.output), ended.seconds)
         yield fail(name, f"this part {ended.told}, after {told} lines", rest.tail(12))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+_UNKNOWN = (float("inf"),) * 3
 
 TERMS = ("total", "dino_local", "dino_global", "ibot", "koleo")
 
@@ -51,12 +54,14 @@ class Apart:
     Args:
         same: whether every tensor of the last checkpoint and every logged loss is bitwise the same.
         loss: largest relative difference of a logged loss.
+        typical: the same of the median step after ``after``.
         weights: ‖a − b‖ of the student's weights, as a share of how far b has moved them since an earlier checkpoint.
         steps: what was logged; empty if it is the same steps.
     """
 
     same: bool
     loss: float
+    typical: float
     weights: float
     steps: str
 
@@ -70,7 +75,7 @@ class Apart:
         return f"losses differ by {self.loss:.1e}, weights by {self.weights:.1e} of their way"
 
 
-def apart(ours: Path, theirs: Path, *, step: int, since: int) -> Apart:
+def apart(ours: Path, theirs: Path, *, step: int, since: int, after: int = 0) -> Apart:
     """Compares two runs of the same recipe.
 
     Args:
@@ -78,25 +83,30 @@ def apart(ours: Path, theirs: Path, *, step: int, since: int) -> Apart:
         theirs: one that was left alone.
         step: the last one, of which both have a checkpoint.
         since: an earlier one, of which ``theirs`` has a checkpoint.
+        after: the one from which ``ours`` went on, if it was disturbed.
     """
     a, b = lines_of(ours), lines_of(theirs)
     logged = [[line["step"] for line in lines] for lines in (a, b)]
     if logged[0] != logged[1]:
-        return Apart(False, float("inf"), float("inf"), f"logged {_range(logged[0])}, the other {_range(logged[1])}")
-    loss = 0.0
-    for x, y in zip(a, b, strict=True):
-        scale = max(abs(y["total"]), 1e-6)  # a term may be near 0
-        for term in TERMS:
-            difference = abs(x[term] - y[term]) / scale
-            loss = max(loss, difference) if difference == difference else float("inf")
+        return Apart(False, *_UNKNOWN, f"logged {_range(logged[0])}, the other {_range(logged[1])}")
+    losses = [_difference(x, y) for x, y in zip(a, b, strict=True)]
+    loss = max(losses, default=0.0)
+    typical = statistics.median(losses[i] for i, line in enumerate(b) if line["step"] > after)
     tensors, others = state_of(ours, step), state_of(theirs, step)
     same = loss == 0 and tensors.keys() == others.keys() and all(torch.equal(tensors[k], others[k]) for k in others)
     before = state_of(theirs, since)
     weights = [name for name in others if name.startswith("student.")]
     if not weights or not set(weights) <= tensors.keys():
-        return Apart(False, loss, float("inf"), "the checkpoints hold other tensors")
+        return Apart(False, loss, typical, float("inf"), "the checkpoints hold other tensors")
     moved = _norm([others[name] - before[name] for name in weights])
-    return Apart(same, loss, _norm([tensors[name] - others[name] for name in weights]) / max(moved, 1e-12), "")
+    return Apart(same, loss, typical, _norm([tensors[name] - others[name] for name in weights]) / max(moved, 1e-12), "")
+
+
+def _difference(x: dict[str, Any], y: dict[str, Any]) -> float:
+    """The largest difference of a term between two steps, relative to the sum: a term may be near 0."""
+    scale = max(abs(y["total"]), 1e-6)
+    differences = [abs(x[term] - y[term]) / scale for term in TERMS]
+    return max(d if d == d else float("inf") for d in differences)
 
 
 def _norm(tensors: list[Tensor]) -> float:

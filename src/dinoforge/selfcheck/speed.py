@@ -31,7 +31,7 @@ from dinoforge.training.device import (
 NETWORKS = {"ViT-S": "vit_small", "ViT-B": "vit_base", "ViT-L": "vit_large"}
 _IMAGES = 32  # of a step, fewer where they do not fit
 _LEAST_IMAGES = 4
-_LOADER_SECONDS, _LOADER_STEPS = 6.0, 64
+_LOADER_SECONDS, _LOADER_STEPS = 5.0, 200
 _LARGE = {
     "student.patch_size": 16,
     "student.drop_path_rate": 0.0,
@@ -147,7 +147,7 @@ def _loader(settings: Settings, device: torch.device) -> Line:
         started, made = time.perf_counter(), 0
         for batch in batches:
             made += len(batch.indices)
-            if time.perf_counter() - started > _LOADER_SECONDS:
+            if time.perf_counter() - started > _LOADER_SECONDS / (1 + 2 * settings.short):
                 break
         rate = made / (time.perf_counter() - started)
     text = f"{rate:.0f} images/s from {workers} workers, for recipe small, of made images of 256 pixels"
