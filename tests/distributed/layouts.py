@@ -50,6 +50,13 @@ KINDS = {
         "dino.koleo_group_size": 4,
     },
     "only heads learn at first": {"train.centering": "sinkhorn_knopp"},
+    # Over eight ranks, shards of 2 rows, of 1, and of none.
+    "prime sizes": {
+        "train.centering": "sinkhorn_knopp",
+        **{f"{k}.head_n_prototypes": 11 for k in ("dino", "ibot")},
+        **{f"{k}.head_hidden_dim": 13 for k in ("dino", "ibot")},
+        **{f"{k}.head_bottleneck_dim": 5 for k in ("dino", "ibot")},
+    },
     # How it is cut has a meaning here: the same in ranks as in micro-batches.
     "of the reference": {
         "dino.koleo_scope": "rank",

@@ -26,9 +26,9 @@ def start(script: str, tasks: Sequence[str], world_size: int, folder: Path) -> l
             arguments = [",".join(tasks), str(rank), str(world_size), str(folder)]
             command = [sys.executable, script, *arguments]
             processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-        for process in processes:
-            output, _ = process.communicate(timeout=280)  # a rank that waits for ever fails here
-            assert process.returncode == 0, output
+        outputs = [process.communicate(timeout=280)[0] for process in processes]  # one that waits for ever fails here
+        failed = [f"rank {r}: {outputs[r]}" for r, process in enumerate(processes) if process.returncode != 0]
+        assert not failed, "\n".join(failed)  # also of those that only missed another
     finally:
         for process in processes:
             process.kill()

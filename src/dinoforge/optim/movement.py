@@ -33,9 +33,14 @@ def sampled(networks: Mapping[str, nn.Module] | nn.ModuleDict) -> dict[str, list
 
 
 def update_ratios(before: Mapping[str, list[Sample]], after: Mapping[str, list[Sample]]) -> dict[str, Tensor]:
-    """Per sub-network, the length of a step over the length of the weights: ``|after - before| / |before|``."""
+    """Per sub-network, the length of a step over the length of the weights: ``|after - before| / |before|``.
+
+    Those are left out of which this rank has nothing: with more ranks than rows, some shards are empty.
+    """
     ratios = {}
     for name, old in before.items():
+        if not old:
+            continue
         moved = [s.stride * (new.elements - s.elements).square().sum() for s, new in zip(old, after[name], strict=True)]
         length = [s.stride * s.elements.square().sum() for s in old]
         ratios[name] = (torch.stack(moved).sum() / torch.stack(length).sum()).sqrt()
