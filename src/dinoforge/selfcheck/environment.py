@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,8 @@ def _attention(device: torch.device) -> Line:
     backend = "unknown"
     choose: Callable[..., int] | None = getattr(torch, "_fused_sdp_choice", None)
     if choose is not None:
-        backend = _backend_name(choose(q, q, q))
+        with suppress(RuntimeError):  # not every kind of device has it
+            backend = _backend_name(choose(q, q, q))
     given = F.scaled_dot_product_attention(q, q, q).float().cpu()
     q = q.float().cpu()
     by_hand = torch.softmax(q @ q.mT / _HEAD_DIM**0.5, dim=-1) @ q

@@ -98,12 +98,16 @@ def _hang(networks: torch.nn.Module) -> None:
 
 
 def _run_out_of_memory(networks: torch.nn.Module) -> None:
-    """Leaves the step no memory on CUDA; elsewhere asks the allocator for more than there can be."""
+    """Leaves the step no memory on a GPU; on a CPU asks for more than there can be."""
     device = next(networks.parameters()).device
     if device.type == "cuda":
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved(device) / total, device)
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+        used, most = torch.mps.driver_allocated_memory(), torch.mps.recommended_max_memory()
+        torch.mps.set_per_process_memory_fraction(used / most)
     else:
         torch.empty(_HUGE, dtype=torch.uint8, device=device)
 

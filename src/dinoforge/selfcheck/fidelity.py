@@ -26,7 +26,7 @@ from dinoforge.models.vit import KeptSamples
 from dinoforge.optim.schedules import Hyperparameters
 from dinoforge.student_teacher import StudentTeacher
 from dinoforge.training.build import build_optimizer, build_student_teacher
-from dinoforge.training.device import autocast
+from dinoforge.training.device import autocast, in_use
 from dinoforge.training.parallel import Mode, wrap
 from dinoforge.training.step import train_step
 
@@ -190,7 +190,8 @@ def run_case(
 
     Args:
         folder: the case.
-        dtype: of matrix products, under autocast unless it is float32; in float16 the loss is scaled.
+        dtype: of matrix products, under autocast unless it is float32, which on a GPU is float32 only inside of
+            ``in_use``; in float16 the loss is scaled.
         prepare: done to the networks when they have the case's weights, such as compiling them.
         mode: how the networks are laid over ranks.
         turn_tokens: as for ``train_step``.
@@ -309,7 +310,8 @@ def _run_rank(
         for mode in _MODES:
             if mode != "ddp" and dtype is torch.float16:
                 continue  # its gradients are not scaled there
-            both.add_all(run_case(Path(folder), dtype, mode=mode, device=device), f"{mode}: ")
+            with in_use(device):
+                both.add_all(run_case(Path(folder), dtype, mode=mode, device=device), f"{mode}: ")
         if rank == 0:
             Path(out).write_text(json.dumps(both.worst))
     finally:
