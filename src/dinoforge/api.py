@@ -192,17 +192,21 @@ def _train_together(
         result = RunResult(run.path, plan.length.steps, plan.length.steps, summary=run.read_summary())
         say(f"\nThis run is finished: the backbone is {run.teacher}. For another one, choose another --out.")
         return result
-    ways = partial(
-        ways_to_save,
-        resolved,
-        ranks=distributed.world_size(),
-        mode=plan.mode,
-        device=plan.device,
-        precision=plan.precision,
-    )
-    with _threads(plan.threads), out_of_memory_in_words(plan.device, ways):
+    with _threads(plan.threads), out_of_memory_in_words(plan.device, partial(_ways_to_train, plan)):
         base = auto.BASE if choices else base_of(recipe)
         return _train(plan, source, known, run, identity, base, console)
+
+
+def _ways_to_train(plan: plans.Plan) -> list[str]:
+    """What makes a run take less memory, in the order to try it."""
+    ranks = distributed.world_size()
+    return ways_to_save(plan.recipe, ranks=ranks, mode=plan.mode, device=plan.device, precision=plan.precision)
+
+
+def _ways_to_embed(device: torch.device, size: int | None = None) -> list[str]:
+    """As ``_ways_to_train``, where a backbone is used on images of a size, or of a run's."""
+    ways = [] if size is None else [f"eval.size below {size}"]
+    return ways + ([] if device.type == "cpu" else ["device=cpu"])
 
 
 def _labels(labels: str | Path | None, source: Source, recipe: Recipe) -> list[str] | None:
@@ -561,7 +565,8 @@ def replay(
         raise RunError(f"{model} is no run directory: it has no recipe.yaml and run.json")
     recipe = run.recipe()
     device = devices.resolve_device(recipe.device)
-    with devices.in_use(device, allow_tf32=recipe.allow_tf32):
+    ways = ["CUDA_VISIBLE_DEVICES= in front of the command, which computes on the CPU if the recipe says device=auto"]
+    with devices.in_use(device, allow_tf32=recipe.allow_tf32), out_of_memory_in_words(device, lambda: ways):
         return _replay(run, recipe, device, Path(batch), precision)
 
 
@@ -622,7 +627,11 @@ def bench(data: Any, recipe: str | Path | Recipe = "small", *, seconds: float = 
     resolved = auto_recipe(source, **keys)[0] if recipe == "auto" else resolve(recipe, keys)[0]
     devices.use_expandable_segments(devices.rank_device(resolved.device))
     plan = _plan(build.with_batch_cut(resolved, world_size=1), source)
-    with devices.in_use(plan.device, allow_tf32=plan.recipe.allow_tf32), _threads(plan.threads):
+    with (
+        devices.in_use(plan.device, allow_tf32=plan.recipe.allow_tf32),
+        _threads(plan.threads),
+        out_of_memory_in_words(plan.device, partial(_ways_to_train, plan)),
+    ):
         return benchmarks.measure(plan, source, seconds=seconds)
 
 
@@ -664,7 +673,10 @@ def _auto_recipe(
             values = {key: choice.value for key, choice in sample.items()}
             recipe, _ = load_recipe(auto.BASE, values | given | {"train.steps": auto.LONG})
             # All ranks time it, since a step has to do with all of them, and the slowest is waited for.
-            seconds = max(distributed.all_ranks(benchmarks.seconds_per_step(recipe, source)))
+            ways = partial(ways_to_save, recipe, ranks=distributed.world_size(), mode="none", device=device)
+            with out_of_memory_in_words(device, ways):
+                own = benchmarks.seconds_per_step(recipe, source)
+            seconds = max(distributed.all_ranks(own))
             timed = {"train.steps": max(int(60 * said["train.max_minutes"] / seconds), 1)}
     choices = auto.choose(facts, given | timed)
     if timed:
@@ -795,7 +807,8 @@ def embed(model: str | Path | weights.Backbone, data: Any, **keys: Any) -> np.nd
     backbone, keys = _opened(model, keys)
     source = open_source(data)
     reading = _reading(backbone.image, backbone.network.patch_size, *_eval_keys(Eval(), keys))
-    with devices.in_use(reading["device"]):
+    ways = partial(_ways_to_embed, reading["device"], reading["size"])
+    with devices.in_use(reading["device"]), out_of_memory_in_words(reading["device"], ways):
         found = features.extract(backbone.network, source, range(len(source)), **reading)
     if found.skipped:
         first = found.skipped[0]
@@ -838,7 +851,8 @@ def write_features(
         "mean": list(reading["mean"]),
         "std": list(reading["std"]),
     }
-    with devices.in_use(device):
+    ways = partial(_ways_to_embed, device, reading["size"])
+    with devices.in_use(device), out_of_memory_in_words(device, ways):
         return embedding.write_features(
             backbone.network,
             open_source(data),
@@ -877,7 +891,8 @@ def evaluate_knn(
         WeightsError: no readable backbone.
     """
     run, setup = _evaluation(model, data, test, labels, shots, seed, keys)
-    with devices.in_use(setup["device"]):
+    ways = partial(_ways_to_embed, setup["device"], setup["size"])
+    with devices.in_use(setup["device"]), out_of_memory_in_words(setup["device"], ways):
         result, skipped = run_knn(**setup)
     if run and shots is None:
         run.write_summary(dict(result))
@@ -906,7 +921,8 @@ def evaluate_classifier(
         WeightsError: no readable backbone.
     """
     _, setup = _evaluation(model, data, test, labels, shots, seed, keys)
-    with devices.in_use(setup["device"]):
+    ways = partial(_ways_to_embed, setup["device"], setup["size"])
+    with devices.in_use(setup["device"]), out_of_memory_in_words(setup["device"], ways):
         return run_classifier(method, **setup)
 
 
@@ -989,7 +1005,7 @@ def report(
     where = devices.resolve_device(device)
     runs = [open_run(path, data=data, labels=labels, pictures=alone, device=where) for path in paths]
     out = RunDirectory(Path(paths[0])).report if alone else Path(paths[0]) / "comparison.html"
-    with devices.in_use(where):
+    with devices.in_use(where), out_of_memory_in_words(where, partial(_ways_to_embed, where)):
         write_text(out, pages.page(runs))
         written, missing = plots.write(runs[0], Path(figures)) if figures is not None else ([], [])
     return reports.Written(out, written, missing)

@@ -91,6 +91,13 @@ def train(folder, out, **keys):
     return api.train(folder, out=out, console=Console(quiet=True), **(KEYS | keys))
 
 
+@pytest.fixture(scope="module")
+def run(classes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train(classes, out, **{"train.steps": 2})
+    return out
+
+
 def fails_in(part, monkeypatch, *, step=5):
     """Has memory run out in a part of a step."""
     original, number = loop.train_step, 0
@@ -177,3 +184,36 @@ def test_the_command_says_which_keys_help_and_has_a_code_of_its_own(classes, tmp
         "error: cpu is out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which "
         "1.25 GiB is free. In this order, try: one key; another\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("inner", "call", "helps"),
+    [
+        ("features.extract", lambda run, data: api.embed(run, data, **{"eval.size": 32}), "eval.size below 32"),
+        (
+            "embedding.write_features",
+            lambda run, data: api.write_features(run, data, run.with_name("x.npy"), **{"eval.size": 64}),
+            "eval.size below 64",
+        ),
+        ("run_knn", lambda run, data: api.evaluate_knn(run, data), "eval.size below 32"),
+        ("run_classifier", lambda run, data: api.evaluate_classifier("logreg", run, data), "eval.size below 32"),
+        ("pages.page", lambda run, data: api.report(run), "a smaller network"),
+        ("benchmarks.measure", lambda run, data: api.bench(data, **KEYS), "a smaller network"),
+        (
+            "benchmarks.seconds_per_step",
+            lambda run, data: api.auto_recipe(data, **{"train.max_minutes": 1}),
+            "a smaller network",
+        ),
+    ],
+)
+def test_other_commands_say_it_in_words_too(run, classes, monkeypatch, inner, call, helps):
+    def raising(*given, **named):
+        raise torch.OutOfMemoryError(CUDA)
+
+    monkeypatch.setattr(f"dinoforge.api.{inner}", raising)
+    with pytest.raises(OutOfMemoryError, match=rf"cpu is out of memory\. Tried to allocate 2\.00 GiB.* {helps}"):
+        call(run, classes)
+
+
+def test_a_gpu_has_a_cpu_beside_it():
+    assert api._ways_to_embed(torch.device("cuda", 1), 224) == ["eval.size below 224", "device=cpu"]
