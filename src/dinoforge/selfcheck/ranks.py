@@ -24,7 +24,7 @@ STEPS, SAVED_EVERY = 12, 4
 LOSS_BOUND, WEIGHTS_BOUND = 1e-4, 0.02
 """Of losses, relative, and of weights, as a share of their way, beside one process in float32.
 
-Measured on a CPU: 1e-6 and 1e-3.
+On a CPU, 2 and 4 ranks gave 1.5e-7 and 1e-4.
 """
 END_SECONDS = 60.0
 """Until all ranks have ended after one has failed; on an idle machine it takes at most 20."""
@@ -75,10 +75,10 @@ class Ranks:
     def on_ranks(self, out: Path, **keys: Any) -> Program:
         return self.train(out, "--nproc", str(self.number), **keys)
 
-    def beside_one(self, name: str, out: Path, told: str = "", **values: Any) -> Line:
+    def beside_one(self, name: str, out: Path, told: str, **values: Any) -> Line:
         """The line of a run that is to end as the one of one process."""
         found = runs.apart(out, self.alone, step=STEPS, since=SAVED_EVERY)
-        text = f"{told}beside one process {found.told} (bounds {LOSS_BOUND:g}, {WEIGHTS_BOUND:g})"
+        text = f"{told}: {found.told} from one process (bounds {LOSS_BOUND:g} and {WEIGHTS_BOUND:g})"
         passed = found.within(loss=LOSS_BOUND, weights=WEIGHTS_BOUND)
         return judged(passed, name, text, loss=found.loss, weights=found.weights, **values)
 
@@ -145,7 +145,7 @@ def _layout(ranks: Ranks, mode: str, shards: int | None, name: str) -> Line:
     with ranks.on_ranks(ranks.folder / mode, **keys) as program:
         ended = program.wait()
     how = f"{ranks.number} ranks" + (f" in copies of {shards}" if shards else "")
-    return _told(ended, name) or ranks.beside_one(name, ranks.folder / mode, f"{how}, ")
+    return _told(ended, name) or ranks.beside_one(name, ranks.folder / mode, how)
 
 
 def _continue(ranks: Ranks, name: str) -> Line:
@@ -161,7 +161,7 @@ def _continue(ranks: Ranks, name: str) -> Line:
         return line
     if f"Continuing at step {step}" not in ended.output:
         return fail(name, f"it did not continue at step {step}", ended.tail())
-    return ranks.beside_one(name, out, f"{ranks.number} ranks until step {step}, then one: ")
+    return ranks.beside_one(name, out, f"{ranks.number} ranks until step {step}, then one process")
 
 
 def _kill(ranks: Ranks, name: str) -> Line:
@@ -185,7 +185,7 @@ def _kill(ranks: Ranks, name: str) -> Line:
         if killed_at >= STEPS:
             return not_here(name, "the run was over before a rank could be killed")
         return fail(name, f"rank {len(victims) - 1} was killed at step {killed_at}, and none continued", ended.tail())
-    told = f"rank {len(victims) - 1} killed at step {killed_at}, all went on after {waited:.1f} s, "
+    told = f"rank {len(victims) - 1} killed at step {killed_at}, all went on after {waited:.1f} s"
     return ranks.beside_one(name, out, told, waited=waited, killed_at=killed_at)
 
 

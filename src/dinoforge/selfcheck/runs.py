@@ -72,7 +72,7 @@ class Apart:
     def told(self) -> str:
         if self.steps:
             return self.steps
-        return f"losses differ by {self.loss:.1e}, weights by {self.weights:.1e} of their way"
+        return f"losses differ by {self.loss:.1e}, weights by {self.weights:.1e} of their movement"
 
 
 def apart(ours: Path, theirs: Path, *, step: int, since: int, after: int = 0) -> Apart:

@@ -122,10 +122,9 @@ def _steps(name: str, cases: Sequence[_Case], dtype: torch.dtype, device: torch.
             if kind not in worst or share > worst[kind][0]:
                 worst[kind] = (share, error, f"{case.name}: {where}")
     passed = all(share <= 1 for share, _, _ in worst.values())
-    text = f"{len(cases)} case{'s' * (len(cases) > 1)}, at worst " + ", ".join(
-        f"{kind} {share:.2f}" for kind, (share, _, _) in sorted(worst.items(), key=lambda item: -item[1][0])[:3]
-    )
-    text += " of the bound"
+    ordered = sorted(worst.items(), key=lambda item: -item[1][0])
+    shares = ", ".join(f"{kind} {share:.2f}" for kind, (share, _, _) in ordered[:3])
+    text = f"{len(cases)} case{'s' * (len(cases) > 1)}; largest errors as shares of their bounds: {shares}"
     if dtype is not torch.float32 and least < fidelity.HALF_LEAST[dtype]:
         passed, text = False, f"{text}; but gradients differ by {least:.1e} from float32: this was not {_name(dtype)}"
     details = tuple(f"{kind}: {share:.3g} of its bound, {where}" for kind, (share, _, where) in worst.items())
