@@ -91,7 +91,7 @@ def process_group(device: torch.device, backend: str = "auto", timeout: timedelt
         record_failure(error)  # before anything that may hang
         if others is not None:
             others.warn(error)
-        _drop_group()
+        _drop_group(device)
         raise
     dist.destroy_process_group()
 
@@ -207,10 +207,17 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _drop_group() -> None:
+def _drop_group(device: torch.device) -> None:
     """Takes the process group down without a word to the other ranks; the ordinary way waits for them with NCCL."""
-    if dist.is_initialized():
-        _within_grace(getattr(distributed_c10d, "_abort_process_group", dist.destroy_process_group))
+    if not dist.is_initialized():
+        return
+
+    def abort() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # it is the thread's, and would be the first GPU
+        getattr(distributed_c10d, "_abort_process_group", dist.destroy_process_group)()
+
+    _within_grace(abort)
 
 
 def _within_grace(call: Callable[[], object]) -> None:

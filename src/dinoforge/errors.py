@@ -97,7 +97,8 @@ def record_failure(error: BaseException) -> None:
     else:
         text = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         trace = "".join(traceback.format_exception(error))
-    extra = {"py_callstack": trace, "timestamp": time.time(), "of_one_rank": is_of_one_rank(error)}
+    now = time.time() + isinstance(error, LostRankError)  # the agent takes the first for the cause, in whole seconds
+    extra = {"py_callstack": trace, "timestamp": now, "of_one_rank": is_of_one_rank(error)}
     told = {"message": text, "extraInfo": extra}
     aside = Path(f"{name}.partial")  # the agent fails on half a file
     aside.write_text(json.dumps({"message": told}), encoding="utf-8")

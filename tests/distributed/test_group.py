@@ -160,7 +160,10 @@ def failure(folder, rank, code, error=None, *, later=0.0, monkeypatch):
 
 def test_torchrun_can_read_what_a_rank_failed_of(tmp_path, monkeypatch):
     told = failure(tmp_path, 1, 2, DataError("the drive\nis gone"), monkeypatch=monkeypatch)
-    assert "the drive\n  is gone" in ChildFailedError("dinoforge", {1: told}).format_msg()
+    missed = failure(tmp_path, 3, 4, LostRankError("another rank is gone"), later=-0.2, monkeypatch=monkeypatch)
+    table = ChildFailedError("dinoforge", {3: missed, 1: told})
+    assert "the drive\n  is gone" in table.format_msg()
+    assert table.get_first_failure()[0] == 1
     try:
         raise ZeroDivisionError("a bug")
     except ZeroDivisionError as error:
