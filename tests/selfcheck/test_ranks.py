@@ -8,19 +8,7 @@ import pytest
 from dinoforge.errors import RecipeError
 from dinoforge.selfcheck import faults, ranks
 from dinoforge.selfcheck.settings import Settings
-
-
-def living(word: str) -> list[str]:
-    """Command lines that hold a word."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            text = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if word in text:
-            found.append(text)
-    return found
+from selfcheck.living import living
 
 
 def test_a_rank_that_fails_and_hangs(tmp_path, monkeypatch):

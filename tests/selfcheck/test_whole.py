@@ -1,12 +1,16 @@
 """The short form of the whole command, as CI runs it: on this machine it passes."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from dinoforge.selfcheck.part import PARTS
+from selfcheck.living import living
 
 
 @pytest.mark.timeout(900)
@@ -25,3 +29,21 @@ def test_the_short_form_passes_on_the_cpu():
     assert report["environment"]["device"]["device"] == "cpu"
     for expected in ("steps, float32", "train", "embed", "report", "export official", "ranks: FSDP2", "out of memory"):
         assert by_name[expected]["status"] == "ok"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_all_that_it_has_started(number, code, tmp_path):
+    command = [sys.executable, "-m", "dinoforge", "selfcheck", "--only", "journey", "--device", "cpu"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as process:
+        try:
+            while not (of_train := [text for text in living(str(tmp_path)) if "dinoforge train" in text]):
+                assert process.poll() is None
+                time.sleep(0.02)
+            process.send_signal(number)
+            assert process.wait(60) == code
+        finally:
+            process.kill()
+    assert of_train
+    assert not living(str(tmp_path))
+    assert not list(tmp_path.glob("dinoforge-selfcheck-*"))

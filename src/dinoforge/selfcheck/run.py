@@ -1,6 +1,7 @@
 """Runs the parts of a self-check one after the other, and gathers their lines."""
 
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -143,6 +144,7 @@ class _Parts:
                 break
             time.sleep(_LOOK_SECONDS)
         ended = program.wait()
+        shutil.rmtree(self.settings.folder / name, ignore_errors=True)  # runs of some hundred megabytes
         if ended.code == 0 and told:
             return
         rest = Ended(ended.code, other_output(ended.output), ended.seconds)
