@@ -1,6 +1,7 @@
 """The command line as a shell sees it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 import dinoforge
 from dinoforge.cli import main
+from dinoforge.errors import LAUNCHER, DataError, LostRankError, OutOfMemoryError, RecipeError, WorkerError
 
 SMALL = (
     "student.embed_dim=48 student.depth=2 student.num_heads=2 student.patch_size=8 student.in_chans=1 data.mean=0.5 "
@@ -67,6 +69,55 @@ def test_user_errors_exit_with_2_and_no_traceback(arguments, message, classes, r
     assert message in captured.err
     assert captured.err.startswith("error: ")
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RecipeError("no"), 2),
+        (DataError("no"), 2),
+        (WorkerError("no"), 1),
+        (OutOfMemoryError("no"), 3),
+        (LostRankError("no"), 4),
+    ],
+)
+def test_errors_have_exit_codes_of_their_own(error, code, monkeypatch, capsys):
+    def train(*given, **named):
+        raise error
+
+    monkeypatch.setattr("dinoforge.api.train", train)
+    assert main(["train", "photos"]) == code
+    assert capsys.readouterr().err == "error: no\n"
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_rank_has_its_launcher_print_the_error(ranks, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", f"{LAUNCHER}1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    assert main(["train", "photos", "train.stps=5"]) == 2
+    assert capsys.readouterr().err == ""
+    assert "did you mean train.steps" in json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+
+
+def test_a_crash_of_a_rank_is_told_before_it_leaves(tmp_path):
+    """It leaves without waiting for threads and destructors, which may wait for other ranks."""
+    code = (
+        "import sys, threading\n"
+        "from dinoforge import api, cli\n"
+        "threading.Thread(target=threading.Event().wait).start()\n"
+        "def train(*given, **named): raise ZeroDivisionError('a bug')\n"
+        "api.train = train\n"
+        "sys.argv = ['dinoforge', 'train', 'photos']\n"
+        "cli.run()"
+    )
+    told = tmp_path / "error.json"
+    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "1", "TORCHELASTIC_ERROR_FILE": str(told)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith("rank 1:\nTraceback (most recent call last):")
+    assert done.stderr.endswith("ZeroDivisionError: a bug\n")
+    assert json.loads(told.read_text())["message"]["message"] == "ZeroDivisionError: a bug"
 
 
 def test_usage_errors(capsys):

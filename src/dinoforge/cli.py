@@ -49,12 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _print_error(error: DinoforgeError) -> None:
     """Prints an error that all ranks have once, and one that perhaps only this rank has; or has the launcher do it."""
-    rank = "0"
-    if _is_rank():
-        record_failure(error)
-        rank = os.environ.get("RANK", "0")
-        if has_launcher():
-            return
+    record_failure(error)
+    if has_launcher():
+        return
+    rank = os.environ.get("RANK", "0") if _is_rank() else "0"
     if rank == "0":
         print(f"error: {error}", file=sys.stderr)
     elif is_of_one_rank(error):
@@ -68,7 +66,7 @@ def _is_rank() -> bool:
 
 def run() -> NoReturn:
     """The program ``dinoforge``."""
-    if not _is_rank():
+    if not _is_rank() and not has_launcher():
         sys.exit(main())
     try:
         code = main()
