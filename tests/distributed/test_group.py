@@ -107,6 +107,13 @@ def test_copies_of_shards_that_cannot_be(ranks, inner, words):
     assert parallel.copies_and_shards(64, 8) == (8, 8)
 
 
+def test_a_mode_that_one_process_cannot_have_is_told():
+    sharded, plain = (load_recipe("small", keys)[0] for keys in ({"parallel.mode": "fsdp"}, {}))
+    assert "parallel.mode=fsdp means nothing: start several ranks" in parallel.note_of_mode(sharded, "none")
+    assert parallel.note_of_mode(sharded, "fsdp") is None
+    assert parallel.note_of_mode(plain, "none") is None
+
+
 @pytest.mark.parametrize(
     ("error", "lost"),
     [

@@ -108,6 +108,16 @@ def mode_here(recipe: Recipe, student_teacher: StudentTeacher, device: torch.dev
     return mode
 
 
+def note_of_mode(recipe: Recipe, mode: Mode) -> str | None:
+    """Words on a mode that the recipe asks for, and one process cannot have; None if there is nothing to say."""
+    wanted = recipe.parallel.mode
+    if mode != "none" or wanted == "auto":
+        return None
+    return (
+        f"trains in one process, where parallel.mode={wanted} means nothing: start several ranks by --nproc or torchrun"
+    )
+
+
 def copies_and_shards(ranks: int, inner: int) -> tuple[int, int]:
     """How many copies of the networks hsdp makes of so many ranks, and over how many ranks each is sharded.
 

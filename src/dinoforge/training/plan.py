@@ -23,7 +23,7 @@ from dinoforge.training.device import (
     usable_processors,
 )
 from dinoforge.training.memory import estimate, ways_to_save
-from dinoforge.training.parallel import Mode, mode_here, shard_count
+from dinoforge.training.parallel import Mode, mode_here, note_of_mode, shard_count
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def make_plan(recipe: Recipe, data: DataSummary) -> Plan:
     notes = (
         note_of_fallback(recipe.device, device),
         note_of_idle_gpus(recipe.device, device),
+        note_of_mode(recipe, mode),
         _note_of_precision(recipe, device, precision),
         _note_of_workers(recipe.train.num_workers, processors),
         _note_of_memory(recipe, sum(memory.values()), free, device, precision, mode),
