@@ -232,24 +232,67 @@ def test_sixteen_bit_colour_png(colour_type: int, bands: int, channels: int) -> 
         rows[..., 1] = 65535
     data = png(rows, bits=16, colour_type=colour_type)
     assert describe(data)[2].endswith(";16")
-    pixels = decode(data, channels=channels)
-    assert np.abs(pixels - rows[:, :, :channels] / 257).max() <= 1
-    assert pixels[0, 0, 0] == 255
-    assert pixels[0, 1, 0] == 0
-    with pytest.raises(ImageError, match="minmax"):
-        decode(data, channels=channels, sixteen_bit="minmax")
-    with pytest.raises(ImageError, match="minmax"):
-        decode(Image.open(io.BytesIO(data)), channels=channels, sixteen_bit="minmax")
+    colours = bands - (bands in (2, 4))
+    for image in (data, Image.open(io.BytesIO(data))):
+        pixels = decode(image, channels=channels)
+        assert np.array_equal(pixels, np.rint(rows[:, :, :channels] / 257))
+        assert np.array_equal(decode(image, channels=None), np.rint(rows / 257))
+        # Of 1/16 of the range, no more than 16 levels would come out of the upper 8 bits.
+        dark = png(rows >> 4, bits=16, colour_type=colour_type)
+        few = decode(dark, channels=None, sixteen_bit="minmax")[:, :, :colours]
+        low, high = (rows >> 4)[:, :, :colours].min(), (rows >> 4)[:, :, :colours].max()
+        assert np.array_equal(few, np.rint(((rows >> 4)[:, :, :colours] - float(low)) / (high - low) * 255))
+
+
+def test_sixteen_bit_colour_values_are_exact() -> None:
+    rows = np.array([[[3100, 10_000, 0], [4095, 12_000, 5000]]], np.uint16)
+    data = png(rows, bits=16, colour_type=2)
+    assert decode(data, channels=3, value_range=(0, 10_000)).tolist() == [[[79, 255, 0], [104, 255, 128]]]
+    pairs = ((0, 4095), (0, 12_000), (2500, 5000))
+    assert decode(data, channels=3, value_range=pairs).tolist() == [[[193, 212, 0], [255, 255, 255]]]
+    with pytest.raises(ImageError, match="2 ranges"):
+        decode(data, channels=3, value_range=pairs[:2])
+
+
+def sbit(data: bytes, *bits: int) -> bytes:
+    body = b"sBIT" + bytes(bits)
+    chunk = struct.pack(">I", len(bits)) + body + struct.pack(">I", zlib.crc32(body))
+    return data[:33] + chunk + data[33:]
+
+
+@pytest.mark.parametrize(("colour_type", "bands"), [(0, 1), (2, 3)])
+def test_significant_bits_of_png(colour_type: int, bands: int) -> None:
+    twelve = RNG.integers(0, 4096, (6, 5, bands), dtype=np.uint16)
+    twelve[0, 0] = 4095
+    expected = np.rint(twelve / 4095 * 255)
+    said = [12] * bands
+    for stored in (twelve, twelve << 4, (twelve << 4) | (twelve >> 8)):  # at the bottom; on top, filled in two ways
+        data = sbit(png(stored, bits=16, colour_type=colour_type), *said)
+        assert np.array_equal(decode(data, channels=bands), expected)
+    dark = (twelve & 255) << 4  # no larger than 4095, and yet on top
+    data = sbit(png(dark, bits=16, colour_type=colour_type), *said)
+    assert np.array_equal(decode(data, channels=bands), np.rint((twelve & 255) / 4095 * 255))
+    plain = png(twelve, bits=16, colour_type=colour_type)
+    assert np.array_equal(decode(plain, channels=bands), np.rint(twelve / 257))
+
+
+def test_colour_key_of_sixteen_bit_png() -> None:
+    rows = np.array([[[500], [40_000]]], np.uint16)
+    body = b"tRNS" + struct.pack(">H", 500)
+    data = png(rows, bits=16, colour_type=0)
+    data = data[:33] + struct.pack(">I", 2) + body + struct.pack(">I", zlib.crc32(body)) + data[33:]
+    assert decode(data, channels=1).ravel().tolist() == [255, 156]
+    assert decode(data, channels=2).tolist() == [[[2, 0], [156, 255]]]
 
 
 def test_sixteen_bit_colour_tiff() -> None:
     values = RNG.integers(0, 65536, (6, 5, 3), dtype=np.uint16)
-    pixels = decode(deep_tiff(values, planar=1), channels=3)
-    assert np.abs(pixels - values / 257).max() <= 1
-    with pytest.raises(ImageError, match="minmax"):
-        decode(deep_tiff(values, planar=1), channels=3, sixteen_bit="minmax")
-    with pytest.raises(ImageError, match="separate planes"):
-        decode(deep_tiff(values.transpose(2, 0, 1), planar=2), channels=3)
+    low, high = int(values.min()), int(values.max())
+    for data in (deep_tiff(values, planar=1), deep_tiff(values.transpose(2, 0, 1), planar=2)):
+        assert np.array_equal(decode(data, channels=3), np.rint(values / 257))
+        stretched = np.rint((values - float(low)) / (high - low) * 255)
+        assert np.array_equal(decode(data, channels=3, sixteen_bit="minmax"), stretched)
+        assert np.array_equal(decode(Image.open(io.BytesIO(data)), channels=3), np.rint(values / 257))
 
 
 def test_floats_and_wide_integers() -> None:
@@ -281,7 +324,7 @@ def test_out_of_range_is_refused_not_clipped(image: Any) -> None:
     assert pixels.max() == 255
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
 @pytest.mark.parametrize("rule", ["full", "minmax"])
 def test_not_finite_is_refused(value: float, rule: str) -> None:
     with pytest.raises(ImageError, match="not finite"):
@@ -336,9 +379,17 @@ def test_damaged_bytes_raise_nothing_else(format: str) -> None:
 
 
 def test_other_formats_are_not_tried() -> None:
-    for data in (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"P6 1 1 255\n\0\0\0", b"hello", b""):
-        with pytest.raises(ImageError, match="not an image"):
-            decode(data, channels=3)
+    wanted = {
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n": "is PostScript, which is not read",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n": "is a git-lfs pointer, not an image",
+        b"<!DOCTYPE html><html><body>404": "is an HTML page, not an image",
+        b"hello": "is text, not an image",
+        b"": "is an empty file, not an image",
+    }
+    for data, words in wanted.items():
+        for read in (lambda image: decode(image, channels=3), describe):
+            with pytest.raises(ImageError, match=words):
+                read(data)
 
 
 def test_bomb_is_refused_by_its_header(recwarn: pytest.WarningsRecorder) -> None:
@@ -392,3 +443,144 @@ def test_reduction_is_the_nearest_that_is_enough(reduction: int, edge: int) -> N
 def test_reduction_is_of_jpeg_only() -> None:
     picture = Image.new("RGB", (800, 400), "red")
     assert decode(encoded(picture), channels=3, reduction=8).shape == (400, 800, 3)
+
+
+def test_nan_becomes_the_fill_and_counts_in_no_range() -> None:
+    values = np.array([[0.25, np.nan, 0.75]])
+    assert decode(values, channels=1).ravel().tolist() == [64, 0, 191]
+    assert decode(values, channels=1, sixteen_bit="minmax", fill=9).ravel().tolist() == [0, 9, 255]
+    assert decode(values, channels=1, value_range=(0, 0.5), fill=128).ravel().tolist() == [128, 128, 255]
+    assert decode(np.full((1, 2), np.nan), channels=1, fill=7).ravel().tolist() == [7, 7]
+
+
+def test_a_number_for_no_data() -> None:
+    values = np.array([[-9999, 0, 50, 100]], np.int16)
+    assert decode(values, channels=1, nodata=-9999, sixteen_bit="minmax").ravel().tolist() == [0, 0, 128, 255]
+    assert decode(values, channels=1, nodata=-9999, value_range=(0, 100), fill=3).ravel().tolist() == [3, 0, 128, 255]
+    one = np.float32(-3.4028234663852886e38)
+    floats = np.array([[one, 0.0, 1.0]], np.float32)
+    assert decode(floats, channels=1, nodata=-3.4028234663852886e38, fill=5).ravel().tolist() == [5, 0, 255]
+    # A type that cannot hold the number has none of it.
+    assert decode(np.array([[1, 255]], np.uint8), channels=1, nodata=-9999, fill=5).ravel().tolist() == [1, 255]
+
+
+def test_no_data_in_colours_is_where_all_have_it() -> None:
+    colours = np.array([[[255, 0, 0], [0, 0, 0]]], np.uint8)
+    for image in (colours, encoded(Image.fromarray(colours))):
+        assert decode(image, channels=3, nodata=0, fill=100).tolist() == [[[255, 0, 0], [100, 100, 100]]]
+    bands = np.array([[[255, 0, 0, 0, 1]]], np.uint8)
+    assert decode(bands, channels=5, nodata=0, fill=100).tolist() == [[[255, 100, 100, 100, 1]]]
+
+
+def test_a_range_clips_and_holds_for_eight_bits_too() -> None:
+    values = np.array([[0, 100, 3100, 10_000, 65_535]], np.uint16)
+    assert decode(values, channels=1, value_range=(0, 10_000)).ravel().tolist() == [0, 3, 79, 255, 255]
+    assert decode(values.astype(np.float32), channels=1, value_range=(0, 10_000)).ravel().tolist() == [
+        0,
+        3,
+        79,
+        255,
+        255,
+    ]
+    assert decode(values, channels=1, value_range=(0, 4095), sixteen_bit="minmax")[0, 2, 0] == 193
+    infinite = np.array([[-np.inf, 0.5, np.inf]])
+    assert decode(infinite, channels=1, value_range=(0, 1)).ravel().tolist() == [0, 128, 255]
+    grey = np.array([[0, 50, 100, 255]], np.uint8)
+    for image in (grey, encoded(Image.fromarray(grey))):
+        assert decode(image, channels=1, value_range=(0, 100)).ravel().tolist() == [0, 128, 255, 255]
+
+
+def test_alpha_has_no_range() -> None:
+    rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0]]], np.uint8)
+    pixels = decode(encoded(Image.fromarray(rgba)), channels=4, value_range=(0, 100), nodata=255, fill=9)
+    assert pixels.tolist() == [[[26, 51, 76, 255], [26, 51, 76, 0]]]
+
+
+def test_channels_none_gives_all() -> None:
+    assert decode(encoded(Image.fromarray(GREY)), channels=None).shape == (12, 20, 1)
+    assert decode(encoded(Image.fromarray(COLOUR)), channels=None).shape == (12, 20, 3)
+    assert decode(encoded(Image.fromarray(np.dstack([COLOUR, GREY]))), channels=None).shape == (12, 20, 4)
+    assert decode(np.zeros((3, 4, 7), np.uint8), channels=None).shape == (3, 4, 7)
+
+
+def test_errors_name_the_channels_that_are_there() -> None:
+    with pytest.raises(ImageError, match=r"has 5 channels, expected 3.*student\.in_chans=5"):
+        decode(np.zeros((4, 4, 5), np.uint8), channels=3)
+
+
+def test_signed_bytes_are_not_darkened() -> None:
+    assert decode(np.array([[0, 5, 127]], np.int8), channels=1).ravel().tolist() == [0, 5, 127]
+    with pytest.raises(ImageError, match=r"values -1 to 5 .*data\.range"):
+        decode(np.array([[-1, 5]], np.int8), channels=1)
+
+
+def test_cmyk_by_adobes_marker() -> None:
+    stored = np.zeros((16, 16, 4), np.uint8)
+    stored[:] = 255, 0, 0, 255  # what Adobe's programs write for red, and others for black
+    data = encoded(Image.fromarray(255 - stored, "CMYK"), "JPEG", quality=100)
+    assert decode(data, channels=3)[8, 8].tolist() == [255, 0, 0]
+    place = data.index(b"\xff\xee")
+    size = struct.unpack_from(">H", data, place + 2)[0]
+    unmarked = data[:place] + data[place + 2 + size :]
+    assert decode(unmarked, channels=3)[8, 8].tolist() == [0, 0, 0]
+    red = encoded(Image.fromarray(stored, "CMYK"), "JPEG", quality=100)  # stored as 0, 255, 255, 0
+    red = red[:place] + red[place + 2 + size :]
+    for image in (red, Image.open(io.BytesIO(red))):
+        assert decode(image, channels=3)[8, 8].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65_535])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
+def test_orientation_out_of_range_is_ignored(orientation: int, format: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Image.fromarray(COLOUR).resize((160, 96))
+    data = encoded(picture, format, exif=exif)
+    assert describe(data)[:2] == (160, 96)
+    assert np.array_equal(decode(data, channels=3), decode(encoded(picture, format), channels=3))
+    assert decode(data, channels=3, reduction=2).shape[:2] == ((48, 80) if format == "JPEG" else (96, 160))
+
+
+SMOOTH = Image.fromarray(COLOUR).resize((200, 120), Image.Resampling.BICUBIC)
+JPEGS = [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"restart_marker_blocks": 3}, {"subsampling": 0}]
+
+
+@pytest.mark.parametrize("options", JPEGS)
+@pytest.mark.parametrize("reduction", [1, 2])
+def test_jpeg_without_its_end_is_read(options: dict[str, Any], reduction: int) -> None:
+    data = encoded(SMOOTH, "JPEG", quality=90, **options)
+    whole = decode(data, channels=3, reduction=reduction)
+    for lost in (1, 2):
+        assert np.array_equal(decode(data[:-lost], channels=3, reduction=reduction), whole)
+
+
+@pytest.mark.parametrize("options", JPEGS)
+@pytest.mark.parametrize("lost", [4, 8, 50, 0.5])
+def test_jpeg_without_rows_is_refused(options: dict[str, Any], lost: float) -> None:
+    data = encoded(SMOOTH, "JPEG", quality=90, **options)
+    kept = int(len(data) * lost) if lost < 1 else len(data) - int(lost)
+    with pytest.raises(ImageError, match=r"truncated: the first \d+% of its rows are there"):
+        decode(data[:kept], channels=3)
+
+
+def test_jpeg_cut_between_restart_intervals_is_refused() -> None:
+    data = encoded(SMOOTH, "JPEG", quality=90, restart_marker_rows=1)
+    for mark in (b"\xff\xd0", b"\xff\xd6"):
+        with pytest.raises(ImageError, match="truncated: the first"):
+            decode(data[: data.rindex(mark)], channels=3)
+
+
+def test_frames_by_their_number() -> None:
+    frames = [Image.fromarray(np.full((8, 8), level, np.uint8)) for level in (10, 200, 90)]
+    data = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    assert [int(decode(data, channels=1, plane=plane).max()) for plane in (None, 0, 1, 2, "max")] == [
+        10,
+        10,
+        200,
+        90,
+        200,
+    ]
+    with pytest.raises(ImageError, match=r"has 3 planes.*data\.plane=3"):
+        decode(data, channels=1, plane=3)
+    with pytest.raises(ImageError, match=r"has 1 plane,.*data\.plane=1"):
+        decode(encoded(Image.fromarray(GREY)), channels=1, plane=1)

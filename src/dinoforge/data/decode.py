@@ -1,79 +1,84 @@
 """Encoded bytes, PIL images, arrays and tensors to uint8 pixels, by stated rules.
 
-Files: JPEG, PNG, WebP, TIFF, BMP, GIF, told by their content and not by their name; of several frames or pages the
-first. No other format is tried, so no file can start an external interpreter.
+Files: JPEG, PNG, WebP, TIFF, BMP, GIF, JPEG 2000, AVIF, JPEG XL, Netpbm, .npy, and HEIC with the extra ``heic``; told
+by their content and not by their name. No other format is tried, so no file can start an external interpreter. Of
+several frames the first; for planes and pages of a TIFF see ``dinoforge.data.tiff``.
 
-Orientation: the EXIF rotation is applied.
+Orientation: the EXIF rotation is applied; a number that is none of the eight is ignored.
 
 Colour: palette, 1-bit, CMYK, YCbCr, LAB (D50) and HSV become RGB; embedded colour profiles are not applied.
-- ``channels=3``: RGB; grey is repeated.
+- ``channels=3``: RGB; grey is repeated. Of RGB with one more band (infrared, alpha) in a TIFF, RGB alone.
 - ``channels=1``: ITU-R 601 luma, 0.299 R + 0.587 G + 0.114 B; grey is taken as it is.
 - ``channels=4``: files with transparency, as RGBA; ``channels=2``: grey files with transparency.
-- Arrays and tensors: exactly `channels` channels, except that grey becomes RGB and RGB becomes luma. Two or four
-  channels could mean anything, so they are never reduced.
+- ``channels=None``: as many as there are.
+- Else, and for arrays and tensors: exactly `channels` channels, except that grey becomes RGB and RGB becomes luma. Two
+  or four channels could mean anything, so they are never reduced.
 
 Transparency (alpha, colour keys, transparent palette entries) with ``channels`` 1 or 3: the image is laid over white,
-as viewers show it. An alpha channel that is 0 everywhere carries no picture and is dropped.
+as viewers show it. An alpha channel that is 0 everywhere carries no picture and is dropped. In TIFF, and in JPEG 2000,
+nothing is laid over white: there the last of four bands is as often infrared.
 
-Depth: 8-bit values are never rescaled. Deeper ones are, by the rule `sixteen_bit`:
-- ``full``: integers 0…65535 become round(value / 257), so 65535 → 255; floats 0…1 become round(255 · value).
-  Values outside are refused, never clipped.
+No data: NaN, the file's own tag or mask, the number `nodata`. It becomes the level `fill` and counts in no range.
+
+Depth: 8-bit values are not rescaled. Deeper ones are, by the rule `sixteen_bit`:
+- ``full``: integers 0…65535 become round(value / 257), so 65535 → 255; a file that says that it has 12 bits has 4095 →
+  255; floats 0…1 become round(255 · value). Values outside are refused, never clipped.
 - ``minmax``: each image's own minimum…maximum, over all channels, becomes 0…255. A constant image becomes 0.
-NaN and infinity are refused. Of 16-bit *colour* files, Pillow hands over the upper 8 bits of each value: at most one
-level from ``full``, and too little for ``minmax``, which refuses them; arrays of 16-bit colour have no such limit.
+- A `value_range`, of all channels or of each, wins over both, and holds for 8-bit values, too. It is that of a whole
+  data set, so values outside are clipped to it, infinite ones as well; without it infinity is refused.
 """
 
 import functools
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageFile, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
 
+from dinoforge.data import formats, jpeg, kinds, tiff
+from dinoforge.data.values import Samples, Scaling, check_size, to_levels
 from dinoforge.errors import ImageError
 
 MAX_PIXELS = 178_956_970
 """Beyond this Pillow takes a file for a decompression bomb: 512 MB as RGB."""
 
 UInt8 = npt.NDArray[np.uint8]
+AnImage = bytes | Image.Image | npt.NDArray[np.generic] | torch.Tensor
 
-_PLANAR_CONFIGURATION = 284  # TIFF tag
-
-_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
-
-# EXIF orientation (tag 0x0112) -> the upright image, for arrays [H, W, C].
-_UPRIGHT: dict[int, Callable[[UInt8], UInt8]] = {
-    2: lambda x: x[:, ::-1],
-    3: lambda x: x[::-1, ::-1],
-    4: lambda x: x[::-1],
-    5: lambda x: x.swapaxes(0, 1),
-    6: lambda x: x.swapaxes(0, 1)[:, ::-1],
-    7: lambda x: x.swapaxes(0, 1)[::-1, ::-1],
-    8: lambda x: x.swapaxes(0, 1)[::-1],
-}
+_FRAMES = frozenset({"GIF", "WEBP", "PNG", "AVIF"})  # formats with animations
 
 
 def decode(
-    image: bytes | Image.Image | npt.NDArray[np.generic] | torch.Tensor,
+    image: AnImage,
     *,
-    channels: int,
+    channels: int | None,
     sixteen_bit: str = "full",
     max_pixels: int = MAX_PIXELS,
     reduction: int = 1,
+    value_range: tuple[float, float] | tuple[tuple[float, float], ...] | None = None,
+    nodata: float | None = None,
+    fill: int = 0,
+    plane: int | Literal["max"] | None = None,
 ) -> UInt8:
     """Decode one image by the rules of this module.
 
     Args:
         image: Encoded bytes, a PIL image, an array [H, W] or [H, W, C], or a tensor [H, W] or [C, H, W].
-        channels: Channels wanted, C.
+        channels: Channels wanted, C; None: as many as the image has.
         sixteen_bit: ``full`` or ``minmax``: how values deeper than 8 bits are scaled.
         max_pixels: Largest H·W that is decoded at all.
         reduction: JPEG files may be decoded at 1/2, 1/4 or 1/8 of their edges, the smallest that is no less than
             1 / `reduction`. That leaves out most of the work.
+        value_range: The values that become 0 and 255, for all channels or for each; see above.
+        nodata: A further value that means no data, beside the file's own.
+        fill: The level 0…255 of what has no data.
+        plane: Index of the plane (z, time, page, frame) of a file with several, or ``max``: the brightest value of all
+            of them; None: the first.
 
     Returns:
         uint8 [H, W, C], C-contiguous, writable. H and W are the image's, but for `reduction`.
@@ -83,39 +88,53 @@ def decode(
             a range of values that the rules refuse.
     """
     assert sixteen_bit in ("full", "minmax"), sixteen_bit
-    if isinstance(image, bytes | Image.Image):
+    scaling = Scaling("minmax" if sixteen_bit == "minmax" else "full", value_range, nodata, fill)
+    if isinstance(image, Image.Image):
+        image = _file_behind(image)
+    if isinstance(image, bytes):
+        with _reading(max_pixels, image):
+            found = _read(image, channels, plane, max_pixels)
+            if isinstance(found, Samples):
+                pixels = _finish(found, channels, scaling)
+            else:
+                pixels = _decode_picture(found, channels, scaling, max_pixels, reduction, plane, image)
+    elif isinstance(image, Image.Image):
         with _reading(max_pixels):
-            pixels = _decode_picture(image, channels, sixteen_bit, max_pixels, reduction)
+            pixels = _decode_picture(image, channels, scaling, max_pixels, reduction, plane)
     else:
         values = _as_array(image)
-        _check_size(values.shape[1], values.shape[0], max_pixels)
-        pixels = _scale(values, sixteen_bit)
-        if pixels.shape[2] != channels:
-            if not {pixels.shape[2], channels} <= {1, 3}:
-                raise ImageError(f"has {pixels.shape[2]} channels, expected {channels}")
-            pixels = _picture_to_array(_match(_array_to_picture(pixels), channels))
+        check_size(values.shape[1], values.shape[0], max_pixels)
+        pixels = _finish(Samples(values, colour=3 if values.shape[2] == 3 else 0), channels, scaling)
     return np.require(pixels, requirements=["C", "W"])
 
 
-def describe(image: bytes | Image.Image | npt.NDArray[np.generic] | torch.Tensor) -> tuple[int, int, str]:
+def describe(image: AnImage, channels: int | None = None) -> tuple[int, int, str]:
     """Tell an image's upright width, height and kind of pixels from its header, without decoding it.
 
     Args:
         image: As for `decode`.
+        channels: Channels wanted, where it depends on that what is read; see ``dinoforge.data.tiff``.
 
     Returns:
         Width, height, and Pillow's name of the mode (``RGB``, ``I;16``…; ``RGB;16`` for 16-bit colour), or type and
-        number of channels of an array (``uint16 x1``).
+        number of channels of arrays (``uint16 x1``), rasters and microscopes' files, with what else was found
+        (``uint16 x5, OME-TIFF, axes CYX``).
 
     Raises:
         ImageError: Not an image, or with a damaged header.
     """
+    if isinstance(image, Image.Image):
+        image = _file_behind(image)
     if not isinstance(image, bytes | Image.Image):
         values = _as_array(image)
         return values.shape[1], values.shape[0], f"{values.dtype} x{values.shape[2]}"
-    with _reading(max_pixels=None):
+    with _reading(max_pixels=None, data=image if isinstance(image, bytes) else b""):
+        if isinstance(image, bytes):
+            found = tiff.describe(image, channels) if tiff.is_tiff(image) else formats.describe(image, channels)
+            if found:
+                return found
         picture = _open(image) if isinstance(image, bytes) else image
-        mode = f"{picture.mode};16" if _is_deep_colour(picture) else picture.mode
+        mode = f"{picture.mode};16" if _is_deep_png(picture) else picture.mode
         width, height = picture.size
         # Pillow reports the upright size of a TIFF by itself, and would decode a PNG in search of late EXIF data.
         known = picture.format == "TIFF" or (picture.format == "PNG" and "exif" not in picture.info)
@@ -124,33 +143,127 @@ def describe(image: bytes | Image.Image | npt.NDArray[np.generic] | torch.Tensor
         return width, height, mode
 
 
+def channels_said(kind: str) -> int | None:
+    """The number of channels that a kind of `describe` names, such as 5 of ``uint16 x5, GeoTIFF``; None for modes."""
+    _, found, rest = kind.partition(" x")
+    return int(rest.partition(",")[0]) if found else None
+
+
+def _file_behind(picture: Image.Image) -> bytes | Image.Image:
+    """The file of a picture that was opened and not read yet, where Pillow alone would read less than is in it."""
+    is_lazy = isinstance(picture, ImageFile.ImageFile) and picture.tile and picture.fp and picture.tell() == 0
+    if not is_lazy or not (picture.format == "TIFF" or _is_deep_png(picture)):
+        return picture
+    assert isinstance(picture, ImageFile.ImageFile)
+    assert picture.fp
+    place = picture.fp.tell()
+    picture.fp.seek(0)
+    data = picture.fp.read()
+    picture.fp.seek(place)
+    return data if tiff.is_tiff(data) or formats.is_deep_png(data) else picture
+
+
+def _read(
+    data: bytes, channels: int | None, plane: int | Literal["max"] | None, max_pixels: int
+) -> Samples | Image.Image:
+    """The values of a file, or a picture that Pillow will read right."""
+    found: Samples | Image.Image | None = None
+    if tiff.is_tiff(data):
+        found = tiff.read(data, channels=channels, plane=plane, max_pixels=max_pixels)
+    elif not data.startswith(b"\xff\xd8"):
+        found = formats.read(data, channels=channels, max_pixels=max_pixels)
+        if isinstance(found, Samples):
+            tiff.check_plane(plane, 1)
+    return _open(data) if found is None else found
+
+
+def _finish(samples: Samples, channels: int | None, scaling: Scaling) -> UInt8:
+    """Choose channels, scale values to levels, and make grey of colour or colour of grey."""
+    have = samples.values.shape[2]
+    if channels in (1, 3) and not samples.alpha:
+        if (samples.colour, have) == (3, 4):
+            samples = samples.take(3)
+        elif (samples.colour, have) == (1, 2):
+            samples = samples.take(1)
+    count = samples.values.shape[2]
+    if channels is not None and channels != count:
+        to_colour = channels == 3 and count == 1
+        to_grey = channels == 1 and count == 3 and samples.colour == 3
+        if not (to_colour or to_grey or (samples.alpha and channels in (1, 3))):
+            what = f"{have} channel{'s' * (have != 1)}"
+            raise ImageError(
+                f"has {what}{f' ({samples.kind})' * bool(samples.kind)}, expected {channels}: the recipe has to say "
+                f"student.in_chans={have}"
+            )
+    pixels = to_levels(samples, scaling)
+    if channels is None or channels == count:
+        return pixels
+    return _picture_to_array(_match(_array_to_picture(pixels), channels))
+
+
 def _decode_picture(
-    image: bytes | Image.Image, channels: int, sixteen_bit: str, max_pixels: int, reduction: int
+    picture: Image.Image,
+    channels: int | None,
+    scaling: Scaling,
+    max_pixels: int,
+    reduction: int,
+    plane: int | Literal["max"] | None,
+    data: bytes | None = None,
 ) -> UInt8:
-    picture = _open(image) if isinstance(image, bytes) else image
-    _check_size(*picture.size, max_pixels)
-    if _is_deep_colour(picture):
-        if sixteen_bit == "minmax":
-            raise ImageError("16-bit colour files are read with 8 bits, too few for data.sixteen_bit=minmax: use full")
-        if isinstance(picture, TiffImagePlugin.TiffImageFile) and picture.tag_v2.get(_PLANAR_CONFIGURATION) == 2:
-            raise ImageError("16-bit colour TIFF with separate planes: Pillow would mix up its bytes; save it as PNG")
-    if reduction > 1:  # Pillow picks the scale; formats other than JPEG have none
-        picture.draft(None, (picture.width // reduction, picture.height // reduction))
-    picture.load()
+    check_size(*picture.size, max_pixels)
+    if plane not in (None, 0):
+        frames = getattr(picture, "n_frames", 1) if picture.format in _FRAMES else 1
+        if frames > 1 and plane == "max":
+            every = []
+            for frame in range(frames):
+                picture.seek(frame)
+                every.append(_decode_picture(picture, channels, scaling, max_pixels, 1, None))
+            return np.asarray(np.maximum.reduce(every), np.uint8)
+        tiff.check_plane(plane, frames)
+        if plane != "max":
+            picture.seek(int(plane))
+    picture = _loaded(picture, reduction, data)
     orientation = _orientation(picture)  # a loaded TIFF is upright already, and says so
     if picture.mode.startswith("I") or picture.mode == "F":
-        picture = _array_to_picture(_scale(np.asarray(picture)[:, :, np.newaxis], sixteen_bit))
-    pixels = _picture_to_array(_match(picture, channels))
-    upright = _UPRIGHT.get(orientation)
-    return upright(pixels) if upright else pixels
+        pixels = _finish(Samples(np.asarray(picture)[:, :, np.newaxis], colour=1), channels, scaling)
+    elif scaling.plain:
+        pixels = _picture_to_array(_match(picture, channels))
+    else:
+        picture = _plain(picture)
+        alpha = picture.mode in ("LA", "RGBA")
+        values = _picture_to_array(picture)
+        pixels = _finish(Samples(values, None, 3 if values.shape[2] > 2 else 1, alpha), channels, scaling)
+    return tiff.upright(pixels, orientation)
+
+
+def _loaded(picture: Image.Image, reduction: int, data: bytes | None) -> Image.Image:
+    def load(picture: Image.Image) -> Image.Image:
+        if reduction > 1:  # Pillow picks the scale; formats other than JPEG have none
+            picture.draft(None, (picture.width // reduction, picture.height // reduction))
+        picture.load()
+        return picture
+
+    try:
+        return jpeg.plain_cmyk(load(picture))
+    except OSError:
+        if data is None or picture.format not in ("JPEG", "MPO"):
+            raise
+        return jpeg.plain_cmyk(jpeg.without_end(data, lambda mended: load(jpeg.opened(mended))))
 
 
 def _open(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data), formats=_FORMATS)
+    return Image.open(io.BytesIO(data), formats=_formats())
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read; AVIF and JPEG 2000 where this Pillow has them."""
+    Image.init()
+    return tuple(f for f in ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000") if f in Image.OPEN)
 
 
 @contextmanager
-def _reading(max_pixels: int | None) -> Iterator[None]:
+def _reading(max_pixels: int | None, data: bytes = b"") -> Iterator[None]:
     """Turn whatever reading a bad file raises into ImageError, with our limit in place of Pillow's, and no warnings."""
     pillow_limit = Image.MAX_IMAGE_PIXELS
     # Pillow warns at its limit and raises at twice that.
@@ -162,7 +275,8 @@ def _reading(max_pixels: int | None) -> Iterator[None]:
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError("not an image in any format that is read (JPEG, PNG, WebP, TIFF, BMP, GIF)") from error
+        kind = kinds.kind_of(data)
+        raise ImageError(f"damaged {kind.name}" if kind.is_image else kind.refusal) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"more than {max_pixels} pixels; the limit is data.max_pixels") from error
     except MemoryError as error:
@@ -171,13 +285,6 @@ def _reading(max_pixels: int | None) -> Iterator[None]:
         raise ImageError(f"damaged or unsupported: {str(error).splitlines()[0] if str(error) else error!r}") from error
     finally:
         Image.MAX_IMAGE_PIXELS = pillow_limit
-
-
-def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if width * height == 0:
-        raise ImageError(f"has no pixels ({width} x {height})")
-    if width * height > max_pixels:
-        raise ImageError(f"{width} x {height} is more than {max_pixels} pixels; the limit is data.max_pixels")
 
 
 def _as_array(image: npt.NDArray[np.generic] | torch.Tensor) -> npt.NDArray[np.generic]:
@@ -195,36 +302,10 @@ def _as_array(image: npt.NDArray[np.generic] | torch.Tensor) -> npt.NDArray[np.g
     return values[:, :, np.newaxis] if values.ndim == 2 else values
 
 
-def _scale(values: npt.NDArray[np.generic], rule: str) -> UInt8:
-    """Bring values [H, W, C] of any real type to 0…255."""
-    if values.dtype == np.uint8:
-        return values.astype(np.uint8, copy=False)
-    if values.dtype == np.bool_:
-        return values.astype(np.uint8) * np.uint8(255)
-    if values.dtype.kind not in "iuf":
-        raise ImageError(f"expected integer or float values, got {values.dtype}")
-    low, high = float(values.min()), float(values.max())
-    if not np.isfinite(low) or not np.isfinite(high):  # NaN carries through min and max
-        raise ImageError("has values that are not finite")
-    if rule == "minmax":
-        span = high - low or 1.0
-        return np.rint((values.astype(np.float64) - low) / span * 255.0).astype(np.uint8)
-    limit = 1 if values.dtype.kind == "f" else 65535
-    if low < 0 or high > limit:
-        raise ImageError(
-            f"values {low:g} to {high:g} lie outside 0 to {limit}: data.sixteen_bit=minmax scales each image by its own"
-        )
-    if values.dtype.kind == "f":
-        return np.rint(values.astype(np.float64) * 255.0).astype(np.uint8)
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 257 is odd: no ties
-
-
-def _is_deep_colour(picture: Image.Image) -> bool:
-    """Whether a file holds 16-bit colour, for which Pillow has no mode of its own."""
+def _is_deep_png(picture: Image.Image) -> bool:
+    """Whether a PNG that is not read yet holds 16-bit colour, for which Pillow has no mode of its own."""
     if picture.mode.startswith("I") or not isinstance(picture, ImageFile.ImageFile) or not picture.tile:
         return False
-    if isinstance(picture, TiffImagePlugin.TiffImageFile):
-        return 16 in picture.tag_v2.get(ExifTags.Base.BitsPerSample, ())
     return picture.format == "PNG" and ";16" in str(picture.tile[0][3])
 
 
@@ -233,18 +314,24 @@ def _orientation(picture: Image.Image) -> int:
         value = picture.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # broken metadata costs the rotation, not the picture
         return 1
-    return value if isinstance(value, int) else 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _match(picture: Image.Image, channels: int) -> Image.Image:
-    """Convert a PIL image of any 8-bit mode to the mode with `channels` bands."""
-    if picture.mode == {1: "L", 3: "RGB"}.get(channels) and not picture.has_transparency_data:
+def _match(picture: Image.Image, channels: int | None) -> Image.Image:
+    """Convert a PIL image of any 8-bit mode to the mode with `channels` bands; None: with all that it has."""
+    if channels is not None and picture.mode == {1: "L", 3: "RGB"}.get(channels) and not picture.has_transparency_data:
         return picture  # the common case, without a copy
     picture = _plain(picture)
+    if channels is None:
+        return picture
     if channels in (1, 3):
         return _over_white(picture).convert("L" if channels == 1 else "RGB")
     if len(picture.getbands()) != channels:
-        raise ImageError(f"has {len(picture.getbands())} channels ({picture.mode}), expected {channels}")
+        count = len(picture.getbands())
+        raise ImageError(
+            f"has {count} channel{'s' * (count != 1)} ({picture.mode}), expected {channels}: the recipe has to say "
+            f"student.in_chans={count if count in (1, 3) else 3}"
+        )
     return picture
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dinoforge.config import Train, converted
-from dinoforge.data.decode import describe
+from dinoforge.data.decode import channels_said, describe
 from dinoforge.data.loader import DataSummary
 from dinoforge.data.sources import Source
 from dinoforge.errors import ImageError, RecipeError
@@ -69,7 +69,7 @@ def facts_of(data: DataSummary, device: str, ranks: int = 1) -> Facts:
     """What a look at a few images tells the rule."""
     sides = [min(data.widths[end], data.heights[end]) for end in (0, 1)]
     modes = {mode for mode, _ in data.modes}
-    counts = {int(mode.rpartition(" x")[2]) for mode in modes if " x" in mode}
+    counts = {count for mode in modes if (count := channels_said(mode)) is not None}
     channels = 1 if modes <= _GREY else counts.pop() if len(counts) == 1 and len(modes) == 1 else 3
     return Facts(data.count, max(round(math.sqrt(sides[0] * sides[1])), 1), channels, device, ranks)
 
@@ -276,7 +276,7 @@ def guess_channels(source: Source) -> int:
             _, _, kind = describe(source.item(index).image)
         except ImageError:
             continue
-        count = int(kind.rpartition(" x")[2]) if " x" in kind else 3
+        count = channels_said(kind) or 3
         return 3 if count in (1, 3, 4) else count
     return 3
 

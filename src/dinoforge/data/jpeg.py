@@ -1,0 +1,56 @@
+"""JPEG files that lack their end, and CMYK without Adobe's marker."""
+
+import io
+import re
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageChops
+
+from dinoforge.errors import ImageError
+
+_END = b"\xff\xd9"
+_FILLERS = (b"\x00" * 64, b"\x55" * 64, b"\xaa" * 64)
+
+
+def without_end(data: bytes, load: Callable[[bytes], Image.Image]) -> Image.Image:
+    """Decode a JPEG that lacks its last bytes, if all of its rows are there.
+
+    The decoder does not say which rows it has made up. So the file is completed in several ways: rows that are there
+    come out the same in all of them, and what was missing does not.
+
+    Args:
+        data: The file.
+        load: Decodes a file to pixels.
+
+    Raises:
+        ImageError: Rows are missing.
+    """
+    body = data[:-1] if data.endswith(b"\xff") else data  # half of the mark of the end
+    ends = list(_FILLERS)
+    if b"\xff\xdd" in body:  # restart intervals: without the mark of the next one, fillers are skipped
+        marks = re.findall(rb"\xff([\xd0-\xd7])", body)
+        mark = 0xD0 + (marks[-1][0] - 0xD0 + 1) % 8 if marks else 0xD0
+        ends += [bytes([0xFF, mark]) + filler for filler in _FILLERS]
+    first = load(body + ends[0] + _END)
+    pixels = np.asarray(first)
+    missing = np.zeros(pixels.shape[0], np.bool_)
+    for end in ends[1:]:
+        other = np.asarray(load(body + end + _END))
+        missing |= (pixels != other).reshape(len(missing), -1).any(axis=1)
+    if missing.any():
+        share = int(missing.argmax()) / len(missing)
+        raise ImageError(f"truncated: the first {share:.0%} of its rows are there")
+    return first
+
+
+def plain_cmyk(picture: Image.Image) -> Image.Image:
+    """Undo Pillow's inversion of a CMYK JPEG that has no marker of Adobe's: only their programs store it inverted."""
+    if picture.mode == "CMYK" and picture.format == "JPEG" and "adobe" not in picture.info:
+        return ImageChops.invert(picture)
+    return picture
+
+
+def opened(data: bytes) -> Image.Image:
+    """Open a JPEG alone."""
+    return Image.open(io.BytesIO(data), formats=("JPEG",))

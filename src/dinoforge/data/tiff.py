@@ -1,0 +1,497 @@
+"""TIFF as rasters and microscopes write it: any bands, bits and sample formats, planes, pages, masks.
+
+tifffile reads them; it is imported when the first such file is opened. Plain 8-bit pictures are left to Pillow, which
+is faster: `read` and `describe` return None for them.
+
+- Nothing is laid over white: in a TIFF the fourth band marked as alpha may as well be infrared.
+- Channels: the samples of a pixel, the planes of a planar file, and the axis C of OME and ImageJ metadata. Pages
+  without metadata could be anything: they are channels where exactly so many are wanted, else the first page is the
+  image (8-bit pages are the sheets of a document where three channels are wanted).
+- z, time and whatever else: one plane, `plane` in the file's order, or the brightest value of all of them.
+- Pages that say that they are a reduced image or a mask are not the image.
+- No data: GDAL's tag, its internal mask, and NaN.
+- Bits: those of the file, also where OME's SignificantBits or a MaxSampleValue of 2^n - 1 says that fewer are used.
+- Values where white is 0 are inverted.
+"""
+
+import io
+import logging
+import math
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dinoforge.data.values import Bool, Samples, Scaling, check_size, to_levels
+from dinoforge.errors import ImageError
+
+if TYPE_CHECKING:
+    from tifffile import TiffFile, TiffPage
+
+Plane = int | Literal["max"] | None
+Values = npt.NDArray[Any]
+
+_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+_NEW_SUBFILE_TYPE, _WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 256, 257, 258, 259, 262
+_DESCRIPTION, _ORIENTATION, _SAMPLES, _MAX_SAMPLE_VALUE, _PLANAR, _SUB_IFDS = 270, 274, 277, 281, 284, 330
+_INK_SET, _EXTRA_SAMPLES, _SAMPLE_FORMAT, _S_MAX_SAMPLE_VALUE, _GDAL_NODATA = 332, 338, 339, 341, 42113
+_GEO = frozenset({33550, 33922, 34264, 34735})
+# Private tags that say nothing about further planes: copyright, ICC, EXIF, geography, GDAL.
+_HARMLESS = _GEO | {33432, 34377, 34665, 34675, 34736, 34737, 37724, 42112, _GDAL_NODATA, 50838, 50839}
+
+_REDUCED, _MASK = 1, 4  # bits of NewSubfileType
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _TRANSPARENCY, _SEPARATED, _YCBCR = range(7)
+_PILLOW_SAMPLES = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1, _SEPARATED: 4, _YCBCR: 3, 8: 3}
+# None, CCITT, LZW, JPEG, deflate, PackBits
+_PILLOW_COMPRESSIONS = frozenset({1, 2, 3, 4, 5, 6, 7, 8, 32771, 32773, 32946})
+_JPEG = frozenset({6, 7})
+_FORMATS = {1: "BB", 2: "1s", 3: "H", 4: "I", 5: "II", 6: "b", 7: "1s", 8: "h", 9: "i", 13: "I", 16: "Q", 18: "Q"}
+
+
+def is_tiff(data: bytes) -> bool:
+    """Whether a file begins as TIFF or BigTIFF does."""
+    return data[:4] in _MAGIC
+
+
+def read(data: bytes, *, channels: int | None, plane: Plane, max_pixels: int) -> Samples | None:
+    """Read a TIFF's values, or return None for a picture that Pillow reads right.
+
+    Args:
+        data: The file.
+        channels: Channels wanted: they decide what pages without metadata are. None: the first page.
+        plane: Index of the plane along z, time and unknown axes; ``max``: the largest value of all planes; None: 0.
+        max_pixels: Largest H·W.
+
+    Raises:
+        ImageError: Truncated, too large, no such plane, or of a kind that is not read.
+    """
+    head = _first_directory(data)
+    if head is not None and head.plain and not head.more:
+        check_plane(plane, 1)
+        return None
+    with _opened(data) as file:
+        found = _find(file, head, channels)
+        if found.for_pillow and plane in (None, 0):
+            return None
+        check_size(found.key.imagewidth, found.key.imagelength, max_pixels)
+        return _samples(found, data, channels, plane)
+
+
+def describe(data: bytes, channels: int | None = None) -> tuple[int, int, str] | None:
+    """Tell a TIFF's upright width, height and kind from its headers; None for a picture that Pillow reads right.
+
+    Raises:
+        ImageError: No image in it.
+    """
+    head = _first_directory(data)
+    if head is not None and head.plain and not head.more:
+        return None
+    with _opened(data) as file:
+        found = _find(file, head, channels)
+        width, height = found.key.imagewidth, found.key.imagelength
+        if _orientation(found.key) >= 5:
+            width, height = height, width
+        return width, height, _kind(found)
+
+
+@dataclass(frozen=True)
+class _Directory:
+    """What matters of the first directory."""
+
+    plain: bool  # an 8-bit picture of a kind that Pillow reads right
+    more: bool  # further directories follow
+    alone: bool  # nothing hints at more than this one picture
+
+
+def _first_directory(data: bytes) -> _Directory | None:
+    """Read the first directory of a TIFF, which is much faster than opening it; None where that does not work out."""
+    order, big = "<" if data[:2] == b"II" else ">", data[2:3] == b"+" or data[3:4] == b"+"
+    try:
+        start = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)[0]
+        count = struct.unpack_from(order + ("Q" if big else "H"), data, start)[0]
+        start, size, offset = (start + 8, 20, "Q") if big else (start + 2, 12, "I")
+        tags: dict[int, tuple[Any, ...]] = {}
+        for place in range(start, start + size * min(count, 4096), size):
+            tag, kind, number = struct.unpack_from(order + "HH" + offset, data, place)
+            room = struct.calcsize(offset)
+            form = _FORMATS.get(kind)
+            tags[tag] = ()
+            if form is None or (number > 64 and tag != _DESCRIPTION):
+                continue
+            form = f"{number}s" if form == "1s" else form * number
+            at = place + size - room
+            if struct.calcsize(order + form) > room:
+                at = struct.unpack_from(order + offset, data, at)[0]
+            tags[tag] = struct.unpack_from(order + form, data, at)
+        more = struct.unpack_from(order + offset, data, start + size * count)[0] != 0
+    except (struct.error, OverflowError, MemoryError):
+        return None
+    samples, photometric = _one(tags, _SAMPLES, 1), _one(tags, _PHOTOMETRIC, -1)
+    description = b"".join(tags.get(_DESCRIPTION, (b"",)))
+    private = {tag for tag in tags if tag > 32767} - _HARMLESS
+    alone = not (
+        more
+        or private
+        or _SUB_IFDS in tags
+        or _one(tags, _NEW_SUBFILE_TYPE, 0) & (_REDUCED | _MASK)
+        or description.startswith(b"ImageJ=")
+        or b"OME>" in description[-16:]
+        or b'"truncated"' in description
+    )
+    single_bits = set(tags.get(_BITS, (1,)))
+    plain = (
+        not big
+        and _PILLOW_SAMPLES.get(photometric) == samples
+        and (single_bits == {8} or (samples == 1 and single_bits <= {1, 2, 4}))
+        and set(tags.get(_SAMPLE_FORMAT, (1,))) == {1}
+        and _one(tags, _COMPRESSION, 1) in _PILLOW_COMPRESSIONS
+        and not {_EXTRA_SAMPLES, _GDAL_NODATA} & set(tags)
+        and not _one(tags, _NEW_SUBFILE_TYPE, 0) & (_REDUCED | _MASK)
+        and not description.startswith(b"ImageJ=")
+        and b"OME>" not in description[-16:]
+    )
+    return _Directory(plain, more, alone)
+
+
+def _one(tags: dict[int, tuple[Any, ...]], tag: int, default: int) -> int:
+    values = tags.get(tag)
+    return values[0] if values and isinstance(values[0], int) else default
+
+
+@contextmanager
+def _opened(data: bytes) -> "Iterator[TiffFile]":
+    import tifffile  # not before it is needed
+
+    logger = logging.getLogger("tifffile")
+    before = logger.disabled
+    logger.disabled = True  # what matters is raised
+    try:
+        # Not _multifile: no file leads to another one.
+        with tifffile.TiffFile(io.BytesIO(data), _multifile=False) as file:
+            yield file
+    finally:
+        logger.disabled = before
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The image of a file."""
+
+    key: "TiffPage"
+    pages: Any  # the series that it belongs to; None: this page alone
+    axes: str
+    shape: tuple[int, ...]
+    channel_axes: tuple[int, ...]  # C before S
+    plane_axes: tuple[int, ...]
+    mask: "TiffPage | None"
+    family: str
+    for_pillow: bool
+
+    @property
+    def planes(self) -> int:
+        return math.prod(self.shape[i] for i in self.plane_axes)
+
+    @property
+    def channels(self) -> int:
+        return math.prod(self.shape[i] for i in self.channel_axes)
+
+
+def _find(file: "TiffFile", head: _Directory | None, channels: int | None) -> _Found:
+    """Find the image: not a thumbnail, not a mask; and what its axes are."""
+    key: TiffPage = file.pages.first
+    pages, axes, shape, mask = None, key.axes, key.shape, None
+    if head is None or not head.alone:
+        if head is None or head.more:
+            mask = _mask(file)
+        whole = [s for s in file.series if s.keyframe is not None and not s.keyframe.subfiletype & (_REDUCED | _MASK)]
+        if not whole:
+            whole = [s for s in file.series if s.keyframe is not None and not s.keyframe.subfiletype & _MASK]
+        if not whole:
+            raise ImageError("a TIFF without an image")
+        pages = whole[0]
+        key, axes, shape = pages.keyframe, pages.axes, pages.shape
+        if sorted(a for a in axes if a in "YX") != ["X", "Y"]:
+            pages, axes, shape = None, key.axes, key.shape
+    if mask is not None and (mask.imagewidth, mask.imagelength) != (key.imagewidth, key.imagelength):
+        mask = None
+    if file.is_ome:
+        family = "OME-TIFF"
+    elif file.is_imagej:
+        family = "ImageJ TIFF"
+    else:
+        family = "GeoTIFF" if any(tag in key.tags for tag in _GEO) else "BigTIFF" if file.is_bigtiff else "TIFF"
+    known = tuple(sorted((i for i, a in enumerate(axes) if a in "CS"), key=lambda i: axes[i]))
+    planes = tuple(i for i, a in enumerate(axes) if a not in "CSYX")
+    if math.prod(shape[i] for i in known) == 1 and math.prod(shape[i] for i in planes) == channels:
+        unknown = tuple(i for i in planes if shape[i] > 1)
+        document = channels == 3 and key.dtype is not None and key.dtype.itemsize == 1
+        if len(unknown) == 1 and axes[unknown[0]] in "QI" and not document:
+            known, planes = unknown, tuple(i for i in planes if i not in unknown)
+    for_pillow = (
+        head is not None
+        and head.plain
+        and mask is None
+        and key.index == 0
+        and file.pages.first.offset == key.offset
+        and not any(axes[i] in "CQI" and shape[i] > 1 for i in known)
+        and math.prod(shape[i] for i in known) in (1, 3, 4)
+    )
+    return _Found(key, pages, axes, shape, known, planes, mask, family, for_pillow)
+
+
+def _mask(file: "TiffFile") -> "TiffPage | None":
+    """Find GDAL's internal mask, which is a page of its own."""
+    for page in file.pages:
+        found = page.aspage()
+        if found.subfiletype & (_REDUCED | _MASK) == _MASK:
+            return found
+    return None
+
+
+def _samples(found: _Found, data: bytes, channels: int | None, plane: Plane) -> Samples:
+    check_plane(plane, found.planes)
+    key = found.key
+    photometric = int(key.photometric) if key.photometric is not None else _BLACK_IS_ZERO
+    _check_photometric(found, photometric)
+    nodata = _nodata(key)
+    limit = _limit(key)
+    white_is_zero = photometric == _WHITE_IS_ZERO
+    numbers = range(found.planes) if plane == "max" else [plane or 0]
+    values: Values | None = None
+    for number in numbers:
+        one = _plane(found, data, number)
+        values = one if values is None else _larger(values, one, nodata, smaller=white_is_zero)
+    assert values is not None
+    valid = _valid(found, data)
+    colour = 0
+    if photometric in (_RGB, _YCBCR) and key.samplesperpixel >= 3 and values.shape[2] == key.samplesperpixel:
+        colour = 3
+    elif values.shape[2] == 1 or (values.shape[2] == 2 and _is_alpha(key)):
+        colour = 1
+    if white_is_zero:
+        values, nodata = _inverted(values, nodata, limit)
+    elif photometric == _PALETTE and key.colormap is not None and values.shape[2] == 1:
+        valid = _both(valid, nodata, values)
+        table = (np.asarray(key.colormap) >> 8).astype(np.uint8)  # [3, 2^bits]
+        values, colour, nodata, limit = np.moveaxis(table[:, values[:, :, 0]], 0, -1), 3, (), None
+    elif photometric == _SEPARATED and channels != values.shape[2]:
+        ink = to_levels(Samples(values[:, :, :4], limit=limit), Scaling())
+        valid = _both(valid, nodata, values)
+        picture = Image.frombytes("CMYK", ink.shape[1::-1], ink.tobytes())
+        values, colour, nodata, limit = np.asarray(picture.convert("RGB")), 3, (), None
+    orientation = _orientation(key)
+    values = upright(values, orientation)
+    valid = None if valid is None else upright(valid, orientation)
+    return Samples(values, limit, colour, alpha=False, nodata=nodata, valid=valid, kind=_kind(found))
+
+
+def upright(array: Values, orientation: int) -> Values:
+    """Turn an array [H, W, …] as its EXIF orientation, 1…8, says."""
+    if orientation >= 5:
+        array = array.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    return array[:, ::-1] if orientation in (2, 3, 6, 7) else array
+
+
+def check_plane(plane: Plane, planes: int) -> None:
+    """Refuse the index of a plane that a file does not have.
+
+    Raises:
+        ImageError: As said.
+    """
+    if isinstance(plane, int) and not 0 <= plane < planes:
+        have = "1 plane" if planes == 1 else f"{planes} planes"
+        raise ImageError(f"has {have}, counted from 0, but data.plane={plane}")
+
+
+def _check_photometric(found: _Found, photometric: int) -> None:
+    key = found.key
+    name = getattr(key.photometric, "name", str(photometric))
+    if photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _TRANSPARENCY):
+        return
+    if photometric == _YCBCR and int(key.compression) in _JPEG:
+        return
+    ink_set = key.tags.get(_INK_SET)
+    if photometric == _SEPARATED and key.samplesperpixel >= 4 and (ink_set is None or ink_set.value == 1):
+        return
+    if photometric in (32803, 34892):
+        raise ImageError("a camera's raw data in TIFF, which is not read: develop it to TIFF or JPEG")
+    raise ImageError(f"a TIFF of {key.bitspersample}-bit {name} colours, which is not read: save it as RGB")
+
+
+def _plane(found: _Found, data: bytes, number: int) -> Values:
+    """The values of one plane: [H, W, C]."""
+    index = np.unravel_index(number, [found.shape[i] for i in found.plane_axes]) if found.plane_axes else ()
+    where: list[Any] = [slice(None)] * len(found.axes)
+    for axis, at in zip(found.plane_axes, index, strict=True):
+        where[axis] = int(at)
+    values = _values(found, data, tuple(where))
+    kept = [i for i in range(len(found.axes)) if i not in found.plane_axes]
+    order = [found.axes.index("Y"), found.axes.index("X"), *found.channel_axes]
+    values = values.transpose([kept.index(i) for i in order])
+    return values.reshape(*values.shape[:2], -1)
+
+
+def _values(found: _Found, data: bytes, where: tuple[Any, ...]) -> Values:
+    """What stands at an index of the image's axes; only the pages that it needs are decoded."""
+    key, series = found.key, found.pages
+    if series is None:
+        _check_complete([key], data)
+        values: Values = np.asarray(key.asarray(maxworkers=1))[where]
+        return values
+    if series.dataoffset is not None:  # values lie one after the other
+        dtype = np.dtype(series.dtype).newbyteorder(key.parent.byteorder)
+        size = math.prod(found.shape)
+        if series.dataoffset + size * dtype.itemsize > len(data):
+            raise ImageError(f"truncated: {len(data)} bytes, {series.dataoffset + size * dtype.itemsize} expected")
+        values = np.frombuffer(data, dtype, size, series.dataoffset).reshape(found.shape)[where]
+        return values.astype(dtype.newbyteorder("="), copy=False)
+    pages = [series[i] for i in range(len(series))]
+    if any(page is None for page in pages):
+        raise ImageError("its metadata names planes that are not in the file: keep each image in a file of its own")
+    tail = key.shape
+    lead = found.shape[: len(found.shape) - len(tail)]
+    if math.prod(lead) != len(pages) or found.shape[len(lead) :] != tail:
+        _check_complete(pages, data)
+        values = np.asarray(series.asarray(maxworkers=1)).reshape(found.shape)
+        return values[where]  # type: ignore[no-any-return]
+    chosen = np.arange(len(pages)).reshape(lead)[where[: len(lead)]]
+    flat = [pages[i] for i in np.ravel(chosen)]
+    _check_complete(flat, data)
+    values = np.stack([np.asarray(page.asarray(maxworkers=1)) for page in flat])
+    values = values.reshape(*np.shape(chosen), *tail)
+    return values[(..., *where[len(lead) :])]
+
+
+def _check_complete(pages: Sequence[Any], data: bytes) -> None:
+    """Refuse a file whose strips or tiles lie beyond its end: they would be read as zeros."""
+    for page in pages:
+        spans = list(zip(page.dataoffsets, page.databytecounts, strict=False))
+        lost = sum(offset + count > len(data) for offset, count in spans)
+        if lost:
+            raise ImageError(f"truncated: {lost} of {len(spans)} strips or tiles lie beyond the end of the file")
+        if not spans:
+            raise ImageError("damaged: a page without data")
+        if int(page.compression) == 1 and not any(offset == 0 for offset, _ in spans):
+            stored = sum(count for _, count in spans) * 8
+            bits = page.bitspersample if isinstance(page.bitspersample, int) else max(page.bitspersample)
+            needed = page.imagewidth * page.imagelength * page.samplesperpixel * bits
+            if stored < needed and int(page.photometric) != _YCBCR:
+                raise ImageError(f"damaged: {stored // 8} bytes of data, {-(-needed // 8)} expected")
+
+
+def _larger(values: Values, other: Values, nodata: tuple[float, ...], smaller: bool) -> Values:
+    """The brighter of two planes, value by value, or the one that has data."""
+    brighter = (np.fmin if smaller else np.fmax)(values, other)  # NaN only where both are
+    for number in nodata:
+        brighter = np.where(values == number, other, np.where(other == number, values, brighter))
+    return brighter
+
+
+def _inverted(values: Values, nodata: tuple[float, ...], limit: int | None) -> tuple[Values, tuple[float, ...]]:
+    """White is 0: turn values over within the bits that they have."""
+    if values.dtype == np.bool_:
+        return ~values, ()
+    if values.dtype.kind != "u":
+        raise ImageError(f"white is said to be 0 of {values.dtype} values, which has no black: save it with black as 0")
+    top = limit or np.iinfo(values.dtype).max
+    return np.asarray(top, values.dtype) - values, tuple(top - number for number in nodata)
+
+
+def _both(valid: Bool | None, nodata: tuple[float, ...], values: Values) -> Bool | None:
+    """The mask, less what is no data by its number in all channels: before values become others."""
+    for number in nodata:
+        has = (values != number).any(axis=2)
+        valid = has if valid is None else valid & has
+    return valid
+
+
+def _valid(found: _Found, data: bytes) -> Bool | None:
+    if found.mask is None:
+        return None
+    _check_complete([found.mask], data)
+    mask = np.asarray(found.mask.asarray(maxworkers=1)) != 0
+    return np.asarray(mask if mask.ndim == 2 else mask.any(axis=mask.shape.index(min(mask.shape))))
+
+
+def _nodata(key: "TiffPage") -> tuple[float, ...]:
+    tag = key.tags.get(_GDAL_NODATA)
+    if tag is None:
+        return ()
+    text = str(tag.value).strip(" \0\n")
+    try:
+        number = int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text.replace(",", "."))
+    except ValueError:
+        return ()  # such as an empty string
+    return () if math.isnan(number) else (number,)
+
+
+def _limit(key: "TiffPage") -> int | None:
+    """The largest value, where fewer bits are used than the type has."""
+    dtype = key.dtype
+    if dtype is None or dtype.kind != "u":
+        return None
+    bits = max(np.ravel(key.bitspersample))
+    limits = [2 ** int(bits) - 1] if bits < dtype.itemsize * 8 else []
+    for tag in (_MAX_SAMPLE_VALUE, _S_MAX_SAMPLE_VALUE):
+        said = key.tags.get(tag)
+        if said is None:
+            continue
+        numbers = [int(v) for v in np.ravel(said.value) if isinstance(v, int | float | np.number)]
+        top = max(numbers, default=0)
+        if 255 < top < np.iinfo(dtype).max and top & (top + 1) == 0:  # 2^n - 1, not the largest of this image
+            limits.append(top)
+    if key.is_ome:
+        bits_said = re.search(r'<Pixels\b[^>]*\bSignificantBits="(\d+)"', key.description)
+        if bits_said and 8 < int(bits_said[1]) < dtype.itemsize * 8:
+            limits.append(2 ** int(bits_said[1]) - 1)
+    return min(limits, default=None)
+
+
+def _is_alpha(key: "TiffPage") -> bool:
+    return len(key.extrasamples) == 1 and int(key.extrasamples[0]) in (1, 2)
+
+
+def _orientation(key: "TiffPage") -> int:
+    tag = key.tags.get(_ORIENTATION)
+    return int(tag.value) if tag is not None and tag.value in range(1, 9) else 1
+
+
+def _kind(found: _Found) -> str:
+    key = found.key
+    photometric = int(key.photometric) if key.photometric is not None else _BLACK_IS_ZERO
+    channels = found.channels
+    if photometric in (_PALETTE, _SEPARATED):
+        channels = 3
+    words = [f"{key.dtype} x{channels}", found.family]
+    if set(found.axes) - set("YXS"):
+        words.append(f"axes {''.join(a for a, n in zip(found.axes, found.shape, strict=True) if n > 1 or a in 'YX')}")
+    if photometric == _RGB and found.channels > 3 and found.channels == key.samplesperpixel:
+        words.append("RGB and 1 more band" if found.channels == 4 else f"RGB and {found.channels - 3} more bands")
+    elif photometric == _PALETTE:
+        words.append("palette")
+    elif photometric == _SEPARATED:
+        words.append("CMYK")
+    elif photometric == _WHITE_IS_ZERO:
+        words.append("white is 0")
+    limit = _limit(key)
+    if limit is not None:
+        words.append(f"{limit.bit_length()} bits")
+    words += [f"nodata {number:.10g}" for number in _nodata(key)]
+    if found.mask is not None:
+        words.append("mask")
+    if found.planes > 1:
+        letters = [found.axes[i] for i in found.plane_axes if found.shape[i] > 1]
+        if set(letters) <= set("QI"):
+            words.append(f"page 1 of {found.planes}")
+        else:
+            words.append(f"plane 1 of {found.planes} ({', '.join(a.lower() for a in letters)})")
+    return ", ".join(words)

@@ -1,0 +1,263 @@
+"""Values as a file or array holds them to levels 0…255: ranges, significant bits, no data."""
+
+import functools
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from dinoforge.errors import ImageError
+
+UInt8 = npt.NDArray[np.uint8]
+Bool = npt.NDArray[np.bool_]
+Pair = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One image before its values are scaled.
+
+    Args:
+        values: [H, W, C] as stored, upright, with white above black.
+        limit: What full brightness is, such as 4095 for 12 bits; None: what the type says.
+        colour: How many leading channels are a picture: 3 for RGB, 1 for grey with something beside it, 0: any bands.
+        alpha: Whether the last channel is transparency over which viewers show white.
+        nodata: Values that stand for no data.
+        valid: [H, W], False where the file's own mask says that there is no data; None: everywhere valid.
+        kind: Type and number of channels and what else was found, such as ``uint16 x5, GeoTIFF``.
+    """
+
+    values: npt.NDArray[Any]
+    limit: int | None = None
+    colour: int = 0
+    alpha: bool = False
+    nodata: tuple[float, ...] = ()
+    valid: Bool | None = None
+    kind: str = ""
+
+    def take(self, channels: int) -> "Samples":
+        """The same with its leading channels alone."""
+        return replace(self, values=self.values[:, :, :channels], alpha=False)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How values become levels; see ``dinoforge.data.decode`` for the rules."""
+
+    sixteen_bit: Literal["full", "minmax"] = "full"
+    value_range: Pair | tuple[Pair, ...] | None = None
+    nodata: float | None = None
+    fill: int = 0
+    _pairs: tuple[Pair, ...] = field(init=False, repr=False, default=())
+
+    def __post_init__(self) -> None:
+        assert self.sixteen_bit in ("full", "minmax"), self.sixteen_bit
+        assert 0 <= self.fill <= 255, self.fill
+        if self.value_range is not None:
+            object.__setattr__(self, "_pairs", _pairs(self.value_range))
+
+    def pairs(self, channels: int) -> tuple[Pair, ...]:
+        """The range of each channel, or one for all; empty where none was given.
+
+        Raises:
+            ImageError: Another number of ranges than of channels.
+        """
+        if len(self._pairs) > 1 and len(self._pairs) != channels:
+            raise ImageError(f"has {channels} channels, but data.range gives {len(self._pairs)} ranges")
+        return self._pairs
+
+    @property
+    def plain(self) -> bool:
+        """Whether 8-bit values pass unchanged."""
+        return not self._pairs and self.nodata is None
+
+
+def _pairs(given: Any) -> tuple[Pair, ...]:
+    """One range, or one for each channel, as a tuple of pairs."""
+    several = given if isinstance(given[0], tuple | list) else (given,)
+    pairs = tuple((float(low), float(high)) for low, high in several)
+    assert all(-math.inf < low < high < math.inf for low, high in pairs), given
+    return pairs
+
+
+def check_size(width: int, height: int, max_pixels: int | None) -> None:
+    """Refuse an image without pixels, or with too many.
+
+    Raises:
+        ImageError: As said.
+    """
+    if width * height == 0:
+        raise ImageError(f"has no pixels ({width} x {height})")
+    if max_pixels is not None and width * height > max_pixels:
+        raise ImageError(f"{width} x {height} is more than {max_pixels} pixels; the limit is data.max_pixels")
+
+
+def to_levels(samples: Samples, scaling: Scaling) -> UInt8:
+    """Scale values [H, W, C] of any real type to levels 0…255.
+
+    Raises:
+        ImageError: Values outside the range that the rule has, infinite ones, or of no real type.
+    """
+    if not samples.alpha:
+        return _levels(samples, scaling)
+    colour = samples.take(samples.values.shape[2] - 1)
+    alpha = Samples(samples.values[:, :, -1:], limit=samples.limit)
+    return np.concatenate([_levels(colour, scaling), _levels(alpha, Scaling())], axis=2)
+
+
+def _levels(samples: Samples, scaling: Scaling) -> UInt8:
+    values = samples.values
+    if values.dtype == np.bool_:
+        levels = values.astype(np.uint8) * np.uint8(255)
+        return _filled(levels, missing(samples), scaling.fill)
+    if values.dtype.kind not in "iuf":
+        raise ImageError(f"expected integer or float values, got {values.dtype}")
+    gone = missing(samples, scaling.nodata)
+    pairs = scaling.pairs(values.shape[2])
+    if pairs:
+        levels = _by_ranges(values, pairs)
+    elif scaling.sixteen_bit == "minmax" and values.dtype != np.uint8:
+        levels = _by_own_range(values, gone)
+    else:
+        levels = _by_type(values, gone, samples.limit)
+    return _filled(levels, gone, scaling.fill)
+
+
+def _filled(levels: UInt8, gone: Bool | None, fill: int) -> UInt8:
+    if gone is None:
+        return levels
+    levels = np.require(levels, requirements="W")
+    levels[np.broadcast_to(gone, levels.shape)] = fill
+    return levels
+
+
+def missing(samples: Samples, nodata: float | None = None) -> Bool | None:
+    """Where there is no data: [H, W, C] or [H, W, 1] bool, or None where every value is one.
+
+    A number that stands for no data counts channel by channel. In a picture of integers, where it may well be a level
+    of a colour, it counts only where all colours have it.
+    """
+    values = samples.values
+    gone: Bool | None = None
+    if samples.valid is not None:
+        gone = ~samples.valid[:, :, np.newaxis]
+    if values.dtype.kind == "f":
+        nan = np.isnan(values)
+        if nan.any():
+            gone = nan if gone is None else gone | nan
+    for number in {*samples.nodata, *(() if nodata is None else (nodata,))}:
+        same = _equal(values, number)
+        if same is None:
+            continue
+        if samples.colour == 3 and values.dtype.kind != "f":
+            same[:, :, :3] = same[:, :, :3].all(axis=2, keepdims=True)
+        gone = same if gone is None else gone | same
+    return gone
+
+
+def _equal(values: npt.NDArray[Any], number: float) -> Bool | None:
+    """Where values are that number as their own type rounds it; None: its type cannot hold it."""
+    if values.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            return np.asarray(values == np.asarray(number).astype(values.dtype))
+    if values.dtype == np.bool_ or not math.isfinite(number) or number != int(number):
+        return None
+    info = np.iinfo(values.dtype)
+    if not info.min <= int(number) <= info.max:
+        return None
+    return np.asarray(values == np.asarray(int(number)).astype(values.dtype))
+
+
+def extent(values: npt.NDArray[Any], gone: Bool | None = None) -> Pair | None:
+    """The lowest and the highest value where there is data; None where there is none at all."""
+    if gone is None:
+        return values.min().item(), values.max().item()
+    kept = values[~np.broadcast_to(gone, values.shape)]
+    return (kept.min().item(), kept.max().item()) if kept.size else None
+
+
+def _by_type(values: npt.NDArray[Any], gone: Bool | None, limit: int | None) -> UInt8:
+    if values.dtype == np.uint8 and limit in (None, 255):
+        return values
+    if values.dtype == np.uint16 and limit in (None, 65535):
+        return _sixteen_bits(values)
+    found = extent(values, gone)
+    if found is None:
+        return np.zeros(values.shape, np.uint8)
+    low, high = found
+    top = 1 if values.dtype.kind == "f" else limit or (127 if values.dtype == np.int8 else 65535)
+    if low < 0 or high > top:  # NaN is gone already
+        infinite = not math.isfinite(low) or not math.isfinite(high)
+        raise ImageError(
+            f"values {low:.10g} to {high:.10g} {'are not finite and ' if infinite else ''}lie outside 0 to {top}: "
+            "say in data.range what becomes black and white, or scale each image by its own range with "
+            "data.sixteen_bit=minmax"
+        )
+    if values.dtype == np.int8:  # as other 8-bit values
+        return values.astype(np.uint8)
+    return _linear(values, 0.0, float(top))
+
+
+def _sixteen_bits(values: npt.NDArray[Any]) -> UInt8:
+    """round(value / 257); 257 is odd, so there are no ties, and single precision is exact."""
+    height, width, channels = values.shape
+    flat = np.ascontiguousarray(values).reshape(height, width * channels)
+    return np.asarray(cv2.convertScaleAbs(flat, alpha=1 / 257), np.uint8).reshape(values.shape)
+
+
+def _by_own_range(values: npt.NDArray[Any], gone: Bool | None) -> UInt8:
+    found = extent(values, gone)
+    if found is None:
+        return np.zeros(values.shape, np.uint8)
+    if not all(map(math.isfinite, found)):
+        raise ImageError("has values that are not finite: name them in data.nodata, or give data.range")
+    low, high = found
+    return _linear(values, float(low), float(high) if high > low else float(low) + 1.0)
+
+
+def _by_ranges(values: npt.NDArray[Any], pairs: tuple[Pair, ...]) -> UInt8:
+    if len(pairs) == 1:
+        return _linear(values, *pairs[0])
+    return np.stack([_linear(values[:, :, i], *pair) for i, pair in enumerate(pairs)], axis=2)
+
+
+def _linear(values: npt.NDArray[Any], low: float, high: float) -> UInt8:
+    """0 for `low`, 255 for `high`, in between to the nearest level, beyond clipped; NaN gives any level."""
+    if values.dtype in (np.uint8, np.uint16):
+        return _look_up(values, _table(values.dtype.str, low, high))
+    scaled = values.astype(np.float64)
+    scaled -= low
+    with np.errstate(over="ignore"):  # extremes of a double: clipped all the same
+        scaled /= high - low
+        scaled *= 255.0
+    np.clip(scaled, 0.0, 255.0, out=scaled)
+    return np.rint(np.nan_to_num(scaled, copy=False)).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=32)
+def _table(dtype: str, low: float, high: float) -> UInt8:
+    """The level of every value that an unsigned type holds."""
+    every = np.arange(np.iinfo(dtype).max + 1, dtype=np.float64)
+    table = np.rint(np.clip((every - low) / (high - low) * 255.0, 0.0, 255.0)).astype(np.uint8)
+    table.flags.writeable = False
+    return table
+
+
+def _look_up(values: npt.NDArray[Any], table: UInt8) -> UInt8:
+    if values.dtype == np.uint16 and not _cv2_has_wide_tables():
+        return np.asarray(table[values])
+    flat = np.ascontiguousarray(values).reshape(values.shape[0], -1)
+    return np.asarray(cv2.LUT(flat, table), np.uint8).reshape(values.shape)
+
+
+@functools.cache
+def _cv2_has_wide_tables() -> bool:
+    """Tables of 65,536 entries came to OpenCV late; twice as fast as NumPy's."""
+    try:
+        found = cv2.LUT(np.array([[0, 65535]], np.uint16), np.arange(65536, dtype=np.uint32).astype(np.uint8))
+    except cv2.error:
+        return False
+    return bool(np.array_equal(found, [[0, 255]]))
