@@ -19,6 +19,8 @@ from dinoforge.selfcheck.settings import Settings
 _LOOK_SECONDS = 0.05
 _BESIDE = {"steps": ("placement",)}
 """Parts that are started together, since neither has a time or a size to measure, and each keeps one thread busy."""
+_LONGEST_FOLDER = 103 - len("/pymp-12345678/listener-12345678")
+"""In which multiprocessing can make its sockets, whose paths may have so many characters."""
 _ONE_THREAD = ("placement", "memory")
 """Parts that are no slower on one thread, and much faster on a machine that is busy."""
 
@@ -79,7 +81,7 @@ def selfcheck(
     started = time.monotonic()
     found: list[Line] = []
     with (
-        tempfile.TemporaryDirectory(prefix="dinoforge-selfcheck-", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryDirectory(prefix="dinoforge-", ignore_cleanup_errors=True) as folder,
         _Parts(Settings(device, nproc, short, Path(folder))) as parts,
     ):
         settings = parts.settings
@@ -128,6 +130,9 @@ class _Parts:
             folder.mkdir()
             settings = replace(self.settings, folder=folder)
             environment = {"OMP_NUM_THREADS": "1"} if name in _ONE_THREAD else {}
+            if len(str(self.settings.folder)) <= _LONGEST_FOLDER:
+                # What libraries leave there when they are killed goes with the folder.
+                environment |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(self.settings.folder))
             program = Program(command(name, settings), folder, seconds=PARTS[name], environment=environment)
             self._programs[name] = program
 
