@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -83,6 +84,21 @@ def _pairs(given: Any) -> tuple[Pair, ...]:
     return pairs
 
 
+def pairs_of(flat: Sequence[float] | None) -> Pair | tuple[Pair, ...] | None:
+    """The recipe's low, high, or such pairs one after the other, as ``decode`` takes them."""
+    if flat is None:
+        return None
+    pairs = tuple(zip(flat[::2], flat[1::2], strict=True))
+    return pairs[0] if len(pairs) == 1 else pairs
+
+
+def plane_of(text: str | None) -> int | Literal["max"] | None:
+    """The recipe's plane as ``decode`` takes it."""
+    if text is None or text == "max":
+        return None if text is None else "max"
+    return int(text)
+
+
 def check_size(width: int, height: int, max_pixels: int | None) -> None:
     """Refuse an image without pixels, or with too many.
 
@@ -129,7 +145,7 @@ def _levels(samples: Samples, scaling: Scaling) -> UInt8:
 def _filled(levels: UInt8, gone: Bool | None, fill: int) -> UInt8:
     if gone is None:
         return levels
-    levels = np.require(levels, requirements="W")
+    levels = levels.copy()  # they may be the image itself
     levels[np.broadcast_to(gone, levels.shape)] = fill
     return levels
 
@@ -215,7 +231,9 @@ def _by_own_range(values: npt.NDArray[Any], gone: Bool | None) -> UInt8:
     if not all(map(math.isfinite, found)):
         raise ImageError("has values that are not finite: name them in data.nodata, or give data.range")
     low, high = found
-    return _linear(values, float(low), float(high) if high > low else float(low) + 1.0)
+    if low == high:
+        return np.zeros(values.shape, np.uint8)
+    return _linear(values, float(low), float(high))
 
 
 def _by_ranges(values: npt.NDArray[Any], pairs: tuple[Pair, ...]) -> UInt8:
@@ -229,8 +247,10 @@ def _linear(values: npt.NDArray[Any], low: float, high: float) -> UInt8:
     if values.dtype in (np.uint8, np.uint16):
         return _look_up(values, _table(values.dtype.str, low, high))
     scaled = values.astype(np.float64)
-    scaled -= low
-    with np.errstate(over="ignore"):  # extremes of a double: clipped all the same
+    if not math.isfinite(high - low):  # the extremes of a double
+        scaled, low, high = scaled / 4, low / 4, high / 4
+    with np.errstate(over="ignore"):  # what overflows is clipped all the same
+        scaled -= low
         scaled /= high - low
         scaled *= 255.0
     np.clip(scaled, 0.0, 255.0, out=scaled)
