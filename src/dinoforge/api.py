@@ -34,8 +34,9 @@ from dinoforge.config import (
 from dinoforge.data.batch import normalize, prepare
 from dinoforge.data.crops import resize
 from dinoforge.data.decode import MAX_PIXELS, decode
+from dinoforge.data.labels import Labels, label_table, labels_of
 from dinoforge.data.loader import STOP_SIGNALS, Skipped, inspect, make_loader
-from dinoforge.data.sources import Source, open_source, read_labels
+from dinoforge.data.sources import Source, open_source
 from dinoforge.diagnosis import Finding, diagnose
 from dinoforge.errors import DataError, DinoforgeError, RecipeError, RunError, WeightsError
 from dinoforge.evaluation.classifiers import ClassifierResult, Method, run_classifier
@@ -91,7 +92,7 @@ class RunResult:
 
 
 def train(
-    data: Any,
+    images: Any = None,
     recipe: str | Path | Recipe = "small",
     out: str | Path | None = None,
     *,
@@ -103,15 +104,17 @@ def train(
     """Pretrains a backbone on images without labels; calling it again with the same arguments continues the run.
 
     Args:
-        data: a folder of images, walked recursively; or any object with ``__len__`` and ``__getitem__`` that gives
-            images (arrays [H, W, C], tensors [C, H, W], PIL images, paths, bytes) or (image, label).
+        images: a folder of them, walked recursively; or any object with ``__len__`` and ``__getitem__`` that gives
+            images (arrays [H, W, C], tensors [C, H, W], PIL images, paths, bytes) or (image, label). ``data=`` takes
+            them, too.
         recipe: a name, a YAML file, or a recipe.
         out: the run directory; by default ``runs/`` with the names of folder and recipe.
         labels: a CSV file with names and labels; by default the names of sub-folders. Training never sees them: where
             there are some, the teacher is measured while it trains; see docs/evaluation.md.
         dry_run: only say what would run; writes nothing.
         console: where to print; by default the terminal.
-        keys: recipe keys: sections as mappings (``train={"steps": 1000}``), or dotted ``**{"train.steps": 1000}``.
+        keys: recipe keys: sections as mappings (``train={"steps": 1000}``, ``data={"sixteen_bit": "minmax"}``), or
+            dotted ``**{"train.steps": 1000}``.
 
     Raises:
         RecipeError: a key or value that cannot be; before work starts.
@@ -121,6 +124,7 @@ def train(
         OutOfMemoryError: what the device has does not do; what was done until then is saved if there is one process.
         LostRankError: another rank failed, was killed, or cannot be reached.
     """
+    images, keys = _images_and_keys(images, keys)
     said = _said(recipe, _flat_keys(keys))
     device, patience = devices.rank_device(said["device"]), timedelta(minutes=said["parallel.timeout_minutes"])
     devices.use_expandable_segments(device)
@@ -131,11 +135,19 @@ def train(
         if console is None or not distributed.is_first():
             console = Console(quiet=not distributed.is_first())
         try:
-            return _train_together(data, recipe, keys, out, labels, dry_run=dry_run, console=console)
+            return _train_together(images, recipe, keys, out, labels, dry_run=dry_run, console=console)
         except RuntimeError as error:
             if distributed.is_active() and distributed.is_lost_connection(error):
                 raise distributed.lost_rank() from error
             raise
+
+
+def _images_and_keys(images: Any, keys: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Images that came by name as ``data=``, and the other keys: ``data`` as a mapping is a section of these."""
+    if images is None and "data" in keys and not isinstance(keys["data"], Mapping):
+        keys = dict(keys)
+        images = keys.pop("data")
+    return images, keys
 
 
 def _said(recipe: str | Path | Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,7 +158,7 @@ def _said(recipe: str | Path | Recipe, given: Mapping[str, Any]) -> dict[str, An
 
 
 def _train_together(
-    data: Any,
+    images: Any,
     recipe: str | Path | Recipe,
     keys: Mapping[str, Any],
     out: str | Path | None,
@@ -156,18 +168,18 @@ def _train_together(
     console: Console,
 ) -> RunResult:
     """``train`` on the ranks that there are."""
-    data_name = str(data) if isinstance(data, str | os.PathLike) else type(data).__name__
+    data_name = str(images) if isinstance(images, str | os.PathLike) else type(images).__name__
     if out is None:
         recipe_name = "custom" if isinstance(recipe, Recipe) else Path(recipe).stem
         out = Path("runs", f"{Path(os.path.abspath(data_name)).name}-{recipe_name}")
     run = RunDirectory(Path(out))
     choices: dict[str, auto.Choice] = {}
     if recipe == "auto":
-        source = open_source(data)
+        source = open_source(images)
         resolved, ignored, choices = _auto_recipe(source, _flat_keys(keys), run)
     else:
         resolved, ignored = distributed.from_first(lambda: resolve(recipe, keys, run))
-        source = open_source(data)
+        source = open_source(images)
     resolved = build.with_batch_cut(resolved, world_size=distributed.world_size())
     identity = DataIdentity(os.path.abspath(data_name), len(source), source.fingerprint())
     plan = _plan(resolved, source)
@@ -176,6 +188,8 @@ def _train_together(
     known = distributed.from_first(lambda: _labels(labels, source, resolved))
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     say(plans.render(plan, data_path=data_name, out=str(run.path)))
+    for text in filter(None, (known.said, *known.notes)):
+        say(f"labels   {text}")
     if choices and dry_run:
         say(f"\n{auto.render(choices)}\n")
     if ignored:
@@ -194,7 +208,7 @@ def _train_together(
         return result
     with _threads(plan.threads), out_of_memory_in_words(plan.device, partial(_ways_to_train, plan)):
         base = auto.BASE if choices else base_of(recipe)
-        return _train(plan, source, known, run, identity, base, console)
+        return _train(plan, source, known.values, run, identity, base, console)
 
 
 def _ways_to_train(plan: plans.Plan) -> list[str]:
@@ -209,17 +223,17 @@ def _ways_to_embed(device: torch.device, size: int | None = None) -> list[str]:
     return ways + ([] if device.type == "cpu" else ["device=cpu"])
 
 
-def _labels(labels: str | Path | None, source: Source, recipe: Recipe) -> list[str] | None:
-    """Of each image, if they are known or there is a use for them."""
+def _labels(labels: str | Path | None, source: Source, recipe: Recipe) -> Labels:
+    """Of each image, if there is a table or a use for them."""
     if labels is not None:
-        return read_labels(labels, source)
-    return source.labels() if recipe.probe.is_on else None
+        return label_table(labels, source)
+    return labels_of(source) if recipe.probe.is_on else Labels(None, "")
 
 
 def _train(
     plan: plans.Plan,
     source: Source,
-    labels: list[str] | None,
+    labels: list[str | None] | None,
     run: RunDirectory,
     identity: DataIdentity,
     base: str,
@@ -363,7 +377,7 @@ def _train(
 
 
 def _live_report(
-    run: RunDirectory, plan: plans.Plan, source: Source, labels: list[str] | None, say: Callable[[str], object]
+    run: RunDirectory, plan: plans.Plan, source: Source, labels: list[str | None] | None, say: Callable[[str], object]
 ) -> Live | None:
     """What writes the report while the run trains; None if the recipe does not want it."""
     minutes = plan.recipe.report.every_minutes
@@ -383,7 +397,7 @@ def _probes(
     plan: plans.Plan,
     image: weights.ImageInput,
     source: Source,
-    labels: list[str] | None,
+    labels: list[str | None] | None,
     say: Callable[[str], object],
 ) -> Probes | None:
     """What measures the teacher while it trains; None without labels, or where the recipe wants none."""
@@ -612,18 +626,21 @@ def _precision_of(run: RunDirectory, recipe: Recipe, step: int, device: torch.de
     return dtype
 
 
-def bench(data: Any, recipe: str | Path | Recipe = "small", *, seconds: float = 10.0, **keys: Any) -> benchmarks.Report:
+def bench(
+    images: Any = None, recipe: str | Path | Recipe = "small", *, seconds: float = 10.0, **keys: Any
+) -> benchmarks.Report:
     """Measures what limits a run on this machine, data or step; writes nothing.
 
     Args:
-        data, recipe, keys: as for ``train``.
+        images, recipe, keys: as for ``train``.
         seconds: for each of three measurements, roughly.
 
     Raises:
         RecipeError: a key or value that cannot be.
         DataError: no usable images.
     """
-    source = open_source(data)
+    images, keys = _images_and_keys(images, keys)
+    source = open_source(images)
     resolved = auto_recipe(source, **keys)[0] if recipe == "auto" else resolve(recipe, keys)[0]
     devices.use_expandable_segments(devices.rank_device(resolved.device))
     plan = _plan(build.with_batch_cut(resolved, world_size=1), source)
@@ -635,18 +652,19 @@ def bench(data: Any, recipe: str | Path | Recipe = "small", *, seconds: float = 
         return benchmarks.measure(plan, source, seconds=seconds)
 
 
-def auto_recipe(data: Any, **keys: Any) -> tuple[Recipe, dict[str, auto.Choice]]:
+def auto_recipe(images: Any = None, **keys: Any) -> tuple[Recipe, dict[str, auto.Choice]]:
     """The recipe that ``auto`` makes of images, and what it chose, with reasons.
 
     Args:
-        data, keys: as for ``train``; what the user gives is not chosen, and other choices follow it. With
+        images, keys: as for ``train``; what the user gives is not chosen, and other choices follow it. With
             ``train.max_minutes`` and no other length, a step is timed and the steps are as many as fit in.
 
     Raises:
         RecipeError: a key or value that cannot be.
         DataError: no usable images.
     """
-    recipe, _, choices = _auto_recipe(open_source(data), _flat_keys(keys), None)
+    images, keys = _images_and_keys(images, keys)
+    recipe, _, choices = _auto_recipe(open_source(images), _flat_keys(keys), None)
     return recipe, choices
 
 
@@ -793,19 +811,23 @@ def _examples(
     return draw, shown
 
 
-def embed(model: str | Path | weights.Backbone, data: Any, **keys: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+def embed(
+    model: str | Path | weights.Backbone, images: Any = None, **keys: Any
+) -> np.ndarray[Any, np.dtype[np.float32]]:
     """The cls token of every image, as an array [N, D], in the order of the source.
 
     Args:
         model: a run directory, a weights file, or what ``load`` gave.
-        data: as for ``train``.
-        keys: ``eval`` keys, such as ``eval={"size": 224}``; ``device`` and ``precision``.
+        images: as for ``train``.
+        keys: ``eval`` keys, such as ``eval={"size": 224}``; ``device`` and ``precision``; what a foreign file cannot
+            say, such as ``data={"mean": 0.5}``.
 
     Raises:
         DataError: an image cannot be read; the row of each must be where it is expected.
     """
+    images, keys = _images_and_keys(images, keys)
     backbone, keys = _opened(model, keys)
-    source = open_source(data)
+    source = open_source(images)
     reading = _reading(backbone.image, backbone.network.patch_size, *_eval_keys(Eval(), keys))
     ways = partial(_ways_to_embed, reading["device"], reading["size"])
     with devices.in_use(reading["device"]), out_of_memory_in_words(reading["device"], ways):
@@ -818,7 +840,7 @@ def embed(model: str | Path | weights.Backbone, data: Any, **keys: Any) -> np.nd
 
 def write_features(
     model: str | Path | weights.Backbone,
-    data: Any,
+    images: Any,
     out: str | Path,
     *,
     patches: bool = False,
@@ -828,7 +850,7 @@ def write_features(
     """Writes names and features of every image to a file; the same call goes on with what another one left.
 
     Args:
-        model, data, keys: as for ``embed``.
+        model, images, keys: as for ``embed``.
         out: ``….parquet`` with columns ``name``, ``cls`` and, if asked, ``patches``; or ``….npy`` with the cls tokens,
             and beside it ``….names.txt`` and ``….patches.npy``.
         patches: whether patch tokens are written, too.
@@ -855,7 +877,7 @@ def write_features(
     with devices.in_use(device), out_of_memory_in_words(device, ways):
         return embedding.write_features(
             backbone.network,
-            open_source(data),
+            open_source(images),
             Path(out),
             patches=patches,
             meaning=meaning,
@@ -866,7 +888,7 @@ def write_features(
 
 def evaluate_knn(
     model: str | Path,
-    data: Any,
+    images: Any = None,
     *,
     test: Any = None,
     labels: str | Path | None = None,
@@ -879,8 +901,8 @@ def evaluate_knn(
     Args:
         model: a run directory, whose ``summary.json`` then gets the result unless ``shots`` are given, or a weights
             file.
-        data: labelled images; without ``test``, five stratified 80/20 splits of them.
-        test: images to test on, with neighbours from ``data``.
+        images: labelled ones; without ``test``, five stratified 80/20 splits of them.
+        test: images to test on, with neighbours from ``images``.
         labels: a CSV file with names and labels; by default the names of sub-folders.
         shots: at most so many labelled images of each class; by default the whole training part.
         seed: of the splits, the shots and the untrained network.
@@ -890,7 +912,7 @@ def evaluate_knn(
         DataError: images without labels, or fewer than two classes.
         WeightsError: no readable backbone.
     """
-    run, setup = _evaluation(model, data, test, labels, shots, seed, keys)
+    run, setup = _evaluation(model, images, test, labels, shots, seed, keys)
     ways = partial(_ways_to_embed, setup["device"], setup["size"])
     with devices.in_use(setup["device"]), out_of_memory_in_words(setup["device"], ways):
         result, skipped = run_knn(**setup)
@@ -902,7 +924,7 @@ def evaluate_knn(
 def evaluate_classifier(
     method: Method,
     model: str | Path,
-    data: Any,
+    images: Any = None,
     *,
     test: Any = None,
     labels: str | Path | None = None,
@@ -914,13 +936,13 @@ def evaluate_classifier(
 
     Args:
         method: ``linear`` or ``logreg``.
-        model, data, test, labels, shots, seed, keys: see ``evaluate_knn``; the summary is left alone.
+        model, images, test, labels, shots, seed, keys: see ``evaluate_knn``; the summary is left alone.
 
     Raises:
         DataError: images without labels, fewer than two classes, too few shots, or scikit-learn is missing.
         WeightsError: no readable backbone.
     """
-    _, setup = _evaluation(model, data, test, labels, shots, seed, keys)
+    _, setup = _evaluation(model, images, test, labels, shots, seed, keys)
     ways = partial(_ways_to_embed, setup["device"], setup["size"])
     with devices.in_use(setup["device"]), out_of_memory_in_words(setup["device"], ways):
         return run_classifier(method, **setup)
@@ -928,7 +950,7 @@ def evaluate_classifier(
 
 def _evaluation(
     model: str | Path,
-    data: Any,
+    images: Any,
     test: Any,
     labels: str | Path | None,
     shots: int | None,
@@ -938,16 +960,20 @@ def _evaluation(
     """The run, if ``model`` is one, and the keywords of every evaluation."""
     if shots is not None and shots < 2:
         raise DataError(f"--shots {shots}: expected at least 2 labelled images of each class")
+    images, keys = _images_and_keys(images, dict(keys))
     backbone, keys = _opened(model, keys)
     run = RunDirectory(Path(model)) if Path(model).is_dir() else None
     run = run if run and run.exists else None
     settings, device, precision = _eval_keys(run.recipe().eval if run else Eval(), keys)
 
-    def labelled(images: Any) -> tuple[Source, list[str] | None]:
+    def labelled(images: Any) -> tuple[Source, list[str | None] | None]:
         source = open_source(images)
-        return source, source.labels() if labels is None else read_labels(labels, source)
+        found = labels_of(source) if labels is None else label_table(labels, source)
+        for text in (found.said, *found.notes):
+            print(f"labels   {text}", file=sys.stderr)
+        return source, found.values
 
-    source, source_labels = labelled(data)
+    source, source_labels = labelled(images)
     return run, {
         "backbone": backbone.network,
         "untrained": _untrained(backbone.architecture, seed),
@@ -1015,7 +1041,7 @@ def open_run(
     path: str | Path,
     *,
     data: Any = None,
-    labels: str | Path | list[str] | None = None,
+    labels: str | Path | list[str | None] | None = None,
     pictures: bool = True,
     device: torch.device | None = None,
     seconds: float | None = None,
@@ -1055,7 +1081,8 @@ def open_run(
     metrics, unreadable = report_figures.read_metrics(run.metrics)
     if unreadable:
         missing.append(f"{unreadable} lines of metrics.jsonl cannot be read and are left out.")
-    skipped = run.skipped.read_text(encoding="utf-8", errors="replace").splitlines() if run.skipped.exists() else []
+    listed = run.skipped.read_text(encoding="utf-8", errors="replace") if run.skipped.exists() else ""
+    skipped = [line for line in listed.split("\n") if line]
     base = str(info.get("base"))
     if base not in recipe_names():  # a run of another version
         base = "dinov2"
@@ -1068,7 +1095,7 @@ def open_run(
         missing.append(f"Parameter groups and masks are left out: {error}.")
     known = labels if isinstance(labels, list) else None
     if source is not None and isinstance(labels, str | Path):
-        known = read_labels(labels, source)
+        known = label_table(labels, source).values
     return reports.Run(
         name=str(run.path),
         recipe=flatten(recipe),

@@ -31,7 +31,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dinoforge.data.sources import Source, printable
+from dinoforge.data.names import in_table, printable
+from dinoforge.data.sources import Source
 from dinoforge.errors import DataError, ExportError, RunError
 from dinoforge.features import Skipped, stream
 from dinoforge.files import write_atomically, write_text, written_aside
@@ -143,7 +144,7 @@ def write_features(
         with written_aside(out) as aside:
             write(aside, (_load_part(_file(parts, i), source) for i in range(count)), layout)
             if skipped:
-                text = "".join(f"{_line(s.name)}\t{_line(s.reason)}\n" for s in skipped)
+                text = "".join(f"{in_table(s.name)}\t{_line(s.reason)}\n" for s in skipped)
                 _beside(aside, ".skipped.txt").write_text(text, encoding="utf-8")
     _remove(parts)
     ends = [*companions, *([".skipped.txt"] if skipped else [])]
@@ -303,8 +304,8 @@ def _beside(path: Path, end: str) -> Path:
 
 
 def _line(text: str) -> str:
-    """A text as one line of UTF-8."""
-    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+    """A text as one line, and one cell of a table; ``dinoforge.data.names.original_name`` gives it back."""
+    return in_table(printable(text))
 
 
 def _write_npy(path: Path, parts: Iterator[_Part], layout: _Layout) -> None:

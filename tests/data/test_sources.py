@@ -1,3 +1,4 @@
+import enum
 import errno
 import os
 import pickle
@@ -11,7 +12,9 @@ import torch
 from PIL import Image
 
 from dinoforge.data.decode import decode
-from dinoforge.data.sources import EXTENSIONS, FolderSource, SequenceSource, Source, open_source, printable, read_labels
+from dinoforge.data.kinds import IMAGE_EXTENSIONS
+from dinoforge.data.labels import labels_of
+from dinoforge.data.sources import FolderSource, SequenceSource, Source, open_source, printable
 from dinoforge.errors import DataError, ImageError
 
 
@@ -33,17 +36,43 @@ def test_folder_is_walked_and_sorted(tmp_path: Path) -> None:
     assert names(source) == ["a/deep/er/1.Tiff", "b/10.jpg", "b/2.PNG", "z.webp"]
     assert source.item(1).image == b"b/10.jpg"
     assert [source.item(index).label for index in range(4)] == ["a", "b", "b", None]
-    assert source.labels() is None
+    assert source.labels() == ["a", "b", "b", None]
 
 
 def test_every_extension_in_any_case(tmp_path: Path) -> None:
-    folder(tmp_path, *[f"{extension}.{extension.upper()}" for extension in EXTENSIONS])
-    assert len(FolderSource(str(tmp_path))) == len(EXTENSIONS) == 8
+    folder(tmp_path, *[f"{extension}.{extension.upper()}" for extension in IMAGE_EXTENSIONS])
+    assert len(FolderSource(str(tmp_path))) == len(IMAGE_EXTENSIONS)
+    named = "jpg jpeg jfif jpe png webp tif tiff bmp gif jp2 j2k jpx heic heif avif jxl ppm pgm pbm pnm npy"
+    assert set(named.split()) <= IMAGE_EXTENSIONS
 
 
 def test_labels_are_top_folders(tmp_path: Path) -> None:
     source = FolderSource(folder(tmp_path, "cat/1.png", "cat/x/2.png", "dog/1.png"))
     assert source.labels() == ["cat", "cat", "dog"]
+
+
+def test_what_is_left_out_is_counted_by_kind(tmp_path: Path) -> None:
+    folder(tmp_path, "a/1.jpg", "a/2.dcm", "b/3.DCM", "b/4.jfif", "b/5.jpe", "labels.csv", "b/notes")
+    source = FolderSource(tmp_path)
+    assert names(source) == ["a/1.jpg", "b/4.jfif", "b/5.jpe"]
+    assert source.left_out == {".dcm (DICOM)": 2, ".csv (table)": 1, "without extension": 1}
+
+
+def test_a_stray_image_leaves_the_others_their_labels(tmp_path: Path) -> None:
+    source = FolderSource(folder(tmp_path, "cat/1.png", "dog/1.png", "dog/2.png", "overview.png"))
+    assert source.labels() == ["cat", "dog", "dog", None]
+    found = labels_of(source)
+    assert found.said == "2 classes from sub-folders; 1 image lies in none and takes no part: overview.png"
+    assert found.values == source.labels()
+
+
+def test_parts_of_a_split_are_no_classes(tmp_path: Path) -> None:
+    source = FolderSource(
+        folder(tmp_path, *[f"{part}/{c}/{i}.png" for part in ("train", "val") for c in "ab" for i in (1, 2)])
+    )
+    assert source.labels() == ["a", "a", "b", "b"] * 2
+    assert [source.item(index).label for index in (0, 7)] == ["a", "b"]
+    assert labels_of(source).said == "2 classes from sub-folders of train/ and val/"
 
 
 def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
@@ -102,7 +131,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         (tmp_path / "missing", "does not exist"),
         (file, "is a file"),
         (empty, "no files at all"),
-        (other, r"found 3 other files \(2 .txt, 1 .dcm\)"),
+        (other, r"found only others, 3 files: 2 .txt \(text\), 1 .dcm \(DICOM\)"),
     ):
         with pytest.raises(DataError, match=message):
             open_source(path)
@@ -201,52 +230,56 @@ def test_items_that_are_no_images(tmp_path: Path) -> None:
             source.item(index)
 
 
-@pytest.fixture
-def animals(tmp_path: Path) -> FolderSource:
-    return FolderSource(folder(tmp_path / "animals", "a/1.png", "a/2.png", "b/3.png"))
+class Colour(enum.Enum):
+    RED = 1
 
 
 @pytest.mark.parametrize(
-    "table",
+    ("label", "expected"),
     [
-        "a/1.png,cat\na/2.png,dog\nb/3.png,cat\n",
-        "file,label\na/1.png,cat\na/2.png,dog\nb/3.png,cat\n",
-        "\ufefffile;label;more\r\n1.png;cat;x\r\n2.png;dog;x\r\n3.png;cat;x\r\n",
-        "./a/1.png\tcat\n\na\\2.png\tdog\n3.png\tcat\nelse/where.png\tcow\n",
-        'name,label\n"a/1.png","cat"\n2.png, dog \n3.png,cat\n3.png,cat\n',
+        ("cat", "cat"),
+        (3, "3"),
+        (True, "True"),
+        (np.int64(3), "3"),
+        (torch.tensor(3), "3"),
+        (np.array(3), "3"),
+        (Colour.RED, "Colour.RED"),
+        ("", None),
+        (None, None),
+        (float("nan"), None),  # what a table has where nothing stands
+        (np.zeros((4, 4)), None),  # a mask: of a large one only the corners would be told apart
+        (torch.tensor([0, 1]), None),
+        ([0, 1], None),
+        ({"boxes": []}, None),
+        (Image.new("L", (4, 4)), None),
     ],
 )
-def test_read_labels(tmp_path: Path, animals: FolderSource, table: str) -> None:
-    path = tmp_path / "labels.csv"
-    path.write_text(table, newline="", encoding="utf-8")
-    assert read_labels(path, animals) == ["cat", "dog", "cat"]
+def test_labels_are_texts_and_numbers(label: object, expected: str | None) -> None:
+    pixels = np.zeros((2, 2), np.uint8)
+    assert open_source([(pixels, label)]).item(0).label == expected
+    assert open_source([{"image": pixels, "label": label}]).item(0).label == expected
+
+
+def test_a_list_in_which_few_items_lack_a_label() -> None:
+    pixels = np.zeros((2, 2), np.uint8)
+    items = [(pixels, "cat"), (pixels, "dog"), (pixels, None), (pixels, "cat"), (pixels, "dog")]
+    found = labels_of(open_source(items))
+    assert found.values == ["cat", "dog", None, "cat", "dog"]
+    assert found.said == "2 classes from the data; 1 image has none and takes no part, such as item 2"
 
 
 @pytest.mark.parametrize(
-    ("table", "message"),
+    ("items", "said"),
     [
-        ("a/1.png,cat\nb/3.png,dog\n", "no label for 1 of 3 images, such as a/2.png"),
-        ("a/1.png,cat\na/2.png,\nb/3.png,dog\n", "no label for 1 of 3 images, such as a/2.png"),
-        ("x/1.png,cat\nx/2.png,cat\nx/3.png,cat\n", "3 of 3 images.*names in the table look like: x/1.png"),
-        ("a/1.png,cat\n1.png,dog\n", "line 2: '1.png' is labelled both 'cat' and 'dog'"),
-        ("a/1.png\n", "line 1: expected a file name and a label"),
-        ("", "no label for 3 of 3"),
+        ([np.zeros((2, 2))] * 3, "none: the items hold no text or number beside the image"),
+        (
+            [(np.zeros((2, 2)), "cat" if i < 12 else None) for i in range(24)],
+            "none: 12 of 24 items have no text or number beside the image, such as item 12",
+        ),
+        (np.zeros((5, 4, 4)), "none: data of type ndarray are not asked for labels, since that would read the images"),
     ],
 )
-def test_labels_that_cannot_be_used(tmp_path: Path, animals: FolderSource, table: str, message: str) -> None:
-    path = tmp_path / "labels.csv"
-    path.write_text(table)
-    with pytest.raises(DataError, match=message):
-        read_labels(path, animals)
-
-
-def test_ambiguous_and_missing_tables(tmp_path: Path) -> None:
-    source = FolderSource(folder(tmp_path / "d", "1.png", "a/1.png", "a/2.png", "b/2.png"))
-    path = tmp_path / "labels.csv"
-    path.write_text("1.png,top\n2.png,cat\n")
-    with pytest.raises(DataError, match=r"line 2: '2.png' could be any of a/2.png, b/2.png"):
-        read_labels(path, source)
-    path.write_text("1.png,top\na/1.png,cat\na/2.png,cat\nb/2.png,dog\n")
-    assert read_labels(path, source) == ["top", "cat", "cat", "dog"]
-    with pytest.raises(DataError, match="cannot read labels"):
-        read_labels(tmp_path / "missing.csv", source)
+def test_why_data_have_no_labels_is_said(items: object, said: str) -> None:
+    found = labels_of(open_source(items))
+    assert found.values is None
+    assert found.said == said

@@ -13,9 +13,9 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -490,6 +490,7 @@ class DataSummary:
         values: Smallest and largest pixel value after decoding, over all of them. A narrow range of deeper images,
             such as 0…16 for 12 bits in a 16-bit file, calls for data.sixteen_bit=minmax.
         failures: Index, printable name and reason of those that could not be read.
+        left_out: Kinds of other files beside the images, in words, and their number.
     """
 
     count: int
@@ -499,6 +500,7 @@ class DataSummary:
     modes: tuple[tuple[str, int], ...]
     values: tuple[int, int]
     failures: tuple[Skipped, ...]
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def inspect(
@@ -546,4 +548,5 @@ def inspect(
         modes=tuple(modes.most_common()),
         values=(min(values), max(values)),
         failures=tuple(failures),
+        left_out=dict(getattr(source, "left_out", {})),
     )

@@ -3,22 +3,25 @@
 A source never holds pixels and never decodes; it is cheap to pickle and cheap to share with worker processes.
 """
 
-import csv
 import hashlib
 import os
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from enum import Enum
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from PIL import Image
 
+from dinoforge.data.classes import class_folders, few
+from dinoforge.data.folders import no_images, walk
+from dinoforge.data.kinds import IMAGE_EXTENSIONS
+from dinoforge.data.names import printable as printable
 from dinoforge.errors import DataError, ImageError
 
-EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif"})
+EXTENSIONS = IMAGE_EXTENSIONS
 
 RawImage = bytes | Image.Image | np.ndarray | torch.Tensor
 
@@ -52,8 +55,8 @@ class Source(Protocol):
         """Name one image without reading it."""
         ...
 
-    def labels(self) -> list[str] | None:
-        """One label per image, or None if the source knows none without reading the images."""
+    def labels(self) -> list[str | None] | None:
+        """One label per image, None for one without; or None if the source knows none without reading the images."""
         ...
 
     def fingerprint(self) -> str:
@@ -80,11 +83,16 @@ def open_source(data: object) -> Source:
 class FolderSource:
     """All images below a folder, sorted by relative path.
 
-    Found by extension (`EXTENSIONS`, any case), through symbolic links as ``find -L`` does; hidden files and folders
-    and macOS archive residue (``__MACOSX``) are left out. Names that are not valid UTF-8 work: as Python strings they
-    carry surrogate escapes, in messages the offending bytes read ``\\xNN``.
+    Found by the ends of their names (`dinoforge.data.kinds.EXTENSIONS`, any case), through symbolic links as
+    ``find -L`` does. Hidden files and folders are left out, and so is what systems put beside images: thumbnails
+    (``@eaDir``, ``thumbnails``), deleted files (``$RECYCLE.BIN``, ``lost+found``), residue of archives
+    (``__MACOSX``). Names that are not valid UTF-8 work: as Python strings they carry surrogate escapes, in messages the
+    offending bytes read ``\\xNN``.
 
     The index is one bytes object and one array of offsets: the length of a path plus 8 bytes per image.
+
+    Args:
+        root: The folder.
 
     Raises:
         DataError: The folder does not exist, is not a folder, cannot be read, or holds no images.
@@ -92,16 +100,15 @@ class FolderSource:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
-        names, others = _walk(self.root)
-        if not names:
-            seen = ", ".join(f"{count} {extension}" for extension, count in others.most_common(5))
-            raise DataError(
-                f"no images in {printable(self.root)}: expected files named {', '.join(sorted(EXTENSIONS))}; "
-                + (f"found {others.total()} other files ({seen})" if others else "found no files at all")
-            )
-        names.sort()
-        self._names = b"".join(names)
-        self._offsets = np.cumsum([0, *map(len, names)], dtype=np.int64)  # [count + 1]
+        contents = walk(self.root)
+        if not contents.names:
+            raise DataError(no_images(self.root, contents))
+        self.left_out: Mapping[str, int] = contents.left_out
+        """Kinds of files that are no images of the source, in words such as ``.dcm (DICOM)`` -> their number."""
+        self.classes = class_folders(contents.names)
+        """Which sub-folders are labels, or why none are."""
+        self._names = b"".join(contents.names)
+        self._offsets = np.cumsum([0, *map(len, contents.names)], dtype=np.int64)  # [count + 1]
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -119,17 +126,13 @@ class FolderSource:
             ImageError: It vanished, may not be read, or is empty.
         """
         name = self.name(index)
-        return Item(image=_read_file(self.root / name), name=name, label=_top_folder(name))
+        return Item(image=_read_file(self.root / name), name=name, label=self.classes.label(name))
 
-    def labels(self) -> list[str] | None:
-        """The top-level sub-folder of each image; None if an image lies in none."""
-        labels = []
-        for index in range(len(self)):
-            label = _top_folder(self.name(index))
-            if label is None:
-                return None
-            labels.append(label)
-        return labels
+    def labels(self) -> list[str | None] | None:
+        """The sub-folder of each image that is its class, as `classes` says; None where no sub-folders are classes."""
+        if self.classes.depth is None:
+            return None
+        return [self.classes.label(self.name(index)) for index in range(len(self))]
 
     def fingerprint(self) -> str:
         """Hash of the sorted relative paths."""
@@ -190,12 +193,26 @@ class SequenceSource:
             )
         return Item(image=image, name=self.name(index), label=label)
 
-    def labels(self) -> list[str] | None:
-        """The labels of a list or tuple in which every item has one; None for other objects: items would be read."""
+    def labels(self) -> list[str | None] | None:
+        """The labels of a list or tuple in which all items but a few have one.
+
+        None where more items lack one, and for other objects: their items would be read.
+        """
         if not isinstance(self._items, list | tuple):
             return None
-        labels = [label for _, label in map(_image_and_label, self._items) if label is not None]
-        return labels if len(labels) == len(self) else None
+        labels = [label for _, label in map(_image_and_label, self._items)]
+        return labels if few(labels.count(None), len(labels)) else None
+
+    def why_no_labels(self) -> str:
+        """Why `labels` gives none, in words."""
+        if not isinstance(self._items, list | tuple):
+            return (
+                f"data of type {type(self._items).__name__} are not asked for labels, since that would read the images"
+            )
+        without = [index for index, item in enumerate(self._items) if _image_and_label(item)[1] is None]
+        if len(without) == len(self):
+            return "the items hold no text or number beside the image"
+        return f"{len(without):,} of {len(self):,} items have no text or number beside the image, such as {self.name(without[0])}"
 
     def fingerprint(self) -> str:
         """Hash of the number of items and of the paths, where a list of paths names them."""
@@ -204,116 +221,6 @@ class SequenceSource:
             for index in range(len(self)):
                 digest.update(os.fsencode(self.name(index)) + b"\0")
         return digest.hexdigest()
-
-
-def read_labels(csv_path: str | os.PathLike[str], source: Source) -> list[str]:
-    """Read one label per image of a source from a table.
-
-    The first column names the image, by its relative path or, where only one image has it, by its base name; the
-    second is the label; more columns are ignored. Columns are separated by commas, semicolons or tabs. A first row
-    whose name belongs to no image is taken for a header. Rows about images that the source lacks are ignored.
-
-    Raises:
-        DataError: The table cannot be read, has fewer than two columns, names an image ambiguously or labels it twice
-            differently, or leaves images without a label.
-    """
-    path = Path(csv_path)
-    indices = {source.name(index): index for index in range(len(source))}
-    by_base_name: dict[str, list[int]] = defaultdict(list)
-    for name, index in indices.items():
-        by_base_name[PurePosixPath(name).name].append(index)
-
-    labels: list[str | None] = [None] * len(source)
-    strangers = []
-    for line, name, label in _rows(path):
-        if name in indices:
-            found = [indices[name]]
-        else:  # a path that is not there is not the same as a base name
-            found = [] if "/" in name else by_base_name.get(name, [])
-        if len(found) > 1:
-            examples = ", ".join(printable(source.name(index)) for index in found[:3])
-            raise DataError(
-                f"{path}, line {line}: '{printable(name)}' could be any of {examples}: give the relative path"
-            )
-        if not found:
-            strangers.append(printable(name))
-            continue
-        if not label:
-            continue
-        if labels[found[0]] not in (None, label):
-            both = f"'{printable(labels[found[0]] or '')}' and '{printable(label)}'"
-            raise DataError(f"{path}, line {line}: '{printable(name)}' is labelled both {both}")
-        labels[found[0]] = label
-
-    missing = [index for index, label in enumerate(labels) if label is None]
-    if missing:
-        examples = ", ".join(printable(source.name(index)) for index in missing[:3])
-        hint = f"; names in the table look like: {', '.join(strangers[-3:])}" if strangers else ""
-        raise DataError(f"{path}: no label for {len(missing)} of {len(source)} images, such as {examples}{hint}")
-    return [label for label in labels if label is not None]
-
-
-def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield line number, name, label of each row that is not blank."""
-    try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise DataError(f"cannot read labels from {path}: {error.strerror}") from error
-    lines = text.splitlines()
-    delimiter = next((mark for mark in ",;\t" if lines and mark in lines[0]), ",")
-    reader = csv.reader(lines, delimiter=delimiter)
-    for row in reader:
-        if not any(cell.strip() for cell in row):
-            continue
-        if len(row) < 2:
-            raise DataError(
-                f"{path}, line {reader.line_num}: expected a file name and a label, got '{printable(row[0])}'"
-            )
-        yield reader.line_num, row[0].strip().replace("\\", "/").removeprefix("./"), row[1].strip()
-
-
-def _walk(root: Path) -> tuple[list[bytes], Counter[str]]:
-    """List the relative paths of the images below `root`, and count other files by extension."""
-    names: list[bytes] = []
-    others: Counter[str] = Counter()
-    # Each pending folder knows the real folders above it: a link to one of them would never end.
-    pending: list[tuple[bytes, bytes, frozenset[tuple[int, int]]]] = [(os.fsencode(root), b"", frozenset())]
-    while pending:
-        folder, prefix, above = pending.pop()
-        try:
-            status = os.stat(folder)
-            identity = (status.st_dev, status.st_ino)
-            if identity in above:
-                continue
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.name.startswith(b".") or entry.name == b"__MACOSX":
-                        continue
-                    if _leads_to(entry.is_dir):
-                        pending.append((entry.path, prefix + entry.name + b"/", above | {identity}))
-                    elif (
-                        _leads_to(entry.is_file) or entry.is_symlink()
-                    ):  # a dangling link is an image that cannot be read
-                        extension = os.fsdecode(os.path.splitext(entry.name)[1]).lower()
-                        if extension[1:] in EXTENSIONS:
-                            names.append(prefix + entry.name)
-                        else:
-                            others[printable(extension) or "without extension"] += 1
-        except NotADirectoryError as error:
-            raise DataError(f"{printable(root)} is a file; expected a folder of images") from error
-        except FileNotFoundError as error:
-            raise DataError(f"{printable(os.fsdecode(folder))} does not exist") from error
-        except OSError as error:
-            raise DataError(f"cannot read the folder {printable(os.fsdecode(folder))}: {error.strerror}") from error
-    return names, others
-
-
-def _leads_to(test: Callable[[], bool]) -> bool:
-    """Ask an entry of a folder what it is; a link that leads to itself is nothing."""
-    try:
-        return test()
-    except OSError:
-        return False
 
 
 def _read_file(path: Path) -> bytes:
@@ -326,11 +233,6 @@ def _read_file(path: Path) -> bytes:
     return data
 
 
-def _top_folder(name: str) -> str | None:
-    folder, slash, _ = name.partition("/")
-    return folder if slash else None
-
-
 def _image_and_label(value: Any) -> tuple[Any, str | None]:
     """Take an item of the user's object apart."""
     if isinstance(value, Mapping):
@@ -341,9 +243,7 @@ def _image_and_label(value: Any) -> tuple[Any, str | None]:
         return value, None
     if isinstance(label, np.ndarray | torch.Tensor) and label.ndim == 0:
         label = label.item()
-    return image, None if label is None else str(label)
-
-
-def printable(name: str | os.PathLike[str]) -> str:
-    """A name that every terminal and file can take: bytes that are not UTF-8 read ``\\xNN``."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    # Masks, boxes and one-hot rows are no classes, and the NaN of a table means that there is none.
+    if not isinstance(label, str | bytes | int | float | np.generic | Enum) or label != label:
+        return image, None
+    return image, str(label) or None

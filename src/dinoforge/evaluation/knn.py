@@ -51,10 +51,10 @@ def run_knn(
     backbone: nn.Module,
     untrained: nn.Module | None,
     source: Source,
-    labels: Sequence[str] | None,
+    labels: Sequence[str | None] | None,
     *,
     labels_from: str = "folders",
-    test: tuple[Source, Sequence[str] | None] | None = None,
+    test: tuple[Source, Sequence[str | None] | None] | None = None,
     pixels: bool = True,
     n_splits: int = 5,
     shots: int | None = None,
@@ -67,7 +67,7 @@ def run_knn(
         backbone: the trained network, from float32 images [B, C, H, W] to ``Tokens``.
         untrained: the same architecture as it starts; ``None`` leaves its row out.
         source: the labelled images.
-        labels: one for each image of ``source``.
+        labels: one for each image of ``source``; images without one, None, take no part.
         labels_from: where the labels come from; it stands in the result.
         test: images and labels of a test part; ``None`` makes ``n_splits`` stratified splits of ``source``.
         pixels: whether raw pixels are measured, too.

@@ -41,7 +41,7 @@ class Probe:
 
     Args:
         source: the images.
-        labels: one for each of them.
+        labels: one for each of them; those without one, None, take no part.
         max_images: at most so many take part, drawn at random; fewer where they would take more than 256 MiB.
         seed: of the choice.
         reading: how they are shown to a backbone; see ``dinoforge.features.Reading``.
@@ -51,14 +51,22 @@ class Probe:
     """
 
     def __init__(
-        self, source: Source, labels: Sequence[str], *, max_images: int, seed: int = 0, **reading: Unpack[Reading]
+        self,
+        source: Source,
+        labels: Sequence[str | None],
+        *,
+        max_images: int,
+        seed: int = 0,
+        **reading: Unpack[Reading],
     ) -> None:
         self.source, self.reading = source, reading
         most = min(max_images, _MOST_BYTES // (reading["channels"] * reading["size"] ** 2))
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-        chosen = sorted(order[:most].tolist())
-        number = {label: i for i, label in enumerate(sorted({labels[i] for i in chosen}))}
-        encoded = torch.tensor([number[labels[i]] for i in chosen])
+        labelled = [(i, label) for i, label in enumerate(labels) if label is not None]
+        order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(seed))
+        drawn = [labelled[place] for place in sorted(order[:most].tolist())]
+        chosen = [i for i, _ in drawn]
+        number = {label: i for i, label in enumerate(sorted({label for _, label in drawn}))}
+        encoded = torch.tensor([number[label] for _, label in drawn], dtype=torch.int64)
         has_others = encoded.bincount(minlength=len(number))[encoded] > 1  # nothing tells the class of an only one
         self.indices = [i for i, kept in zip(chosen, has_others.tolist(), strict=True) if kept]
         _, self.labels = encoded[has_others].unique(return_inverse=True)

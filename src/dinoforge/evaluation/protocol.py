@@ -27,9 +27,9 @@ def gather(
     backbone: nn.Module,
     untrained: nn.Module | None,
     source: Source,
-    labels: Sequence[str] | None,
+    labels: Sequence[str | None] | None,
     *,
-    test: tuple[Source, Sequence[str] | None] | None = None,
+    test: tuple[Source, Sequence[str | None] | None] | None = None,
     pixels: bool = True,
     n_splits: int = 5,
     shots: int | None = None,
@@ -38,14 +38,15 @@ def gather(
 ) -> LabelledSets:
     """Reads each image once and embeds it with both networks; see ``run_knn`` for arguments and errors."""
     parts = [_labelled(source, labels), *([_labelled(*test)] if test else [])]
-    _plan([labels for _, labels in parts], n_splits, seed)  # a mistake shows now, not after the long part
+    # A mistake shows now, not after the long part.
+    _plan([list(labels.values()) for _, labels in parts], n_splits, seed)
 
     rows: dict[str, list[Tensor]] = {"pixels": [], "untrained": [], "trained": []}
     kept_labels: list[list[str]] = []
     skipped: list[Skipped] = []
     for images, image_labels in parts:
         keep = pixels or untrained is not None
-        features = extract(backbone, images, range(len(images)), keep_images=keep, **reading)
+        features = extract(backbone, images, list(image_labels), keep_images=keep, **reading)
         rows["trained"].append(features.cls)
         if features.images is not None and untrained is not None:
             rows["untrained"].append(embed(untrained, features.images, **reading))
@@ -160,12 +161,13 @@ def describe(result: Mapping[str, Any]) -> str:
     return f"{result['n']:,} images, labels from {result['labels_from']}{few}; {how}"
 
 
-def _labelled(source: Source, labels: Sequence[str] | None) -> tuple[Source, list[str]]:
+def _labelled(source: Source, labels: Sequence[str | None] | None) -> tuple[Source, dict[int, str]]:
+    """Images, and the labels of those that have one."""
     if labels is None:
         raise DataError("the images have no labels: expected a sub-folder for each class, or a labels file (--labels)")
     if len(labels) != len(source):
         raise DataError(f"expected one label for each of the {len(source)} images, got {len(labels)}")
-    return source, list(labels)
+    return source, {i: label for i, label in enumerate(labels) if label is not None}
 
 
 def _plan(parts: Sequence[Sequence[str]], n_splits: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ def study(
     backbone: Backbone,
     source: Source,
     *,
-    labels: Sequence[str] | None = None,
+    labels: Sequence[str | None] | None = None,
     device: torch.device | None = None,
     seconds: float | None = None,
 ) -> Learned:
@@ -98,7 +98,8 @@ def study(
     Args:
         backbone: the network; moved to ``device``.
         source: the images.
-        labels: one for each image; by default those that the source gives with the images.
+        labels: one for each image; by default those that the source gives with the images. Where most images have
+            one, the others are left out of the sample.
         device: where to compute; by default the CPU.
         seconds: after which no further image is read, and one that takes as long is given up; by default all of the
             sample are read, however long that takes.
@@ -135,6 +136,10 @@ def study(
         missing.append(f"{len(reasons)} of {looked} sampled images cannot be read, such as {reasons[0]}.")
     if not rows:
         raise DataError(f"none of {looked} sampled images can be read, such as {reasons[0]}")
+    labelled = [row for row in rows if row[2] is not None]
+    if len(rows) > len(labelled) > len(rows) / 2:
+        missing.append(f"Of the sampled images {len(rows) - len(labelled)} without a label are left out.")
+        rows = labelled
     found = [label for _, _, label, _ in rows if label is not None]
     known = found if len(found) == len(rows) else None
     shown = torch.stack([pixels for *_, pixels in rows])  # [n, C, S, S]

@@ -43,7 +43,7 @@ class Run:
         masks: what was measured on the masks, in words.
         skipped: lines on images that could not be read.
         data: the training's batches.
-        labels: of the images, where they are not in the data itself.
+        labels: of the images, where they are not in the data itself; None for those without one.
         backbone: the EMA teacher of the newest checkpoint.
         device: where to compute.
         seconds: that reading images may take.
@@ -63,7 +63,7 @@ class Run:
     masks: Mapping[str, str] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
     data: TrainingData | None = None
-    labels: Sequence[str] | None = None
+    labels: Sequence[str | None] | None = None
     backbone: Backbone | None = None
     device: torch.device | None = None
     seconds: float | None = None

@@ -7,6 +7,7 @@ import torch
 
 from dinoforge import distributed
 from dinoforge.config import Recipe
+from dinoforge.data.folders import describe
 from dinoforge.data.loader import DataSummary
 from dinoforge.optim.schedules import Schedules
 from dinoforge.student_teacher import StudentTeacher
@@ -144,6 +145,7 @@ def render(plan: Plan, *, data_path: str, out: str) -> str:
     }
     lines = {
         "data": f"{plan.data.count:,} images in {data_path}: {_sizes(plan.data)}",
+        **({"left out": describe(plan.data.left_out)} if plan.data.left_out else {}),
         "crops": f"2 × {side}²{local} pixels, {_count_of(s.in_chans, 'channel')}",
         "model": (
             f"{s.arch}: width {embed_dim}, {depth} blocks, {heads} heads, patch {s.patch_size} → "

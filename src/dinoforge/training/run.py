@@ -31,6 +31,7 @@ import torch
 from dinoforge import __version__
 from dinoforge.config import FREE_KEYS, Recipe, differences, dump, load_recipe
 from dinoforge.data.loader import DataSummary
+from dinoforge.data.names import in_table, printable
 from dinoforge.errors import RunError
 from dinoforge.files import write_text, writing_error
 
@@ -179,8 +180,8 @@ class RunDirectory:
         write_text(self._recipe, dump(recipe))
 
     def list_skipped(self, images: Iterable[tuple[str, str]], *, first: bool = False) -> None:
-        """Appends names and reasons to the list of unreadable images; ``first`` starts the list anew."""
-        lines = [f"{name}\t{reason}\n" for name, reason in images]
+        """Appends printable names and reasons to the list of unreadable images; ``first`` starts the list anew."""
+        lines = [f"{in_table(name)}\t{in_table(printable(reason))}\n" for name, reason in images]
         try:
             if lines or (first and self.skipped.exists()):
                 with self.skipped.open("w" if first else "a", encoding="utf-8") as file:
