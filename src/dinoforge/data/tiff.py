@@ -345,15 +345,12 @@ def _values(found: _Found, data: bytes, where: tuple[Any, ...]) -> Values:
     key, series = found.key, found.pages
     if series is None:
         _check_complete([key], data)
+        if key.is_contiguous:
+            return _as_it_lies(found, data, key.dataoffsets[0], where)
         values: Values = np.asarray(key.asarray(maxworkers=1))[where]
         return values
-    if series.dataoffset is not None:  # values lie one after the other
-        dtype = np.dtype(series.dtype).newbyteorder(key.parent.byteorder)
-        size = math.prod(found.shape)
-        if series.dataoffset + size * dtype.itemsize > len(data):
-            raise ImageError(f"truncated: {len(data)} bytes, {series.dataoffset + size * dtype.itemsize} expected")
-        values = np.frombuffer(data, dtype, size, series.dataoffset).reshape(found.shape)[where]
-        return values.astype(dtype.newbyteorder("="), copy=False)
+    if series.dataoffset is not None:
+        return _as_it_lies(found, data, series.dataoffset, where)
     pages = [series[i] for i in range(len(series))]
     if any(page is None for page in pages):
         raise ImageError("its metadata names planes that are not in the file: keep each image in a file of its own")
@@ -369,6 +366,18 @@ def _values(found: _Found, data: bytes, where: tuple[Any, ...]) -> Values:
     values = np.stack([np.asarray(page.asarray(maxworkers=1)) for page in flat])
     values = values.reshape(*np.shape(chosen), *tail)
     return values[(..., *where[len(lead) :])]
+
+
+def _as_it_lies(found: _Found, data: bytes, start: int, where: tuple[Any, ...]) -> Values:
+    """View values that are stored without compression, one after the other, at an index of the image's axes."""
+    dtype = np.dtype(found.key.dtype).newbyteorder(found.key.parent.byteorder)
+    size = math.prod(found.shape)
+    if start + size * dtype.itemsize > len(data):
+        raise ImageError(f"truncated: {len(data)} bytes, {start + size * dtype.itemsize} expected")
+    values: Values = np.frombuffer(data, dtype, size, start).reshape(found.shape)[where]
+    if dtype.isnative and values.flags.aligned:
+        return values
+    return values.astype(dtype.newbyteorder("="))
 
 
 def _check_complete(pages: Sequence[Any], data: bytes) -> None:

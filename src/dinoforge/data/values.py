@@ -2,9 +2,9 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import cv2
 import numpy as np
@@ -15,6 +15,17 @@ from dinoforge.errors import ImageError
 UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 Pair = tuple[float, float]
+
+
+class Decoding(TypedDict, total=False):
+    """Keywords of ``dinoforge.data.decode.decode`` that hold for all images of a data set."""
+
+    sixteen_bit: str
+    max_pixels: int
+    value_range: Pair | tuple[Pair, ...] | None
+    nodata: float | None
+    fill: int
+    plane: int | Literal["max"] | None
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,7 @@ def pairs_of(flat: Sequence[float] | None) -> Pair | tuple[Pair, ...] | None:
     """The recipe's low, high, or such pairs one after the other, as ``decode`` takes them."""
     if flat is None:
         return None
-    pairs = tuple(zip(flat[::2], flat[1::2], strict=True))
+    pairs: tuple[Pair, ...] = tuple(zip(flat[::2], flat[1::2], strict=True))
     return pairs[0] if len(pairs) == 1 else pairs
 
 
@@ -128,7 +139,7 @@ def _levels(samples: Samples, scaling: Scaling) -> UInt8:
     values = samples.values
     if values.dtype == np.bool_:
         levels = values.astype(np.uint8) * np.uint8(255)
-        return _filled(levels, missing(samples), scaling.fill)
+        return _filled(levels, missing(samples), scaling.fill, values)
     if values.dtype.kind not in "iuf":
         raise ImageError(f"expected integer or float values, got {values.dtype}")
     gone = missing(samples, scaling.nodata)
@@ -139,14 +150,15 @@ def _levels(samples: Samples, scaling: Scaling) -> UInt8:
         levels = _by_own_range(values, gone)
     else:
         levels = _by_type(values, gone, samples.limit)
-    return _filled(levels, gone, scaling.fill)
+    return _filled(levels, gone, scaling.fill, values)
 
 
-def _filled(levels: UInt8, gone: Bool | None, fill: int) -> UInt8:
+def _filled(levels: UInt8, gone: Bool | None, fill: int, image: npt.NDArray[Any]) -> UInt8:
     if gone is None:
         return levels
-    levels = levels.copy()  # they may be the image itself
-    levels[np.broadcast_to(gone, levels.shape)] = fill
+    if not levels.flags.owndata or not levels.flags.writeable or levels is image:
+        levels = levels.copy()  # not the image itself
+    np.copyto(levels, np.uint8(fill), where=gone)
     return levels
 
 
@@ -219,9 +231,20 @@ def _by_type(values: npt.NDArray[Any], gone: Bool | None, limit: int | None) -> 
 
 def _sixteen_bits(values: npt.NDArray[Any]) -> UInt8:
     """round(value / 257); 257 is odd, so there are no ties, and single precision is exact."""
+    return _by_rows(lambda rows: cv2.convertScaleAbs(rows, alpha=1 / 257), values)
+
+
+def _by_rows(change: Callable[[npt.NDArray[Any]], Any], values: npt.NDArray[Any]) -> UInt8:
+    """Turn every value of [H, W, C] into a level by a function of an array of two axes.
+
+    Values that lie plane by plane are taken in that order: to interleave their levels takes less than half as long.
+    """
     height, width, channels = values.shape
-    flat = np.ascontiguousarray(values).reshape(height, width * channels)
-    return np.asarray(cv2.convertScaleAbs(flat, alpha=1 / 257), np.uint8).reshape(values.shape)
+    planes = np.moveaxis(values, -1, 0)
+    if channels > 1 and planes.flags.c_contiguous:
+        return np.asarray(cv2.merge([np.asarray(change(plane)) for plane in planes]), np.uint8)
+    rows = np.ascontiguousarray(values).reshape(height, width * channels)
+    return np.asarray(change(rows), np.uint8).reshape(values.shape)
 
 
 def _by_own_range(values: npt.NDArray[Any], gone: Bool | None) -> UInt8:
@@ -239,7 +262,7 @@ def _by_own_range(values: npt.NDArray[Any], gone: Bool | None) -> UInt8:
 def _by_ranges(values: npt.NDArray[Any], pairs: tuple[Pair, ...]) -> UInt8:
     if len(pairs) == 1:
         return _linear(values, *pairs[0])
-    return np.stack([_linear(values[:, :, i], *pair) for i, pair in enumerate(pairs)], axis=2)
+    return np.concatenate([_linear(values[:, :, i : i + 1], *pair) for i, pair in enumerate(pairs)], axis=2)
 
 
 def _linear(values: npt.NDArray[Any], low: float, high: float) -> UInt8:
@@ -269,8 +292,7 @@ def _table(dtype: str, low: float, high: float) -> UInt8:
 def _look_up(values: npt.NDArray[Any], table: UInt8) -> UInt8:
     if values.dtype == np.uint16 and not _cv2_has_wide_tables():
         return np.asarray(table[values])
-    flat = np.ascontiguousarray(values).reshape(values.shape[0], -1)
-    return np.asarray(cv2.LUT(flat, table), np.uint8).reshape(values.shape)
+    return _by_rows(lambda rows: cv2.LUT(rows, table), values)
 
 
 @functools.cache
