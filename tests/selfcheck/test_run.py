@@ -87,7 +87,7 @@ def test_a_crash_is_a_failure_with_the_last_words(parts):
 
 
 def test_a_hang_is_a_failure_at_the_deadline(parts):
-    parts(seconds=8, one=HANG)
+    parts(seconds=5, one=HANG)
     first, hang = run.selfcheck().lines
     assert first.status == "ok"
     assert hang.status == "FAIL"

@@ -73,6 +73,7 @@ def _out_of_memory(settings: Settings, device: torch.device) -> Line:
     images, out = make_images(settings.folder / "images", of_each=12), settings.folder / "run"
     keys = [f"device={device}", "train.steps=20", "train.batch_size_per_gpu=24", "report.every_minutes=null"]
     keys += ["dino.head_n_prototypes=32768"]  # so that there is something to be saved
+    keys += ["train.threads=1"] if device.type == "cpu" else []
     fault = Fault("memory", str(images), str(out), tuple(keys))
     command = ["dinoforge", "selfcheck", "--fault", json.dumps(fault.as_json())]
     with Program(command, settings.folder, seconds=_SECONDS) as program:

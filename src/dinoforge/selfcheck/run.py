@@ -17,8 +17,8 @@ from dinoforge.selfcheck.processes import Ended, Program
 from dinoforge.selfcheck.settings import Settings
 
 _LOOK_SECONDS = 0.05
-_BESIDE = {"steps": ("placement",)}
-"""Parts that are started together, since neither has a time or a size to measure, and each keeps one thread busy."""
+_BESIDE = {"steps": ("placement",), "ranks": ("memory",)}
+"""Parts that are started together: neither measures a time that matters, and often each keeps one thread busy."""
 _LONGEST_FOLDER = 103 - len("/pymp-12345678/listener-12345678")
 """In which multiprocessing can make its sockets, whose paths may have so many characters."""
 _ONE_THREAD = ("placement", "memory")
