@@ -488,6 +488,8 @@ def test_a_range_clips_and_holds_for_eight_bits_too() -> None:
     grey = np.array([[0, 50, 100, 255]], np.uint8)
     for image in (grey, encoded(Image.fromarray(grey))):
         assert decode(image, channels=1, value_range=(0, 100)).ravel().tolist() == [0, 128, 255, 255]
+        # The range of deeper images in the same folder would make it black.
+        assert decode(image, channels=1, value_range=(0, 10_000)).ravel().tolist() == [0, 50, 100, 255]
 
 
 def test_alpha_has_no_range() -> None:

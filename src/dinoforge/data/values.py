@@ -144,7 +144,7 @@ def _levels(samples: Samples, scaling: Scaling) -> UInt8:
         raise ImageError(f"expected integer or float values, got {values.dtype}")
     gone = missing(samples, scaling.nodata)
     pairs = scaling.pairs(values.shape[2])
-    if pairs:
+    if pairs and not (values.dtype == np.uint8 and max(high for _, high in pairs) > 255):
         levels = _by_ranges(values, pairs)
     elif scaling.sixteen_bit == "minmax" and values.dtype != np.uint8:
         levels = _by_own_range(values, gone)
