@@ -37,6 +37,8 @@ def another(key, value, hint):
         return "7%"
     if key == "augment.blur_probability":
         return (0.1, 0.2, 0.3)
+    if key == "data.range":
+        return (0.0, 4095.0)
     if isinstance(value, bool):
         return not value
     if isinstance(value, tuple):

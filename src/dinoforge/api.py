@@ -33,12 +33,14 @@ from dinoforge.config import (
 )
 from dinoforge.data.batch import normalize, prepare
 from dinoforge.data.crops import resize
-from dinoforge.data.decode import MAX_PIXELS, decode
+from dinoforge.data.decode import decode
 from dinoforge.data.labels import Labels, label_table, labels_of
 from dinoforge.data.loader import STOP_SIGNALS, Skipped, inspect, make_loader
 from dinoforge.data.sources import Source, open_source
+from dinoforge.data.survey import MeasuredRange, measure_range
+from dinoforge.data.values import plane_of
 from dinoforge.diagnosis import Finding, diagnose
-from dinoforge.errors import DataError, DinoforgeError, RecipeError, RunError, WeightsError
+from dinoforge.errors import DataError, DinoforgeError, ImageError, RecipeError, RunError, WeightsError
 from dinoforge.evaluation.classifiers import ClassifierResult, Method, run_classifier
 from dinoforge.evaluation.knn import KnnResult, run_knn
 from dinoforge.evaluation.probe import Probe
@@ -181,6 +183,7 @@ def _train_together(
         resolved, ignored = distributed.from_first(lambda: resolve(recipe, keys, run))
         source = open_source(images)
     resolved = build.with_batch_cut(resolved, world_size=distributed.world_size())
+    resolved, measured = distributed.from_first(lambda: _with_range(resolved, source, run))
     identity = DataIdentity(os.path.abspath(data_name), len(source), source.fingerprint())
     plan = _plan(resolved, source)
     # Only the first looks, since the others might see what it writes.
@@ -188,6 +191,10 @@ def _train_together(
     known = distributed.from_first(lambda: _labels(labels, source, resolved))
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     say(plans.render(plan, data_path=data_name, out=str(run.path)))
+    if measured is None and "data.range" in choices and not run.exists:
+        say(f"values   {choices['data.range'].reason}")
+    elif measured is not None:
+        say(f"values   {measured}")
     for text in filter(None, (known.said, *known.notes)):
         say(f"labels   {text}")
     if choices and dry_run:
@@ -642,6 +649,7 @@ def bench(
     images, keys = _images_and_keys(images, keys)
     source = open_source(images)
     resolved = auto_recipe(source, **keys)[0] if recipe == "auto" else resolve(recipe, keys)[0]
+    resolved, _ = _with_range(resolved, source)
     devices.use_expandable_segments(devices.rank_device(resolved.device))
     plan = _plan(build.with_batch_cut(resolved, world_size=1), source)
     with (
@@ -673,12 +681,13 @@ def _auto_recipe(
 ) -> tuple[Recipe, dict[str, str], dict[str, auto.Choice]]:
     said = converted(given)
     channels = said.get("student.in_chans") or auto.guess_channels(source)
-    summary = inspect(
-        source,
-        channels=channels,
-        sixteen_bit=said.get("data.sixteen_bit", "full"),
-        max_pixels=said.get("data.max_pixels", MAX_PIXELS),
-    )
+    values_said = {f"data.{key}": said[f"data.{key}"] for key in _OF_VALUES if f"data.{key}" in said}
+    base, _ = load_recipe(auto.BASE, values_said | {"student.in_chans": channels, "data.mean": 0.5, "data.std": 0.5})
+    base, measured = _with_range(base, source, run)
+    summary = inspect(source, channels=channels, decoding=build.image_input(base).decoding)
+    found = {} if base.data.range is None or "data.range" in said else {
+        "data.range": auto.Choice(base.data.range, str(measured or "as the run began"))
+    }
     device = devices.resolve_device(said.get("device", "auto"))
     facts = auto.facts_of(summary, str(device), distributed.world_size())
     timed: dict[str, Any] = {}
@@ -687,7 +696,7 @@ def _auto_recipe(
         if begun is not None:
             timed = {"train.steps": begun}  # a second measurement would give another number
         else:
-            sample = auto.choose(facts, given | {"train.steps": auto.LONG})
+            sample = auto.choose(facts, given | {"train.steps": auto.LONG}) | found
             values = {key: choice.value for key, choice in sample.items()}
             recipe, _ = load_recipe(auto.BASE, values | given | {"train.steps": auto.LONG})
             # All ranks time it, since a step has to do with all of them, and the slowest is waited for.
@@ -696,16 +705,44 @@ def _auto_recipe(
                 own = benchmarks.seconds_per_step(recipe, source)
             seconds = max(distributed.all_ranks(own))
             timed = {"train.steps": max(int(60 * said["train.max_minutes"] / seconds), 1)}
-    choices = auto.choose(facts, given | timed)
+    choices = auto.choose(facts, given | timed) | found
     if timed:
         choices["train.steps"] = auto.Choice(timed["train.steps"], "as many as fit into train.max_minutes")
     recipe, ignored = load_recipe(auto.BASE, {key: choice.value for key, choice in choices.items()} | given)
     return recipe, ignored, choices
 
 
+_OF_VALUES = ("range", "sixteen_bit", "nodata", "fill", "plane", "max_pixels")
+"""Keys of the section ``data`` that say how values become pixels."""
+
+
+def _with_range(
+    recipe: Recipe, source: Source, run: RunDirectory | None = None
+) -> tuple[Recipe, MeasuredRange | None]:
+    """The recipe with a ``data.range`` for images of more than 8 bits, and how it was found if it was measured now.
+
+    A run that has begun keeps what it had, also none, as runs of earlier versions have.
+    """
+    data = recipe.data
+    if data.range is not None or data.sixteen_bit == "minmax":
+        return recipe, None
+    if run is not None and run.exists:
+        return replace(recipe, data=replace(data, range=run.recipe().data.range)), None
+    measured = measure_range(
+        source,
+        channels=recipe.student.in_chans,
+        max_pixels=data.max_pixels,
+        nodata=data.nodata,
+        plane=plane_of(data.plane),
+    )
+    if measured is None:
+        return recipe, None
+    return replace(recipe, data=replace(data, range=(measured.low, measured.high))), measured
+
+
 def _plan(recipe: Recipe, source: Source) -> plans.Plan:
     image = build.image_input(recipe)
-    summary = inspect(source, channels=image.in_chans, sixteen_bit=image.sixteen_bit, max_pixels=image.max_pixels)
+    summary = inspect(source, channels=image.in_chans, decoding=image.decoding)
     return plans.make_plan(recipe, summary)
 
 
@@ -788,8 +825,7 @@ def _examples(
                 decode(
                     source.item(index).image,
                     channels=image.in_chans,
-                    sixteen_bit=image.sixteen_bit,
-                    max_pixels=image.max_pixels,
+                    **image.decoding,
                 )
                 for index in (0, len(source) // 2)
             ]
@@ -809,6 +845,40 @@ def _examples(
         return torch.randn(2, image.in_chans, *size, generator=torch.Generator().manual_seed(0))
 
     return draw, shown
+
+
+def read_image(
+    image: Any, channels: int | None = None, **keys: Any
+) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:
+    """The pixels that training sees of an image, before any crop: uint8 [H, W, C].
+
+    Args:
+        image: a path, encoded bytes, an array [H, W] or [H, W, C], a tensor [C, H, W] or a PIL image.
+        channels: C; by default as many as the image has.
+        keys: those of the section ``data`` that say how values become pixels: ``range``, ``sixteen_bit``, ``nodata``,
+            ``fill``, ``plane`` and ``max_pixels``. Without ``range`` none is measured.
+
+    Raises:
+        ImageError: no readable image, or one that the rules refuse; see ``dinoforge.data.decode``.
+        RecipeError: other keys, or values that they cannot have.
+    """
+    said = {name.removeprefix("data."): value for name, value in _flat_keys(keys).items()}
+    if other := [name for name in said if name not in _OF_VALUES]:
+        raise RecipeError(f"{', '.join(other)}: expected {', '.join(_OF_VALUES)}")
+    if said.get("range") is not None:
+        said["range"] = np.ravel(said["range"]).tolist()
+    if isinstance(said.get("plane"), int):
+        said["plane"] = str(said["plane"])
+    pairs = {"student.in_chans": max(len(said.get("range") or ()) // 2, 1), "data.mean": 0.5, "data.std": 0.5}
+    checked, _ = load_recipe(auto.BASE, {f"data.{name}": value for name, value in said.items()} | pairs)
+    if isinstance(image, str | Path):
+        path = image
+        try:
+            image = Path(path).read_bytes()
+        except OSError as error:
+            raise ImageError(f"{path} cannot be read: {error.strerror}") from error
+    pixels: np.ndarray[Any, Any] = decode(image, channels=channels, **build.image_input(checked).decoding)
+    return pixels
 
 
 def embed(
@@ -1178,12 +1248,12 @@ def _reading(
         channels=image.in_chans,
         mean=image.mean,
         std=image.std,
-        sixteen_bit=image.sixteen_bit,
-        max_pixels=image.max_pixels,
         center_crop=settings.crop,
         device=device,
         autocast=None if precision is torch.float32 else precision,
+        batch_size=64,
         num_workers=0,
+        **image.decoding,
     )
 
 

@@ -171,7 +171,15 @@ class Data:
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's, on the range 0..1; one value serves all channels
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    sixteen_bit: Literal["full", "minmax"] = "full"  # full: value / 257; minmax: each image's own range
+    range: tuple[float, ...] | None = (
+        None  # low, high that become 0 and 255; or a pair for each channel; null: measured
+    )
+    sixteen_bit: Literal["full", "minmax"] = "full"  # without a range: full: value / 257; minmax: each image's own
+    nodata: float | None = None  # a value that means no data, beside the file's own
+    fill: int = 0  # level of what has no data, 0 to 255
+    plane: str | None = (
+        None  # of a file with several (z, time): its number from 0, or max: the brightest; null: the first
+    )
     max_pixels: int = 178_956_970  # larger images are refused
     reduced_decode: bool = False  # decode a large JPEG only at the scale that its crops need
     max_bad_share: float = 0.1  # of the images; above it the run stops
@@ -613,6 +621,7 @@ def _validate(recipe: Recipe) -> None:
         not_negative = key.endswith(("_weight", "_epochs", "_probability", "weight_decay", "_lr", "_flip"))
         if not_negative and isinstance(value, float):
             _require(value >= 0, f"{key}: expected 0 or more, got {value:g}")
+    _validate_values(recipe.data)
     for key in (
         "optim.weight_decay_end optim.clip_grad optim.patch_embed_lr_mult student.layerscale "
         "student.interpolate_offset student.num_register_tokens augment.brightness augment.contrast augment.saturation "
@@ -696,6 +705,23 @@ def _validate(recipe: Recipe) -> None:
     sharded = recipe.parallel.mode in ("fsdp", "hsdp")
     _require(not (sharded and recipe.precision == "fp16"), "precision=fp16 cannot be sharded: set precision=bf16")
     _require(recipe.train.seed < 2**63, "train.seed: expected less than 2^63")
+
+
+def _validate_values(data: Data) -> None:
+    """How values become pixels."""
+    if data.range is not None:
+        pairs = list(zip(data.range[::2], data.range[1::2], strict=False))
+        fits = len(data.range) % 2 == 0 and all(float("-inf") < a < b < float("inf") for a, b in pairs)
+        _require(
+            fits and bool(pairs),
+            f"data.range: expected low, high with low < high, or such a pair for each channel, got {list(data.range)}",
+        )
+    _require(0 <= data.fill <= 255, f"data.fill: expected a level from 0 to 255, got {data.fill}")
+    plane = data.plane
+    _require(
+        plane is None or plane == "max" or plane.isdecimal(),
+        f"data.plane: expected a number from 0 or max, got {plane!r}",
+    )
 
 
 def _validate_sizes(recipe: Recipe) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict, Unpack
+from typing import NotRequired, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from dinoforge.data.batch import normalize
 from dinoforge.data.crops import whole
 from dinoforge.data.decode import decode
 from dinoforge.data.sources import Source, printable
+from dinoforge.data.values import Decoding
 from dinoforge.errors import DataError, ImageError, WeightsError
 from dinoforge.models.vit import Tokens
 
@@ -20,20 +21,23 @@ from dinoforge.models.vit import Tokens
 MAX_KEPT_BYTES = 8 * 2**30
 
 
-class Reading(TypedDict):
+class Reading(Decoding):
     """How images are read and shown to a backbone: the keywords of ``extract``."""
 
     size: int  # side in pixels
     channels: int
     mean: Sequence[float]  # per channel, on the range 0..1
     std: Sequence[float]
-    sixteen_bit: str  # see dinoforge.data.decode
-    max_pixels: int  # larger images are refused
     center_crop: NotRequired[bool]  # default false: the whole image, resized
     device: NotRequired[torch.device]  # default: the CPU
     autocast: NotRequired[torch.dtype | None]  # default none: float32 throughout
     batch_size: NotRequired[int]  # default 64
     num_workers: NotRequired[int]  # default 0: images are read in this process
+
+
+def decoding_of(reading: Reading) -> Decoding:
+    """How values become pixels, of it."""
+    return cast(Decoding, {key: value for key, value in reading.items() if key in Decoding.__annotations__})
 
 
 @dataclass(frozen=True)
@@ -188,8 +192,7 @@ class _Images(Dataset[tuple[int, Tensor | str]]):
             array = decode(
                 self.source.item(index).image,
                 channels=reading["channels"],
-                sixteen_bit=reading["sixteen_bit"],
-                max_pixels=reading["max_pixels"],
+                **decoding_of(reading),
             )
             return index, whole(array, reading["size"], center_crop=reading.get("center_crop", False))
         except ImageError as error:

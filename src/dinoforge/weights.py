@@ -16,6 +16,7 @@ from dinoforge.data.batch import normalize
 from dinoforge.data.crops import whole
 from dinoforge.data.decode import MAX_PIXELS, decode
 from dinoforge.data.sources import RawImage
+from dinoforge.data.values import Decoding, pairs_of, plane_of
 from dinoforge.errors import ImageError, WeightsError
 from dinoforge.files import write_atomically
 from dinoforge.models.layouts import architecture_of, misfits, official_names
@@ -34,6 +35,22 @@ class ImageInput:
     std: tuple[float, ...]
     sixteen_bit: str
     max_pixels: int
+    range: tuple[float, ...] | None = None  # files of earlier versions do not say it, nor what follows
+    nodata: float | None = None
+    fill: int = 0
+    plane: str | None = None
+
+    @property
+    def decoding(self) -> Decoding:
+        """How values become pixels."""
+        return Decoding(
+            sixteen_bit=self.sixteen_bit,
+            max_pixels=self.max_pixels,
+            value_range=pairs_of(self.range),
+            nodata=self.nodata,
+            fill=self.fill,
+            plane=plane_of(self.plane),
+        )
 
 
 class Backbone(nn.Module):
@@ -107,9 +124,7 @@ class Backbone(nn.Module):
             except OSError as error:
                 raise ImageError(f"{path} cannot be read: {error.strerror}") from error
         expected = self.image
-        pixels = decode(
-            image, channels=expected.in_chans, sixteen_bit=expected.sixteen_bit, max_pixels=expected.max_pixels
-        )
+        pixels = decode(image, channels=expected.in_chans, **expected.decoding)
         squared = whole(pixels, size or expected.size, center_crop=center_crop)
         return normalize(squared[None], expected.mean, expected.std)[0]
 
@@ -224,8 +239,9 @@ def _load_own(path: Path, header: Mapping[str, str], tensors: dict[str, Any], gi
         raise WeightsError(f"{path} has the format {header['format']}: a newer dinoforge wrote it")
     try:
         architecture = json.loads(header["architecture"])
-        image = json.loads(header["image"])
-        image = ImageInput(**image | {"mean": tuple(image["mean"]), "std": tuple(image["std"])})
+        image = dict(json.loads(header["image"]))
+        lists = {key: tuple(image[key]) for key in ("mean", "std", "range") if image.get(key)}
+        image = ImageInput(**image | lists)
         network = _network(path, architecture, tensors)
         metadata = json.loads(header.get("metadata", "{}"))
         backbone = Backbone(network, architecture, image, int(header["step"]), metadata=metadata)

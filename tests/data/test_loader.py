@@ -348,7 +348,7 @@ def test_inspect_mixed_and_bad() -> None:
     assert summary.values == (0, 9)
     assert set(summary.modes) == {("uint16 x1", 1), ("uint8 x3", 1)}
     assert [(index, name) for index, name, _ in summary.failures] == [(1, "item 1")]
-    with pytest.raises(DataError, match=r"none of 2 images.*item 0: not an image"):
+    with pytest.raises(DataError, match=r"none of 2 images.*item 0: is text, not an image"):
         inspect(SequenceSource([b"?", b"!"]))
 
 

@@ -24,8 +24,9 @@ Depth: 8-bit values are not rescaled. Deeper ones are, by the rule `sixteen_bit`
 - ``full``: integers 0…65535 become round(value / 257), so 65535 → 255; a file that says that it has 12 bits has 4095 →
   255; floats 0…1 become round(255 · value). Values outside are refused, never clipped.
 - ``minmax``: each image's own minimum…maximum, over all channels, becomes 0…255. A constant image becomes 0.
-- A `value_range`, of all channels or of each, wins over both, and holds for 8-bit values, too. It is that of a whole
-  data set, so values outside are clipped to it, infinite ones as well; without it infinity is refused.
+- A `value_range`, of all channels or of each, wins over both. It is that of a whole data set, so values outside are
+  clipped to it, infinite ones as well; without it infinity is refused. It holds for 8-bit values, too, unless it goes
+  beyond 255: then it is meant for the deeper images among them.
 """
 
 import functools
@@ -141,6 +142,35 @@ def describe(image: AnImage, channels: int | None = None) -> tuple[int, int, str
         if not known and _orientation(picture) >= 5:
             width, height = height, width
         return width, height, mode
+
+
+def raw(
+    image: AnImage,
+    *,
+    channels: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    plane: int | Literal["max"] | None = None,
+) -> Samples | None:
+    """The values of an image before they become levels; None for a picture of 8 bits.
+
+    Args:
+        image, channels, max_pixels, plane: As for `decode`.
+
+    Raises:
+        ImageError: As `decode`.
+    """
+    if isinstance(image, Image.Image):
+        image = _file_behind(image)
+    if not isinstance(image, bytes | Image.Image):
+        return Samples(_as_array(image))
+    with _reading(max_pixels, image if isinstance(image, bytes) else b""):
+        found = _read(image, channels, plane, max_pixels) if isinstance(image, bytes) else image
+        if isinstance(found, Samples):
+            return found
+        if not (found.mode.startswith("I") or found.mode == "F"):
+            return None
+        check_size(*found.size, max_pixels)
+        return Samples(np.asarray(found)[:, :, np.newaxis], colour=1)
 
 
 def channels_said(kind: str) -> int | None:

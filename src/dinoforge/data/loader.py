@@ -27,9 +27,10 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dinoforge.data.batch import Batch, collate_photometry, masked_patches
 from dinoforge.data.crops import CropParameters, MultiCrop, on_reduced, reduction
-from dinoforge.data.decode import MAX_PIXELS, decode, describe
+from dinoforge.data.decode import decode, describe
 from dinoforge.data.photometry import Photometry
 from dinoforge.data.sources import Source, printable
+from dinoforge.data.values import Decoding
 from dinoforge.errors import DataError, ImageError, WorkerError
 
 MAX_ATTEMPTS = 10
@@ -111,8 +112,7 @@ class TrainingData(Dataset[Batch | Failure]):
         masks: Draws the masks of all global crops of a global batch.
         patch_size: Edge of a patch, pixels; the global crop size is a multiple of it.
         channels: Channels of the images, C.
-        sixteen_bit: How values deeper than 8 bits are scaled, see `decode`.
-        max_pixels: Larger images are refused, see `decode`.
+        decoding: Further keywords of `decode`: how values become pixels, and what is refused.
         reduced_decode: Decode large JPEG files at the smallest scale that no crop has to be enlarged from.
         photometry: Change colours here. If False, batches tell what remains to be done, see `Batch.photometry`.
         seed: The run's seed.
@@ -129,8 +129,7 @@ class TrainingData(Dataset[Batch | Failure]):
         *,
         patch_size: int,
         channels: int = 3,
-        sixteen_bit: str = "full",
-        max_pixels: int = MAX_PIXELS,
+        decoding: Decoding | None = None,
         reduced_decode: bool = False,
         photometry: bool = True,
         seed: int,
@@ -146,8 +145,7 @@ class TrainingData(Dataset[Batch | Failure]):
         self.masks = masks
         self.grid = (crops.global_size // patch_size,) * 2
         self.channels = channels
-        self.sixteen_bit = sixteen_bit
-        self.max_pixels = max_pixels
+        self.decoding = decoding or Decoding()
         self.reduced_decode = reduced_decode
         self.photometry = photometry
         self.seed = seed
@@ -212,7 +210,7 @@ class TrainingData(Dataset[Batch | Failure]):
 
     def _read(self, index: int, rng: np.random.Generator) -> tuple[npt.NDArray[np.uint8], list[CropParameters]]:
         """Decode an image and draw its crops."""
-        read = partial(decode, channels=self.channels, sixteen_bit=self.sixteen_bit, max_pixels=self.max_pixels)
+        read = partial(decode, channels=self.channels, **self.decoding)
         data = self.source.item(index).image
         if not (self.reduced_decode and isinstance(data, bytes)):
             image = read(data)
@@ -507,15 +505,15 @@ def inspect(
     source: Source,
     *,
     channels: int = 3,
-    sixteen_bit: str = "full",
-    max_pixels: int = MAX_PIXELS,
+    decoding: Decoding | None = None,
     samples: int = 16,
 ) -> DataSummary:
     """Decode a few evenly spaced images, before any work starts.
 
     Args:
         source: The images.
-        channels, sixteen_bit, max_pixels: As for `decode`.
+        channels: Wanted.
+        decoding: Further keywords of `decode`.
         samples: Images to look at.
 
     Raises:
@@ -529,7 +527,7 @@ def inspect(
     for index in indices:
         try:
             image = source.item(index).image
-            pixels = decode(image, channels=channels, sixteen_bit=sixteen_bit, max_pixels=max_pixels)
+            pixels = decode(image, channels=channels, **(decoding or Decoding()))
             modes[describe(image)[2]] += 1
         except ImageError as error:
             failures.append((index, printable(source.name(index)), str(error)))

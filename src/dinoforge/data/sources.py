@@ -212,7 +212,8 @@ class SequenceSource:
         without = [index for index, item in enumerate(self._items) if _image_and_label(item)[1] is None]
         if len(without) == len(self):
             return "the items hold no text or number beside the image"
-        return f"{len(without):,} of {len(self):,} items have no text or number beside the image, such as {self.name(without[0])}"
+        first = self.name(without[0])
+        return f"{len(without):,} of {len(self):,} items have no text or number beside the image, such as {first}"
 
     def fingerprint(self) -> str:
         """Hash of the number of items and of the paths, where a list of paths names them."""

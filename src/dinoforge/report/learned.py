@@ -150,8 +150,7 @@ def study(
         channels=image.in_chans,
         mean=image.mean,
         std=image.std,
-        sixteen_bit=image.sixteen_bit,
-        max_pixels=image.max_pixels,
+        **image.decoding,
         device=device,
     )
     tokens = torch.cat([m.tokens for m in maps])
@@ -192,7 +191,7 @@ def _read(
 
     def read(index: int) -> tuple[npt.NDArray[np.uint8], str | None]:
         item = source.item(index)
-        pixels = decode(item.image, channels=image.in_chans, sixteen_bit=image.sixteen_bit, max_pixels=image.max_pixels)
+        pixels = decode(item.image, channels=image.in_chans, **image.decoding)
         return pixels, item.label
 
     started = time.monotonic()

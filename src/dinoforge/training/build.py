@@ -102,7 +102,7 @@ def adopted(given: Backbone, recipe: Recipe) -> dict[str, Any]:
     network = {n: p.default for n, p in signature.items() if p.default is not p.empty} | given.architecture
     values = {f"student.{key}": network[key] for key in signature if key != "image_size"}
     values |= {"student.arch": "vit_custom"}
-    values |= {f"data.{key}": getattr(given.image, key) for key in ("mean", "std", "sixteen_bit")}
+    values |= {f"data.{key}": getattr(given.image, key) for key in _OF_IMAGES}
     before = given.metadata.get("recipe") or {}
     sizes = before.get("crops", {})
     whole = sizes.get("global_crops_size", min(network["image_size"], _OFFICIAL_CROPS[0]))
@@ -122,6 +122,7 @@ def adopted(given: Backbone, recipe: Recipe) -> dict[str, Any]:
     return values
 
 
+_OF_IMAGES = ("mean", "std", "range", "sixteen_bit", "nodata", "fill", "plane")
 _OFFICIAL_CROPS = (224, 96)  # global and local, in pixels
 _OF_HEADS = {
     "train.centering",
@@ -136,7 +137,7 @@ _OF_HEADS = {
 ADOPTED = {
     "student.arch",
     *(f"student.{key}" for key in inspect.signature(VisionTransformer).parameters if key != "image_size"),
-    *(f"data.{key}" for key in ("mean", "std", "sixteen_bit")),
+    *(f"data.{key}" for key in _OF_IMAGES),
     *(f"crops.{key}_crops_size" for key in ("global", "local")),
     *_OF_HEADS,
 }
@@ -152,6 +153,10 @@ def image_input(recipe: Recipe) -> ImageInput:
         std=recipe.data.std,
         sixteen_bit=recipe.data.sixteen_bit,
         max_pixels=recipe.data.max_pixels,
+        range=recipe.data.range,
+        nodata=recipe.data.nodata,
+        fill=recipe.data.fill,
+        plane=recipe.data.plane,
     )
 
 
@@ -468,8 +473,7 @@ def build_data(recipe: Recipe, source: Source, *, rank: int = 0, world_size: int
         build_masks(recipe),
         patch_size=recipe.student.patch_size,
         channels=recipe.student.in_chans,
-        sixteen_bit=recipe.data.sixteen_bit,
-        max_pixels=recipe.data.max_pixels,
+        decoding=image_input(recipe).decoding,
         reduced_decode=recipe.data.reduced_decode,
         photometry=a.device == "workers",
         seed=recipe.train.seed,

@@ -265,7 +265,10 @@ def _solarize(r: Recipe) -> str:
 def _values(r: Recipe) -> str:
     d = r.data
     mean, std = (", ".join(map(_number, v)) for v in (d.mean, d.std))
-    return f"mean {mean}, standard deviation {std}; 16-bit images: {d.sixteen_bit} range"
+    found = f"{d.sixteen_bit} range" if d.range is None else f"range {', '.join(f'{x:g}' for x in d.range)}"
+    rest = {"no data": d.nodata, "filled with": d.fill or None, "plane": d.plane}
+    more = "".join(f", {name} {value}" for name, value in rest.items() if value is not None)
+    return f"mean {mean}, standard deviation {std}; values above 8 bits: {found}{more}"
 
 
 def _architecture(r: Recipe) -> str:
@@ -444,7 +447,12 @@ _ASPECTS = (
         _blur,
     ),
     _Aspect("augmentation", "solarize", "augment.solarize_probability augment.solarize_threshold", _solarize),
-    _Aspect("augmentation", "pixel values", "data.mean data.std data.sixteen_bit", _values),
+    _Aspect(
+        "augmentation",
+        "pixel values",
+        "data.mean data.std data.range data.sixteen_bit data.nodata data.fill data.plane",
+        _values,
+    ),
     _Aspect(
         "sizes and lengths",
         "network",

@@ -1,0 +1,138 @@
+"""What values the images of a whole data set have, from a look at some of them."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dinoforge.data.decode import MAX_PIXELS, raw
+from dinoforge.data.sources import Source
+from dinoforge.data.values import Samples, missing
+from dinoforge.errors import ImageError
+
+_IMAGES = 64  # that are looked at, evenly spaced
+_VALUES = 2**15  # of each
+_TAIL = 0.1  # per cent of the values at either end that count for nothing, such as hot pixels
+_MARGIN = 0.05  # of the range that is added at either end where its ends are not round
+
+
+@dataclass(frozen=True)
+class MeasuredRange:
+    """What becomes black and white in all images of a data set.
+
+    Args:
+        low, high: the values.
+        found: low and high of what was found, without the tails.
+        kind: type of the values.
+        images: that were looked at and have such values.
+    """
+
+    low: float
+    high: float
+    found: tuple[float, float]
+    kind: str
+    images: int
+
+    def __str__(self) -> str:
+        low, high = self.found
+        return (
+            f"{self.kind}, {low:,.5g} to {high:,.5g} in {self.images} images that were looked at: {self.low:,.7g} "
+            f"becomes 0, {self.high:,.7g} becomes 255. data.range={self.low:.7g},{self.high:.7g} says it, and may say "
+            "otherwise"
+        )
+
+
+def measure_range(
+    source: Source,
+    *,
+    channels: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    nodata: float | None = None,
+    plane: int | Literal["max"] | None = None,
+) -> MeasuredRange | None:
+    """Measures which values of a data set should become 0 and 255; one range, so that images stay comparable.
+
+    Integers that are not negative get the smallest number of bits that holds them: 0 to 4,095 where the largest is
+    3,900. Others get the range that is found, but for 0.1 % at either end, and a twentieth beyond.
+
+    Args:
+        source: the images.
+        channels, max_pixels, nodata, plane: as for ``decode``.
+
+    Returns:
+        None where the type's own range serves: 8 bits, bits that files declare, integers of 16 bits that fill a quarter
+        of their range or more, floats from 0 to 1 likewise; or where no image could be read.
+    """
+    values: list[npt.NDArray[Any]] = []
+    kinds: Counter[str] = Counter()
+    limits: set[int | None] = set()
+    for samples in _looked_at(source, channels, max_pixels, plane):
+        kept = _kept(samples, nodata)
+        if len(kept):
+            values.append(kept)
+            kinds[str(samples.values.dtype)] += 1
+            limits.add(samples.limit)
+    if not values:
+        return None
+    low, high = (float(x) for x in np.percentile(np.concatenate(values), [_TAIL, 100 - _TAIL], method="nearest"))
+    is_float = all(kind.startswith("float") for kind in kinds)
+    if is_float:
+        chosen = _of_floats(low, high)
+    elif None not in limits and high <= max(limit for limit in limits if limit is not None):
+        chosen = None
+    else:
+        chosen = _of_integers(low, high)
+    kind = kinds.most_common(1)[0][0]
+    return None if chosen is None else MeasuredRange(*chosen, (low, high), kind, len(values))
+
+
+def _looked_at(
+    source: Source, channels: int | None, max_pixels: int, plane: int | Literal["max"] | None
+) -> Iterator[Samples]:
+    """The values of some images that have more than 8 bits."""
+    for index in np.unique(np.linspace(0, len(source) - 1, _IMAGES).round().astype(int)).tolist():
+        try:
+            found = raw(source.item(index).image, channels=channels, max_pixels=max_pixels, plane=plane)
+        except ImageError:
+            continue  # told when it is its turn
+        if found is not None and found.values.dtype.itemsize > 1:
+            yield found
+
+
+def _kept(samples: Samples, nodata: float | None) -> npt.NDArray[Any]:
+    """Some of the finite values where there is data."""
+    gone = missing(samples, nodata)
+    values = samples.values if gone is None else samples.values[~np.broadcast_to(gone, samples.values.shape)]
+    values = values.reshape(-1)
+    some = np.asarray(values[:: max(1, -(-len(values) // _VALUES))], np.float64)
+    return np.asarray(some[np.isfinite(some)])
+
+
+def _of_integers(low: float, high: float) -> tuple[float, float] | None:
+    if low >= 0 and (low < high / 2 or high == 0):
+        bits = max(1, math.ceil(math.log2(high + 1)))
+        return None if bits in (15, 16) else (0.0, float(2**bits - 1))
+    if low >= 0 and high <= 65535 and (high - low) * 4 >= 65535:
+        return None
+    return _widened(low, high)
+
+
+def _of_floats(low: float, high: float) -> tuple[float, float] | None:
+    if low >= 0 and high <= 1 and high - low >= 0.25:
+        return None
+    return _widened(low, high)
+
+
+def _widened(low: float, high: float) -> tuple[float, float]:
+    """A range that is not empty, with a margin; from 0 where it begins near it."""
+    if high <= low:
+        return low - 0.5, low + 0.5
+    margin = _MARGIN * (high - low)
+    starts_at_zero = 0 <= low <= 0.25 * high
+    first, last = (0.0 if starts_at_zero else low - margin), high + margin
+    digits = 2 - math.floor(math.log10(last - first))  # three that count
+    return round(first, digits), round(last, digits)
