@@ -485,8 +485,7 @@ class DataSummary:
         sampled: Images that were looked at.
         widths, heights: Smallest and largest, pixels, of those that could be read.
         modes: Kinds of pixels before decoding and their number, most frequent first, e.g. ``(("RGB", 15), ("L", 1))``.
-        values: Smallest and largest pixel value after decoding, over all of them. A narrow range of deeper images,
-            such as 0…16 for 12 bits in a 16-bit file, calls for data.sixteen_bit=minmax.
+        values: Smallest and largest pixel value after decoding, over all of them.
         failures: Index, printable name and reason of those that could not be read.
         left_out: Kinds of other files beside the images, in words, and their number.
     """
