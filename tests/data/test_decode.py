@@ -561,8 +561,19 @@ def test_jpeg_without_its_end_is_read(options: dict[str, Any], reduction: int) -
 def test_jpeg_without_rows_is_refused(options: dict[str, Any], lost: float) -> None:
     data = encoded(SMOOTH, "JPEG", quality=90, **options)
     kept = int(len(data) * lost) if lost < 1 else len(data) - int(lost)
-    with pytest.raises(ImageError, match=r"truncated: the first \d+% of its rows are there"):
+    scans = options.get("progressive") and lost < 1
+    words = "truncated: its last scans" if scans else r"truncated: the first \d+% of its rows are there"
+    with pytest.raises(ImageError, match=words):
         decode(data[:kept], channels=3)
+
+
+@pytest.mark.parametrize("subsampling", [0, 2])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_progressive_jpeg_without_its_last_scan_is_refused(subsampling: int, mode: str) -> None:
+    data = encoded(SMOOTH.convert(mode), "JPEG", quality=90, progressive=True, subsampling=subsampling)
+    assert np.array_equal(decode(data[:-2], channels=3), decode(data, channels=3))
+    with pytest.raises(ImageError, match="truncated: its last scans"):
+        decode(data[: data.rindex(b"\xff\xda")], channels=3)
 
 
 def test_jpeg_cut_between_restart_intervals_is_refused() -> None:

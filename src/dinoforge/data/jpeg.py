@@ -27,6 +27,8 @@ def without_end(data: bytes, load: Callable[[bytes], Image.Image]) -> Image.Imag
         ImageError: Rows are missing.
     """
     body = data[:-1] if data.endswith(b"\xff") else data  # half of the mark of the end
+    if not _has_all_scans(body):
+        raise ImageError("truncated: its last scans, which hold the details, are missing")
     ends = list(_FILLERS)
     if b"\xff\xdd" in body:  # restart intervals: without the mark of the next one, fillers are skipped
         marks = re.findall(rb"\xff([\xd0-\xd7])", body)
@@ -42,6 +44,32 @@ def without_end(data: bytes, load: Callable[[bytes], Image.Image]) -> Image.Imag
         share = int(missing.argmax()) / len(missing)
         raise ImageError(f"truncated: the first {share:.0%} of its rows are there")
     return first
+
+
+def _has_all_scans(data: bytes) -> bool:
+    """Whether every coefficient of a progressive JPEG has come down to its last bit; True for other JPEGs."""
+    place, progressive = 2, False
+    left: dict[int, set[int]] = {}  # component -> coefficients that are not complete
+    while place + 4 <= len(data):
+        place = data.find(b"\xff", place)
+        if place < 0 or place + 4 > len(data):
+            break
+        mark, size = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        if mark in (0x00, 0xFF) or 0xD0 <= mark <= 0xD9:  # a byte of the data, a filler, or a mark without a body
+            place += 1 if mark == 0xFF else 2
+            continue
+        body = data[place + 4 : place + 2 + size]
+        if mark in (0xC2, 0xCA) and len(body) >= 6:
+            progressive = True
+            left = {component: set(range(64)) for component in body[6::3]}
+        elif mark == 0xDA and body and len(body) >= 4 + 2 * body[0]:
+            count = body[0]
+            first, last, bits = body[1 + 2 * count : 4 + 2 * count]
+            if bits & 15 == 0:
+                for i in range(count):
+                    left.get(body[1 + 2 * i], set()).difference_update(range(first, last + 1))
+        place += 2 + size
+    return not progressive or not any(left.values())
 
 
 def plain_cmyk(picture: Image.Image) -> Image.Image:
