@@ -37,6 +37,9 @@ _SAMPLED_ROWS = 2000  # that tell which column names images; all of them where t
 Row = tuple[int, list[str]]
 """Line number and cells."""
 
+Hits = Mapping[int, tuple[int, int]]
+"""Column -> how many of its cells name images as they are, and how many by some comparison."""
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -92,8 +95,14 @@ def label_table(path: str | os.PathLike[str], source: Source) -> Labels:
     """
     path = Path(path)
     names = _Names(source)
-    table = read_table(path, lambda table: _best(_hits(table, names)))
-    columns = _columns(path, table, names)
+    hits: dict[int, Hits] = {}
+
+    def fit(table: Table) -> tuple[int, int]:
+        hits[id(table)] = found = _hits(table, names)
+        return max(found.values(), default=(0, 0))
+
+    table = read_table(path, fit)
+    columns = _columns(path, table, names, hits[id(table)])
     writer = _Writer(path, source)
     rest: list[tuple[int, str, str]] = []  # rows whose names fit no image as they are
     for line, cells in columns.body:
@@ -176,8 +185,8 @@ class _Names:
         return {_loosest(text) for name in self.indices for text in (name, _base(name))}
 
     def is_like(self, cell: str) -> bool:
-        """Whether a cell names an image by some comparison."""
-        return bool(self.find(cell)) or any(_loosest(name) in self._loose for name in _spellings(cell))
+        """Whether a cell names an image by the loosest comparison."""
+        return any(_loosest(name) in self._loose for name in _spellings(cell))
 
 
 def _spellings(cell: str) -> Iterator[str]:
@@ -250,31 +259,26 @@ class _Columns:
     notes: tuple[str, ...] = ()
 
 
-def _hits(table: Table, names: _Names) -> dict[int, tuple[int, int]]:
-    """Of each column that names images in a sample of the rows: how often exactly, and how often by some comparison."""
+def _hits(table: Table, names: _Names) -> Hits:
+    """Count in a sample of the rows which columns name images."""
     for step in dict.fromkeys((max(1, len(table.rows) // _SAMPLED_ROWS), 1)):
         found: defaultdict[int, list[int]] = defaultdict(lambda: [0, 0])
         for _, cells in table.rows[::step]:
             for column, cell in enumerate(cells if len(cells) > 1 else ()):
-                if names.is_like(cell):
-                    found[column][0] += bool(names.find(cell))
-                    found[column][1] += 1
+                exact = bool(names.find(cell))
+                found[column][0] += exact
+                found[column][1] += exact or names.is_like(cell)
         if any(exact for exact, _ in found.values()):
             break
-    return {column: (exact, like) for column, (exact, like) in sorted(found.items())}
+    return {column: (exact, like) for column, (exact, like) in sorted(found.items()) if like}
 
 
-def _best(hits: Mapping[int, tuple[int, int]]) -> tuple[int, int]:
-    return max(hits.values(), default=(0, 0))
-
-
-def _columns(path: Path, table: Table, names: _Names) -> _Columns:
+def _columns(path: Path, table: Table, names: _Names, hits: Hits) -> _Columns:
     """Tell names, labels and other columns apart.
 
     Raises:
         DataError: No column, or more than one, could be the names or the labels.
     """
-    hits = _hits(table, names)
     first = table.rows[0][1] if table.rows else []
     words = [_word(cell) for cell in first]
     if hits:
