@@ -123,6 +123,7 @@ def test_netpbm(data: bytes, kind: str, expected: list[list[int]]) -> None:
     ("data", "words"),
     [
         (b"P6 1 1 255\n\0\0", "truncated: 2 of 3"),
+        (b"P5 2 1 4095 \0\1\2", "truncated: 1 of 2"),
         (b"P5 1 1 15\n\x20", "a value of 32 where 15"),
         (b"P2 2 1 255\n9", "truncated: 1 of 2"),
         (b"P5 1 1 70000\n\0\0", "largest value 70000"),

@@ -266,8 +266,9 @@ def _netpbm(data: bytes, max_pixels: int) -> Samples:
         values = np.array(numbers, np.int64)
     else:
         dtype = np.dtype(">u2" if top > 255 else "u1")
-        values = np.frombuffer(data[start : start + count * dtype.itemsize], dtype)
-        _check_count(values.size, count)
+        stored = data[start : start + count * dtype.itemsize]
+        _check_count(len(stored) // dtype.itemsize, count)
+        values = np.frombuffer(stored, dtype)
     if kind not in (1, 4):
         if int(values.max()) > top or int(values.min()) < 0:
             raise ImageError(f"damaged: a value of {int(values.max())} where {top} is said to be the largest")
