@@ -1039,12 +1039,17 @@ def _evaluation(
     def labelled(images: Any) -> tuple[Source, list[str | None] | None]:
         source = open_source(images)
         found = labels_of(source) if labels is None else label_table(labels, source)
-        for text in (found.said, *found.notes):
-            print(f"labels   {text}", file=sys.stderr)
+        if found.values is None:
+            why = found.said.removeprefix("none: ")
+            raise DataError(
+                f"the images have no labels: {why}. Expected a sub-folder for each class, or a labels file (--labels)"
+            )
+        said.extend((found.said, *found.notes))
         return source, found.values
 
+    said: list[str] = []
     source, source_labels = labelled(images)
-    return run, {
+    setup = {
         "backbone": backbone.network,
         "untrained": _untrained(backbone.architecture, seed),
         "source": source,
@@ -1055,6 +1060,9 @@ def _evaluation(
         "seed": seed,
         **_reading(backbone.image, backbone.network.patch_size, settings, device, precision),
     }
+    for text in said:
+        print(f"labels   {text}", file=sys.stderr)
+    return run, setup
 
 
 def doctor(path: str | Path) -> list[Finding]:
