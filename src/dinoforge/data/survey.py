@@ -14,7 +14,7 @@ from dinoforge.data.sources import Source
 from dinoforge.data.values import Samples, missing
 from dinoforge.errors import ImageError
 
-_IMAGES = 64  # that are looked at, evenly spaced
+_FIRST, _IMAGES = 8, 64  # that are looked at, evenly spaced: to see whether any has more than 8 bits, and then
 _VALUES = 2**15  # of each
 _TAIL = 0.1  # per cent of the values at either end that count for nothing, such as hot pixels
 _MARGIN = 0.05  # of the range that is added at either end where its ends are not round
@@ -94,13 +94,25 @@ def _looked_at(
     source: Source, channels: int | None, max_pixels: int, plane: int | Literal["max"] | None
 ) -> Iterator[Samples]:
     """The values of some images that have more than 8 bits."""
-    for index in np.unique(np.linspace(0, len(source) - 1, _IMAGES).round().astype(int)).tolist():
+
+    def look(index: int) -> Samples | None:
         try:
             found = raw(source.item(index).image, channels=channels, max_pixels=max_pixels, plane=plane)
         except ImageError:
-            continue  # told when it is its turn
-        if found is not None and found.values.dtype.itemsize > 1:
+            return None  # told when it is its turn
+        return found if found is not None and found.values.dtype.itemsize > 1 else None
+
+    if not any(map(look, _spaced(len(source), _FIRST))):
+        return
+    for index in _spaced(len(source), _IMAGES):
+        if (found := look(index)) is not None:
             yield found
+
+
+def _spaced(length: int, number: int) -> list[int]:
+    """Up to so many places among so many, evenly spaced, with both ends."""
+    places: list[int] = np.unique(np.linspace(0, length - 1, number).round().astype(int)).tolist()
+    return places
 
 
 def _kept(samples: Samples, nodata: float | None) -> npt.NDArray[Any]:
