@@ -239,9 +239,8 @@ def _load_own(path: Path, header: Mapping[str, str], tensors: dict[str, Any], gi
         raise WeightsError(f"{path} has the format {header['format']}: a newer dinoforge wrote it")
     try:
         architecture = json.loads(header["architecture"])
-        image = dict(json.loads(header["image"]))
-        lists = {key: tuple(image[key]) for key in ("mean", "std", "range") if image.get(key)}
-        image = ImageInput(**image | lists)
+        said = dict(json.loads(header["image"]))
+        image = ImageInput(**said | {key: tuple(said[key]) for key in ("mean", "std", "range") if said.get(key)})
         network = _network(path, architecture, tensors)
         metadata = json.loads(header.get("metadata", "{}"))
         backbone = Backbone(network, architecture, image, int(header["step"]), metadata=metadata)
