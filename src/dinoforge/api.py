@@ -685,9 +685,9 @@ def _auto_recipe(
     base, _ = load_recipe(auto.BASE, values_said | {"student.in_chans": channels, "data.mean": 0.5, "data.std": 0.5})
     base, measured = _with_range(base, source, run)
     summary = inspect(source, channels=channels, decoding=build.image_input(base).decoding)
-    found = {} if base.data.range is None or "data.range" in said else {
-        "data.range": auto.Choice(base.data.range, str(measured or "as the run began"))
-    }
+    found: dict[str, auto.Choice] = {}
+    if base.data.range is not None and "data.range" not in said:
+        found["data.range"] = auto.Choice(base.data.range, str(measured or "as the run began"))
     device = devices.resolve_device(said.get("device", "auto"))
     facts = auto.facts_of(summary, str(device), distributed.world_size())
     timed: dict[str, Any] = {}
@@ -716,9 +716,7 @@ _OF_VALUES = ("range", "sixteen_bit", "nodata", "fill", "plane", "max_pixels")
 """Keys of the section ``data`` that say how values become pixels."""
 
 
-def _with_range(
-    recipe: Recipe, source: Source, run: RunDirectory | None = None
-) -> tuple[Recipe, MeasuredRange | None]:
+def _with_range(recipe: Recipe, source: Source, run: RunDirectory | None = None) -> tuple[Recipe, MeasuredRange | None]:
     """The recipe with a ``data.range`` for images of more than 8 bits, and how it was found if it was measured now.
 
     A run that has begun keeps what it had, also none, as runs of earlier versions have.
