@@ -162,13 +162,14 @@ def test_mutated_files(mutants):
 
 
 MEASURE = """
-import resource, sys
+import os, resource, sys
 sys.path.insert(0, {folder!r})
 import test_images
 data = test_images.training_data({images!r})
 for batch in test_images.make_loader(data, start_step=0, end_step={steps}, num_workers=1):
     pass
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, flush=True)
+os._exit(0)  # a thread of PyTorch's sometimes aborts a process that shuts down right after its workers
 """
 
 

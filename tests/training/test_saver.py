@@ -19,7 +19,8 @@ class Images:
     """Noise; tells when the images of a step from 1 are read."""
 
     def __init__(self, step=None):
-        self.told, self.left = threading.Event(), 16 + 4 * ((step or 99) - 1)  # 16 are looked at before the first step
+        # Before the first step, 8 are looked at for the range of their values, and 16 for the plan.
+        self.told, self.left = threading.Event(), 8 + 16 + 4 * ((step or 99) - 1)
 
     def __len__(self):
         return 64
