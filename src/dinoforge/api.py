@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -30,6 +30,7 @@ from dinoforge.config import (
     flatten,
     load_recipe,
     recipe_names,
+    require_shown_channels,
 )
 from dinoforge.data.batch import normalize, prepare
 from dinoforge.data.crops import resize
@@ -1083,6 +1084,7 @@ def report(
     data: Any = None,
     labels: str | Path | None = None,
     figures: str | Path | None = None,
+    channels: Sequence[int] | None = None,
     device: str = "auto",
 ) -> reports.Written:
     """Writes ``report.html`` into a run, or ``comparison.html`` into the first of several.
@@ -1092,12 +1094,15 @@ def report(
         data: the images, where the run does not find them any more.
         labels: a CSV file with names and labels; by default the names of sub-folders.
         figures: a folder for the figures as PNG and SVG; of one run.
+        channels: that pictures show, one as grey or three as red, green and blue, from 0; by default the recipe's
+            ``report.channels``.
         device: where the network runs; ``auto``: CUDA, then MPS, then the CPU.
 
     Raises:
         RunError: a folder that is no run, or cannot be written.
         DataError: labels that do not fit the images.
         DinoforgeError: figures, but matplotlib is missing.
+        RecipeError: channels that the images do not have.
     """
     if not paths:
         raise RunError("a report needs at least one run directory")
@@ -1106,6 +1111,10 @@ def report(
         raise RunError("figures are those of one run: give one run directory")
     where = devices.resolve_device(device)
     runs = [open_run(path, data=data, labels=labels, pictures=alone, device=where) for path in paths]
+    if channels is not None:
+        for run in runs:
+            require_shown_channels(channels, run.recipe["student.in_chans"], "channels")
+        runs = [replace(run, recipe={**run.recipe, "report.channels": tuple(channels)}) for run in runs]
     out = RunDirectory(Path(paths[0])).report if alone else Path(paths[0]) / "comparison.html"
     with devices.in_use(where), out_of_memory_in_words(where, partial(_ways_to_embed, where)):
         write_text(out, pages.page(runs))

@@ -243,6 +243,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--data", metavar="DIR", help="the images, if they are no longer where the run had them")
     report.add_argument("--labels", metavar="FILE.csv", help="file name, label; default: names of sub-folders")
     report.add_argument("--figures", metavar="DIR", help="also write each figure of one run, as PNG and SVG")
+    report.add_argument(
+        "--channels", type=int, nargs="+", metavar="N", help="shown as red, green, blue, or one as grey; from 0"
+    )
     report.add_argument("--device", default="auto", metavar="NAME", help="of the network: cuda:N, mps or cpu")
     report.add_argument("--open", action="store_true", help="open the page in the browser")
     report.set_defaults(run=_report, parser=report)
@@ -536,7 +539,12 @@ def _report(options: argparse.Namespace) -> int:
     from dinoforge.api import report
 
     written = report(
-        *options.runs, data=options.data, labels=options.labels, figures=options.figures, device=options.device
+        *options.runs,
+        data=options.data,
+        labels=options.labels,
+        figures=options.figures,
+        channels=options.channels,
+        device=options.device,
     )
     print(written.page)
     for path in written.figures:

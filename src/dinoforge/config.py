@@ -13,7 +13,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -245,6 +245,7 @@ class Report:
     """Ours: the page that a run writes about itself, RUN/report.html."""
 
     every_minutes: float | None = 5.0  # and at the end; null: only by ``dinoforge report``
+    channels: tuple[int, ...] | None = None  # shown as red, green, blue, or one as grey, from 0; null: the first three
 
 
 @dataclass(frozen=True)
@@ -750,3 +751,29 @@ def _validate_sizes(recipe: Recipe) -> None:
             f"{key} has {count} values for student.in_chans={channels}: give one, or one for each channel",
         )
     _require(all(s > 0 for s in recipe.data.std), f"data.std: expected values above 0, got {list(recipe.data.std)}")
+    pairs = len(recipe.data.range or ()) // 2
+    _require(
+        pairs in (0, 1, recipe.student.in_chans),
+        f"data.range has {pairs} pairs for student.in_chans={recipe.student.in_chans}: give one, or one for each "
+        "channel",
+    )
+    if recipe.report.channels is not None:
+        require_shown_channels(recipe.report.channels, recipe.student.in_chans, "report.channels")
+
+
+def require_shown_channels(shown: Sequence[int], count: int, name: str) -> None:
+    """Check which channels pictures show.
+
+    Args:
+        shown: One as grey, or three as red, green and blue.
+        count: Channels that images have.
+        name: What to call them in the error.
+
+    Raises:
+        RecipeError: Another number of channels, or one that images do not have.
+    """
+    _require(
+        len(shown) in (1, 3) and all(0 <= channel < count for channel in shown),
+        f"{name}: expected one channel, or three for red, green and blue, each from 0 to {count - 1}, "
+        f"got {list(shown)}",
+    )

@@ -82,3 +82,21 @@ def test_torn_and_odd_lines_of_metrics_are_counted_not_fatal(tmp_path) -> None:
     columns, unreadable = figures.read_metrics(path)
     assert columns == {"step": [1, 2], "total": [2.0, None], "x": [None, 1]}
     assert unreadable == 2
+
+
+@pytest.mark.parametrize(
+    ("count", "channels", "picture", "said"),
+    [
+        (1, None, [0], None),
+        (2, None, [[0, 1, 0]], "channel 0 as magenta, channel 1 as green"),
+        (3, None, [[0, 1, 2]], None),
+        (3, (2, 1, 0), [[2, 1, 0]], "of 3 channels, counted from 0, channel 2 as red, 1 as green, 0 as blue"),
+        (5, None, [[0, 1, 2]], "of 5 channels, counted from 0, channel 0 as red, 1 as green, 2 as blue"),
+        (5, (4, 0, 2), [[4, 0, 2]], "of 5 channels, counted from 0, channel 4 as red, 0 as green, 2 as blue"),
+        (5, (3,), [3], "channel 3 of 5 as grey"),
+    ],
+)
+def test_pictures_show_the_channels_that_they_say(count, channels, picture, said) -> None:
+    pixels = torch.arange(count, dtype=torch.uint8).view(count, 1, 1)
+    assert figures.displayed(pixels, channels)[0].tolist() == picture
+    assert figures.false_colour(count, channels) == said

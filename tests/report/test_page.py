@@ -15,7 +15,7 @@ from PIL import Image
 import dinoforge
 from dinoforge import api, cli
 from dinoforge.diagnosis import Finding
-from dinoforge.errors import RunError
+from dinoforge.errors import RecipeError, RunError
 from report_sizes import SIZES
 
 
@@ -271,8 +271,12 @@ def test_more_than_three_channels_say_which_are_shown(tmp_path, show):
     settings = SIZES | {"student.in_chans": 13, "data.mean": [0.5], "data.std": [0.2], "augment.saturation": 0.0}
     run = dinoforge.train(Satellite(), "small", tmp_path / "run", **settings).out
     page = show(run / "report.html")
-    assert "Of the 13 channels, pictures show the first three" in text_of(page)
+    assert "of 13 channels, counted from 0, channel 0 as red, 1 as green, 2 as blue" in text_of(page)
     assert page.locator("#pca canvas").count() == 6
+    page = show(api.report(run, data=Satellite(), channels=[12, 7, 1]).page)
+    assert "channel 12 as red, 7 as green, 1 as blue" in text_of(page)
+    with pytest.raises(RecipeError, match=r"channels: expected one channel, or three .* from 0 to 12, got \[13\]"):
+        api.report(run, channels=[13])
 
 
 def test_labels_from_a_table(run, images, tmp_path, evil, show):

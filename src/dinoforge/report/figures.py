@@ -53,10 +53,41 @@ def resized(image: npt.NDArray[np.uint8], height: int, width: int) -> Tensor:
     return torch.from_numpy(resize(image, height, width)).permute(2, 0, 1).contiguous()
 
 
-def displayed(pixels: Tensor) -> npt.NDArray[np.uint8]:
-    """uint8 [C, h, w] as a picture: [h, w] grey of one or two channels, else [h, w, 3] of the first three."""
+def displayed(pixels: Tensor, channels: Sequence[int] | None = None) -> npt.NDArray[np.uint8]:
+    """Turn an image into a picture for people, in false colour where it is neither grey nor RGB.
+
+    Args:
+        pixels: uint8 [C, h, w].
+        channels: Which one is shown as grey, or which three as red, green and blue. None: the only channel; of two, the
+            first as magenta and the second as green; the first three.
+
+    Returns:
+        uint8 [h, w] or [h, w, 3].
+    """
     array: npt.NDArray[np.uint8] = pixels.permute(1, 2, 0).numpy()
-    return array[:, :, :3] if array.shape[2] >= 3 else array[:, :, 0]
+    if channels is not None:
+        return array[:, :, channels[0]] if len(channels) == 1 else array[:, :, list(channels)]
+    if array.shape[2] == 1:
+        return array[:, :, 0]
+    return array[:, :, [0, 1, 0]] if array.shape[2] == 2 else array[:, :, :3]
+
+
+def false_colour(count: int, channels: Sequence[int] | None = None) -> str | None:
+    """Say which of an image's channels are shown in which colour; None where they are what they seem.
+
+    Args:
+        count: Channels of the image.
+        channels: As for ``displayed``.
+    """
+    shown = channels if channels is not None else range(min(count, 3))
+    if list(shown) == list(range(count)) and count in (1, 3):
+        return None
+    if len(shown) == 1:
+        return f"channel {shown[0]} of {count} as grey"
+    if len(shown) == 2:
+        return "channel 0 as magenta, channel 1 as green"
+    red, green, blue = shown
+    return f"of {count} channels, counted from 0, channel {red} as red, {green} as green, {blue} as blue"
 
 
 @torch.no_grad()

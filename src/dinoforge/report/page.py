@@ -93,14 +93,14 @@ def _content(run: Run, *, alone: bool) -> Json:
         missing.append("There are no curves: the run has not logged a step yet.")
     if alone and run.data is not None:
         try:
-            result["seen"] = [_seen(seen, run.data.source, run.data.grid[1]) for seen in run.seen]
+            result["seen"] = [_seen(seen, run.data.source, run.data.grid[1], run.shown_channels) for seen in run.seen]
             if run.backbone is not None:
-                result["learned"] = _learned(run.learned)
+                result["learned"] = _learned(run.learned, run.shown_channels)
                 missing += run.learned.missing
         except DinoforgeError as error:
             missing.append(f"Pictures are left out: {error}.")
-        if run.data.channels > 3:
-            missing.append(f"Of the {run.data.channels} channels, pictures show the first three as red, green, blue.")
+        if said := figures.false_colour(run.data.channels, run.shown_channels):
+            missing.append(f"Pictures are in false colour: {said}. The key report.channels chooses others.")
     result["missing"] = missing
     return result
 
@@ -127,15 +127,15 @@ def _commands(run: Run) -> list[list[str]]:
     ]
 
 
-def _seen(seen: figures.Seen, source: Source, columns: int) -> Json:
+def _seen(seen: figures.Seen, source: Source, columns: int, channels: Sequence[int] | None) -> Json:
     height, width, _ = seen.image.shape
     return {
         "name": printable(source.name(seen.index)),
-        "image": picture(_fitted(seen.image)),
+        "image": picture(_fitted(seen.image), channels),
         "size": [height, width],
         "boxes": seen.boxes,
-        "before": [picture(crop) for crop in seen.before],
-        "after": [picture(crop) for crop in seen.after],
+        "before": [picture(crop, channels) for crop in seen.before],
+        "after": [picture(crop, channels) for crop in seen.after],
         "masks": seen.masks.flatten(1).int().tolist(),
         "columns": columns,
     }
@@ -148,7 +148,7 @@ def _fitted(image: npt.NDArray[np.uint8]) -> Tensor:
     return figures.resized(image, max(1, round(height * scale)), max(1, round(width * scale)))
 
 
-def _learned(learned: Learned) -> Json:
+def _learned(learned: Learned, channels: Sequence[int] | None) -> Json:
     maps, start = [], 0
     for m in learned.maps:
         own = slice(start, start + len(m.tokens))
@@ -156,7 +156,7 @@ def _learned(learned: Learned) -> Json:
         maps.append(
             {
                 "name": m.name,
-                "image": picture(_fitted(m.image.permute(1, 2, 0).numpy())),
+                "image": picture(_fitted(m.image.permute(1, 2, 0).numpy()), channels),
                 "rows": m.grid[0],
                 "columns": m.grid[1],
                 "start": own.start,
@@ -172,7 +172,7 @@ def _learned(learned: Learned) -> Json:
         "hides": learned.hides,
         "maps": maps,
         "patches": _compact(learned.tokens),
-        "thumbnails": [picture(shown, _THUMBNAIL) for shown in learned.shown],
+        "thumbnails": [picture(shown, channels, _THUMBNAIL) for shown in learned.shown],
         "names": learned.names,
         "labels": learned.labels,
         "positions": None if learned.positions is None else learned.positions.tolist(),
@@ -193,10 +193,16 @@ def _compact(tokens: Tensor) -> Json:
     return {"width": kept.shape[-1], "kept": share, "values": _bytes((kept / scale).round() + 128)}
 
 
-def picture(pixels: Tensor, side: int | None = None) -> str:
-    """uint8 [C, h, w] as a JPEG data address; one channel is grey, of more than three the first three are shown."""
+def picture(pixels: Tensor, channels: Sequence[int] | None = None, side: int | None = None) -> str:
+    """Encode uint8 [C, h, w] as a JPEG data address.
+
+    Args:
+        pixels: The image.
+        channels: Those that are shown; see ``figures.displayed``.
+        side: Pixels along each side; None: as many as there are.
+    """
     file = io.BytesIO()
-    shown = Image.fromarray(figures.displayed(pixels))
+    shown = Image.fromarray(figures.displayed(pixels, channels))
     if side is not None:
         shown = shown.resize((side, side))
     shown.save(file, "JPEG", quality=82)

@@ -69,6 +69,12 @@ class Run:
     seconds: float | None = None
     missing: tuple[str, ...] = ()
 
+    @property
+    def shown_channels(self) -> tuple[int, ...] | None:
+        """The channels that pictures show; see ``figures.displayed``."""
+        chosen = self.recipe.get("report.channels")
+        return None if chosen is None else tuple(chosen)
+
     @cached_property
     def verdict(self) -> Verdict:
         """Whether it learns, as far as that was measured."""
