@@ -40,9 +40,8 @@ class MeasuredRange:
     def __str__(self) -> str:
         low, high = self.found
         return (
-            f"{self.kind}, {low:,.5g} to {high:,.5g} in {self.images} images that were looked at: {self.low:,.7g} "
-            f"becomes 0, {self.high:,.7g} becomes 255. data.range={self.low:.7g},{self.high:.7g} says it, and may say "
-            "otherwise"
+            f"{self.kind}, {low:,.5g} to {high:,.5g} in {self.images} sampled images: {self.low:,.7g} becomes 0 and "
+            f"{self.high:,.7g} becomes 255 (data.range={self.low:.7g},{self.high:.7g}; give another to change it)"
         )
 
 
