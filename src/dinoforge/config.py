@@ -178,7 +178,7 @@ class Data:
     nodata: float | None = None  # a value that means no data, beside the file's own
     fill: int = 0  # level of what has no data, 0 to 255
     plane: str | None = (
-        None  # of a file with several (z, time): its number from 0, or max: the brightest; null: the first
+        None  # of a file with several (z, time): a number from 0; max: the brightest; each: every one; null: the first
     )
     max_pixels: int = 178_956_970  # larger images are refused
     reduced_decode: bool = False  # decode a large JPEG only at the scale that its crops need
@@ -720,8 +720,8 @@ def _validate_values(data: Data) -> None:
     _require(0 <= data.fill <= 255, f"data.fill: expected a level from 0 to 255, got {data.fill}")
     plane = data.plane
     _require(
-        plane is None or plane == "max" or plane.isdecimal(),
-        f"data.plane: expected a number from 0 or max, got {plane!r}",
+        plane is None or plane in ("max", "each") or plane.isdecimal(),
+        f"data.plane: expected a number from 0, max or each, got {plane!r}",
     )
 
 

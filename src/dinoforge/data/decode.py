@@ -34,7 +34,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from dinoforge.data import formats, jpeg, kinds, tiff
+from dinoforge.data.sources import OnePlane, RawImage
 from dinoforge.data.values import Samples, Scaling, check_size, to_levels
 from dinoforge.errors import ImageError
 
@@ -49,7 +50,7 @@ MAX_PIXELS = 178_956_970
 """Beyond this Pillow takes a file for a decompression bomb: 512 MB as RGB."""
 
 UInt8 = npt.NDArray[np.uint8]
-AnImage = bytes | Image.Image | npt.NDArray[np.generic] | torch.Tensor
+AnImage = bytes | Image.Image | npt.NDArray[np.generic] | torch.Tensor | OnePlane
 
 _FRAMES = frozenset({"GIF", "WEBP", "PNG", "AVIF"})  # formats with animations
 
@@ -64,12 +65,13 @@ def decode(
     value_range: tuple[float, float] | tuple[tuple[float, float], ...] | None = None,
     nodata: float | None = None,
     fill: int = 0,
-    plane: int | Literal["max"] | None = None,
+    plane: int | Literal["max", "each"] | None = None,
 ) -> UInt8:
     """Decode one image by the rules of this module.
 
     Args:
-        image: Encoded bytes, a PIL image, an array [H, W] or [H, W, C], or a tensor [H, W] or [C, H, W].
+        image: Encoded bytes, a PIL image, an array [H, W] or [H, W, C], a tensor [H, W] or [C, H, W], or one plane of
+            such an image, which then wins over `plane`.
         channels: Channels wanted, C; None: as many as the image has.
         sixteen_bit: ``full`` or ``minmax``: how values deeper than 8 bits are scaled.
         max_pixels: Largest H·W that is decoded at all.
@@ -79,7 +81,7 @@ def decode(
         nodata: A further value that means no data, beside the file's own.
         fill: The level 0…255 of what has no data.
         plane: Index of the plane (z, time, page, frame) of a file with several, or ``max``: the brightest value of all
-            of them; None: the first.
+            of them; None: the first; ``each``: the only one, for which `dinoforge.data.planes` takes files apart.
 
     Returns:
         uint8 [H, W, C], C-contiguous, writable. H and W are the image's, but for `reduction`.
@@ -90,6 +92,7 @@ def decode(
     """
     assert sixteen_bit in ("full", "minmax"), sixteen_bit
     scaling = Scaling("minmax" if sixteen_bit == "minmax" else "full", value_range, nodata, fill)
+    image, plane = _one_plane(image, channels, plane)
     if isinstance(image, Image.Image):
         image = _file_behind(image)
     if isinstance(image, bytes):
@@ -124,6 +127,7 @@ def describe(image: AnImage, channels: int | None = None) -> tuple[int, int, str
     Raises:
         ImageError: Not an image, or with a damaged header.
     """
+    image, _ = _one_plane(image, channels, None)
     if isinstance(image, Image.Image):
         image = _file_behind(image)
     if not isinstance(image, bytes | Image.Image):
@@ -149,7 +153,7 @@ def raw(
     *,
     channels: int | None = None,
     max_pixels: int = MAX_PIXELS,
-    plane: int | Literal["max"] | None = None,
+    plane: int | Literal["max", "each"] | None = None,
 ) -> Samples | None:
     """The values of an image before they become levels; None for a picture of 8 bits.
 
@@ -159,6 +163,7 @@ def raw(
     Raises:
         ImageError: As `decode`.
     """
+    image, plane = _one_plane(image, channels, plane)
     if isinstance(image, Image.Image):
         image = _file_behind(image)
     if not isinstance(image, bytes | Image.Image):
@@ -171,6 +176,70 @@ def raw(
             return None
         check_size(*found.size, max_pixels)
         return Samples(np.asarray(found)[:, :, np.newaxis], colour=1)
+
+
+def count_planes(image: AnImage | BinaryIO, channels: int | None = None) -> tuple[int, str]:
+    """Count the planes of an image from its headers, without decoding it.
+
+    Args:
+        image: As for `decode`, or an open file, of which only what is needed is read.
+        channels: Channels wanted, on which it may depend; see ``dinoforge.data.tiff``.
+
+    Returns:
+        Their number, and along what they lie, such as ``z, t``, ``page`` or ``frame``; '' for one.
+
+    Raises:
+        ImageError: Not an image, or with a damaged header.
+        OSError: An open file that cannot be read.
+    """
+    if isinstance(image, Image.Image):
+        image = _file_behind(image)
+    if isinstance(image, Image.Image):
+        return _frames(image)
+    if isinstance(image, OnePlane | np.ndarray | torch.Tensor):
+        return 1, ""
+    file = io.BytesIO(image) if isinstance(image, bytes) else image
+    head = file.read(4096)
+    with _reading(max_pixels=None, data=head):
+        if tiff.is_tiff(head):
+            return tiff.count_planes(file, channels)
+        if not may_move(head):
+            return 1, ""
+        file.seek(0)
+        return _frames(Image.open(file, formats=_formats()))
+
+
+def may_move(head: bytes) -> bool:
+    """Whether a file that begins so, 4096 bytes of it, may be an animation of which each frame can be read."""
+    if head.startswith(b"\x89PNG"):
+        # Of 16-bit colour the first picture alone is read. What makes a PNG move stands before its pixels.
+        is_deep = head[24:25] == b"\x10" and head[25:26] != b"\0"
+        return not is_deep and (b"acTL" in head or b"IDAT" not in head)
+    if head[8:12] == b"WEBP":
+        return head[12:16] == b"VP8X" and bool(head[20] & 2)
+    return head.startswith(b"GIF8") or head[4:11] == b"ftypavi"
+
+
+def _frames(picture: Image.Image) -> tuple[int, str]:
+    frames = getattr(picture, "n_frames", 1) if picture.format in _FRAMES else 1
+    return frames, "frame" if frames > 1 else ""
+
+
+def _one_plane(
+    image: AnImage, channels: int | None, plane: int | Literal["max", "each"] | None
+) -> tuple[RawImage, int | Literal["max"] | None]:
+    """The image with all planes, and which of them is wanted."""
+    if isinstance(image, OnePlane):
+        return image.image, image.number
+    if plane != "each":
+        return image, plane
+    planes, along = count_planes(image, channels)
+    if planes > 1:
+        raise ImageError(
+            f"has {planes} planes ({along}), and data.plane=each makes an image of each, which one image alone cannot "
+            "be: give a number from 0, or max"
+        )
+    return image, None
 
 
 def channels_said(kind: str) -> int | None:

@@ -9,13 +9,14 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from dinoforge.data.classes import is_split
 from dinoforge.data.kinds import IMAGE_EXTENSIONS, OTHER_EXTENSIONS, extension
 from dinoforge.data.names import original_name, printable
+from dinoforge.data.planes import PlanesOf
 from dinoforge.data.sources import FolderSource, SequenceSource, Source
 from dinoforge.data.tables import SEPARATORS, Table, read_table, trimmed
 from dinoforge.errors import DataError
@@ -59,6 +60,8 @@ class Labels:
 def labels_of(source: Source) -> Labels:
     """The labels that a source knows by itself, without reading images."""
     values = source.labels()
+    if isinstance(source, PlanesOf):
+        return replace(labels_of(source.files), values=values)
     if isinstance(source, FolderSource):
         return Labels(values, source.classes.said)
     if values is None:
@@ -82,7 +85,8 @@ def label_table(path: str | os.PathLike[str], source: Source) -> Labels:
 
     A table names an image by its relative path, by a path from further up, or, where only one image has it, by its base
     name. Where that fits no image, names are compared in Unicode's normal form, without their ends, and with small and
-    capital letters alike; this is said. Rows about images that the source lacks are ignored.
+    capital letters alike; this is said. Rows about images that the source lacks are ignored. Where every plane of a
+    file is an image, the name of the file means all of them.
 
     Args:
         path: Text in UTF-8, UTF-16 or Windows-1252, with commas, semicolons, tabs, vertical bars or blanks between
@@ -159,6 +163,12 @@ class _Names:
         self.indices: defaultdict[str, list[int]] = defaultdict(list)
         for index in range(len(source)):
             self.indices[source.name(index)].append(index)
+        if isinstance(source, PlanesOf):  # the name of a file means all of its planes
+            for index in range(len(source)):
+                file, plane = source.place(index)
+                if plane is not None:
+                    self.indices[source.files.name(file)].append(index)
+            source = source.files
         self._by_base: defaultdict[str, list[str]] = defaultdict(list)
         for name in self.indices:
             self._by_base[_base(name)].append(name)

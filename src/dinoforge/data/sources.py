@@ -27,16 +27,30 @@ RawImage = bytes | Image.Image | np.ndarray | torch.Tensor
 
 
 @dataclass(frozen=True)
+class OnePlane:
+    """One plane (z, time, page, frame) of an image with several: `dinoforge.data.decode` reads it and no other.
+
+    Args:
+        image: The image with all planes.
+        number: Of the plane, from 0.
+    """
+
+    image: RawImage
+    number: int
+
+
+@dataclass(frozen=True)
 class Item:
     """One image as it lies in its source, not decoded.
 
     Args:
-        image: Encoded bytes, a PIL image, an array [H, W] or [H, W, C], or a tensor [H, W] or [C, H, W].
+        image: Encoded bytes, a PIL image, an array [H, W] or [H, W, C], a tensor [H, W] or [C, H, W], or one plane of
+            such an image.
         name: What to call it in messages.
         label: Its class, where the source knows one. Never seen by training.
     """
 
-    image: RawImage
+    image: RawImage | OnePlane
     name: str
     label: str | None = None
 
@@ -119,6 +133,10 @@ class FolderSource:
             raise IndexError(f"image {index} of {len(self)}")
         return os.fsdecode(self._names[self._offsets[index] : self._offsets[index + 1]])
 
+    def path(self, index: int) -> Path:
+        """Where the file of one image lies."""
+        return self.root / self.name(index)
+
     def item(self, index: int) -> Item:
         """Read one file.
 
@@ -167,11 +185,20 @@ class SequenceSource:
 
     def name(self, index: int) -> str:
         """The path where a list of paths says so, else ``item 17``."""
+        path = self._path(index)
+        return f"item {index}" if path is None else path
+
+    def path(self, index: int) -> Path | None:
+        """Where the file of one item lies; None where the items are no list of paths."""
+        path = self._path(index)
+        return None if path is None else Path(path)
+
+    def _path(self, index: int) -> str | None:
         if isinstance(self._items, list | tuple):
             image, _ = _image_and_label(self._items[index])
             if isinstance(image, str | os.PathLike):
                 return os.fsdecode(image)
-        return f"item {index}"
+        return None
 
     def item(self, index: int) -> Item:
         """Fetch one item.

@@ -22,7 +22,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -101,6 +101,111 @@ def describe(data: bytes, channels: int | None = None) -> tuple[int, int, str] |
         return width, height, _kind(found)
 
 
+def count_planes(file: BinaryIO, channels: int | None = None) -> tuple[int, str]:
+    """Count the planes of an open TIFF from its headers: along z, time, pages and unknown axes.
+
+    Args:
+        file: Seekable; only what is needed of it is read.
+        channels: Channels wanted: they decide what pages without metadata are, as for ``read``.
+
+    Returns:
+        Their number, and along what they lie, such as ``z, t``; '' for one.
+
+    Raises:
+        ImageError: No image in it. What else tifffile raises of damaged files comes as it is.
+    """
+    quick = count_quickly(file, channels)
+    if quick is not None:
+        return quick
+    head = _first_directory(_OnDisk.of(file))
+    file.seek(0)
+    with _opened(file) as opened:
+        return _along(_find(opened, head, channels))
+
+
+def count_quickly(file: BinaryIO, channels: int | None = None) -> tuple[int, str] | None:
+    """As ``count_planes`` where neither OME, ImageJ nor others say what the pages are, else None; for any thread."""
+    data = _OnDisk.of(file)
+    head = _first_directory(data)
+    if head is not None and (head.alone or (head.plain and not head.more)):
+        return 1, ""
+    pages = _equal_pages(data)
+    return (pages, "page") if pages is not None and pages > 1 and pages != channels else None
+
+
+def _along(found: "_Found") -> tuple[int, str]:
+    """The number of planes, and their axes in words."""
+    letters = [found.axes[i] for i in found.plane_axes if found.shape[i] > 1]
+    if set(letters) <= set("QI"):
+        return found.planes, "page" if letters else ""
+    return found.planes, ", ".join(letter.lower() for letter in letters)
+
+
+@dataclass(frozen=True)
+class _OnDisk:
+    """An open file, of which slices are read."""
+
+    file: BinaryIO
+    size: int
+
+    @classmethod
+    def of(cls, file: BinaryIO) -> "_OnDisk":
+        return cls(file, file.seek(0, io.SEEK_END))
+
+    def __getitem__(self, where: slice) -> bytes:
+        start, stop = where.start or 0, min(where.stop, self.size)  # a header may say anything
+        if start >= stop:
+            return b""
+        self.file.seek(start)
+        return self.file.read(stop - start)
+
+
+# What tells pages of one kind from others: size, bits, compression, photometric, samples, layout, prediction, tiles.
+_OF_KIND = frozenset({_NEW_SUBFILE_TYPE, _WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC, 266, _SAMPLES, _PLANAR})
+_OF_KIND |= frozenset({317, 322, 323, _EXTRA_SAMPLES, _SAMPLE_FORMAT})
+
+
+def _equal_pages(data: _OnDisk) -> int | None:
+    """Count the pages of a TIFF that says nothing of what they are, if all are of one kind; else None.
+
+    tifffile finds the same in ten times the time.
+    """
+    order, big = "<" if data[:2] == b"II" else ">", data[2:3] == b"+" or data[3:4] == b"+"
+    number, start, size, offset = ("Q", 8, 20, "Q") if big else ("H", 2, 12, "I")
+    room = struct.calcsize(offset)
+    seen: set[int] = set()
+    kind: list[bytes] | None = None
+    try:
+        place = _unpack(order + offset, data, 8 if big else 4)[0]
+        while place:
+            if place in seen:
+                return None
+            seen.add(place)
+            count = min(_unpack(order + number, data, place)[0], 4096)
+            body = data[place + start : place + start + size * count]
+            own = []
+            for at in range(0, len(body), size):
+                entry = body[at : at + size]
+                tag, form, length = struct.unpack(order + "HH" + offset, entry[:-room])
+                if tag in (_DESCRIPTION, _SUB_IFDS) or (tag > 32767 and tag not in _HARMLESS):
+                    return None
+                if tag == _NEW_SUBFILE_TYPE and entry[-room:].strip(b"\0") not in (b"", b"\2"):  # 2: one of several
+                    return None
+                if tag in _OF_KIND:
+                    stored = length * struct.calcsize(order + _FORMATS.get(form, "Q"))
+                    if stored > room:
+                        value = struct.unpack(order + offset, entry[-room:])[0]
+                        entry = entry[:-room] + data[value : value + stored]
+                    own.append(entry)
+            if kind is not None and own != kind:
+                return None
+            kind = own
+            place = _unpack(order + offset, data, place + start + size * count)[0]
+    except (struct.error, OverflowError):
+        return None
+    return len(seen)
+
+
 @dataclass(frozen=True)
 class _Directory:
     """What matters of the first directory."""
@@ -110,16 +215,16 @@ class _Directory:
     alone: bool  # nothing hints at more than this one picture
 
 
-def _first_directory(data: bytes) -> _Directory | None:
+def _first_directory(data: "bytes | _OnDisk") -> _Directory | None:
     """Read the first directory of a TIFF, which is much faster than opening it; None where that does not work out."""
     order, big = "<" if data[:2] == b"II" else ">", data[2:3] == b"+" or data[3:4] == b"+"
     try:
-        start = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)[0]
-        count = struct.unpack_from(order + ("Q" if big else "H"), data, start)[0]
+        start = _unpack(order + ("Q" if big else "I"), data, 8 if big else 4)[0]
+        count = _unpack(order + ("Q" if big else "H"), data, start)[0]
         start, size, offset = (start + 8, 20, "Q") if big else (start + 2, 12, "I")
         tags: dict[int, tuple[Any, ...]] = {}
         for place in range(start, start + size * min(count, 4096), size):
-            tag, kind, number = struct.unpack_from(order + "HH" + offset, data, place)
+            tag, kind, number = _unpack(order + "HH" + offset, data, place)
             room = struct.calcsize(offset)
             form = _FORMATS.get(kind)
             tags[tag] = ()
@@ -128,9 +233,9 @@ def _first_directory(data: bytes) -> _Directory | None:
             form = f"{number}s" if form == "1s" else form * number
             at = place + size - room
             if struct.calcsize(order + form) > room:
-                at = struct.unpack_from(order + offset, data, at)[0]
-            tags[tag] = struct.unpack_from(order + form, data, at)
-        more = struct.unpack_from(order + offset, data, start + size * count)[0] != 0
+                at = _unpack(order + offset, data, at)[0]
+            tags[tag] = _unpack(order + form, data, at)
+        more = _unpack(order + offset, data, start + size * count)[0] != 0
     except (struct.error, OverflowError, MemoryError):
         return None
     samples, photometric = _one(tags, _SAMPLES, 1), _one(tags, _PHOTOMETRIC, -1)
@@ -160,13 +265,17 @@ def _first_directory(data: bytes) -> _Directory | None:
     return _Directory(plain, more, alone)
 
 
+def _unpack(form: str, data: "bytes | _OnDisk", at: int) -> tuple[Any, ...]:
+    return struct.unpack(form, data[at : at + struct.calcsize(form)])
+
+
 def _one(tags: dict[int, tuple[Any, ...]], tag: int, default: int) -> int:
     values = tags.get(tag)
     return values[0] if values and isinstance(values[0], int) else default
 
 
 @contextmanager
-def _opened(data: bytes) -> "Iterator[TiffFile]":
+def _opened(data: bytes | BinaryIO) -> "Iterator[TiffFile]":
     import tifffile  # not before it is needed
 
     logger = logging.getLogger("tifffile")
@@ -174,7 +283,8 @@ def _opened(data: bytes) -> "Iterator[TiffFile]":
     logger.disabled = True  # what matters is raised
     try:
         # Not _multifile: no file leads to another one.
-        with tifffile.TiffFile(io.BytesIO(data), _multifile=False) as file:
+        stream = io.BytesIO(data) if isinstance(data, bytes) else data
+        with tifffile.TiffFile(stream, _multifile=False) as file:
             yield file
     finally:
         logger.disabled = before

@@ -25,7 +25,7 @@ class Decoding(TypedDict, total=False):
     value_range: Pair | tuple[Pair, ...] | None
     nodata: float | None
     fill: int
-    plane: int | Literal["max"] | None
+    plane: int | Literal["max", "each"] | None
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ def pairs_of(flat: Sequence[float] | None) -> Pair | tuple[Pair, ...] | None:
     return pairs[0] if len(pairs) == 1 else pairs
 
 
-def plane_of(text: str | None) -> int | Literal["max"] | None:
+def plane_of(text: str | None) -> int | Literal["max", "each"] | None:
     """The recipe's plane as ``decode`` takes it."""
-    if text is None or text == "max":
-        return None if text is None else "max"
-    return int(text)
+    if text is None:
+        return None
+    return "max" if text == "max" else "each" if text == "each" else int(text)
 
 
 def check_size(width: int, height: int, max_pixels: int | None) -> None:
