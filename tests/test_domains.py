@@ -14,6 +14,7 @@ from rich.console import Console
 import dinoforge
 from dinoforge import api
 from dinoforge.data.sources import open_source
+from dinoforge.errors import WeightsError
 from dinoforge.training.build import build_data
 from report_sizes import SIZES
 
@@ -120,7 +121,7 @@ def test_it_was_measured_while_it_trained(domain) -> None:
 
 
 def test_the_report_says_which_channels_it_shows(domain) -> None:
-    root, _, result, _, colours = domain
+    _, _, result, _, colours = domain
     page = api.report(result.out).page.read_text()
     assert '"learned"' in page
     assert '"seen"' in page
@@ -141,3 +142,31 @@ def test_its_features_and_exports(domain) -> None:
     backbone = dinoforge.load(exported, num_heads=2)
     shown = torch.stack([dinoforge.load(result.out).preprocess(root / "data" / name) for name in sorted(levels)])
     np.testing.assert_allclose(backbone(shown).numpy(), np.stack(table["cls"].to_pylist()), atol=1e-4)
+
+
+def test_other_libraries_are_told_how_values_become_levels(domain, capsys) -> None:
+    root, _, result, _, _ = domain
+    rule = {
+        "microscope": None,
+        "satellite": "range=(0.0, 10000.0), fill=7",
+        "camera": "range=(0.0, 4095.0)",
+    }[root.name.rstrip("0123456789")]
+    for format, name in (("safetensors", "own.safetensors"), ("timm", "timm.safetensors")):
+        notes = " ".join(api.export(result.out, format, root / name).notes)
+        assert ("levels 0 to 255" in notes) == (rule is not None and format == "timm")
+        assert rule is None or format != "timm" or f"dinoforge.read_image(image, {rule}) gives them" in notes
+    given = {"student.num_heads": 2, "data.mean": 0.4, "data.std": 0.3, "precision": "fp32"}
+    capsys.readouterr()
+    dark = api.embed(root / "timm.safetensors", root / "data", **given)
+    warned = "this backbone's file says no range for them: data.range=[0,4095]" in capsys.readouterr().err
+    assert warned == root.name.startswith("camera")
+    data = api.RunDirectory(result.out).recipe().data
+    range_given = {} if data.range is None else {"data.range": list(data.range), "data.fill": data.fill}
+    right = api.embed(root / "timm.safetensors", root / "data", **given, **range_given)
+    assert "no range" not in capsys.readouterr().err
+    expected = api.embed(result.out, root / "data", precision="fp32")
+    np.testing.assert_allclose(right, expected, atol=1e-5)
+    assert rule is None or np.abs(dark - expected).max() > 0.01
+    if rule is not None:
+        with pytest.raises(WeightsError, match=r"says range=.*, not \(0.0, 9.0\): what a file says"):
+            api.embed(root / "own.safetensors", root / "data", data={"range": [0, 9]})

@@ -37,6 +37,7 @@ from dinoforge.data.crops import resize
 from dinoforge.data.decode import decode
 from dinoforge.data.labels import Labels, label_table, labels_of
 from dinoforge.data.loader import STOP_SIGNALS, Skipped, inspect, make_loader
+from dinoforge.data.planes import taken_apart
 from dinoforge.data.sources import Source, open_source
 from dinoforge.data.survey import MeasuredRange, measure_range
 from dinoforge.data.values import plane_of
@@ -178,11 +179,12 @@ def _train_together(
     run = RunDirectory(Path(out))
     choices: dict[str, auto.Choice] = {}
     if recipe == "auto":
-        source = open_source(images)
+        source = _source_for_auto(images, keys)
         resolved, ignored, choices = _auto_recipe(source, _flat_keys(keys), run)
     else:
         resolved, ignored = distributed.from_first(lambda: resolve(recipe, keys, run))
         source = open_source(images)
+    source = taken_apart(source, resolved.data.plane, resolved.student.in_chans)
     resolved = build.with_batch_cut(resolved, world_size=distributed.world_size())
     resolved, measured = distributed.from_first(lambda: _with_range(resolved, source, run))
     identity = DataIdentity(os.path.abspath(data_name), len(source), source.fingerprint())
@@ -648,8 +650,9 @@ def bench(
         DataError: no usable images.
     """
     images, keys = _images_and_keys(images, keys)
-    source = open_source(images)
+    source = _source_for_auto(images, keys) if recipe == "auto" else open_source(images)
     resolved = auto_recipe(source, **keys)[0] if recipe == "auto" else resolve(recipe, keys)[0]
+    source = taken_apart(source, resolved.data.plane, resolved.student.in_chans)
     resolved, _ = _with_range(resolved, source)
     devices.use_expandable_segments(devices.rank_device(resolved.device))
     plan = _plan(build.with_batch_cut(resolved, world_size=1), source)
@@ -673,8 +676,16 @@ def auto_recipe(images: Any = None, **keys: Any) -> tuple[Recipe, dict[str, auto
         DataError: no usable images.
     """
     images, keys = _images_and_keys(images, keys)
-    recipe, _, choices = _auto_recipe(open_source(images), _flat_keys(keys), None)
+    recipe, _, choices = _auto_recipe(_source_for_auto(images, keys), _flat_keys(keys), None)
     return recipe, choices
+
+
+def _source_for_auto(images: Any, keys: Mapping[str, Any]) -> Source:
+    """The images that ``auto`` looks at: with ``data.plane=each`` every plane of a file."""
+    said, source = converted(_flat_keys(keys)), open_source(images)
+    if said.get("data.plane") != "each":
+        return source
+    return taken_apart(source, "each", said.get("student.in_chans") or auto.guess_channels(source))
 
 
 def _auto_recipe(
@@ -765,8 +776,9 @@ def load(path: str | Path, **given: Any) -> weights.Backbone:
 
     Args:
         path: a run; a file in the official, timm's or Hugging Face's layout; a Hugging Face folder.
-        given: what a foreign file cannot say: arguments of ``VisionTransformer`` such as ``num_heads=6``, and ``mean``
-            and ``std``.
+        given: what a foreign file cannot say: arguments of ``VisionTransformer`` such as ``num_heads=6``; ``mean`` and
+            ``std``; and how values become levels: ``range``, ``sixteen_bit``, ``nodata``, ``fill``, ``plane``,
+            ``max_pixels``, as the keys of ``data.`` say it.
 
     Raises:
         WeightsError: there is none, it cannot be read, or it says otherwise.
@@ -819,7 +831,7 @@ def _examples(
     run = None if isinstance(model, weights.Backbone) else RunDirectory(Path(model))
     if run and run.exists:
         try:
-            source = open_source(run.info()["data"]["path"])
+            source = _images_of(image, run.info()["data"]["path"])
             pixels = [
                 decode(
                     source.item(index).image,
@@ -864,6 +876,11 @@ def read_image(
     said = {name.removeprefix("data."): value for name, value in _flat_keys(keys).items()}
     if other := [name for name in said if name not in _OF_VALUES]:
         raise RecipeError(f"{', '.join(other)}: expected {', '.join(_OF_VALUES)}")
+    if said.get("plane") == "each":
+        raise RecipeError(
+            "plane='each' makes several images of a file, and this is one image: give the number of a plane from 0, "
+            "or 'max'"
+        )
     if said.get("range") is not None:
         said["range"] = np.ravel(said["range"]).tolist()
     if isinstance(said.get("plane"), int):
@@ -896,7 +913,8 @@ def embed(
     """
     images, keys = _images_and_keys(images, keys)
     backbone, keys = _opened(model, keys)
-    source = open_source(images)
+    source = _images_of(backbone.image, images)
+    _say_unused_range(backbone.image, source)
     reading = _reading(backbone.image, backbone.network.patch_size, *_eval_keys(Eval(), keys))
     ways = partial(_ways_to_embed, reading["device"], reading["size"])
     with devices.in_use(reading["device"]), out_of_memory_in_words(reading["device"], ways):
@@ -942,11 +960,13 @@ def write_features(
         "mean": list(reading["mean"]),
         "std": list(reading["std"]),
     }
+    source = _images_of(backbone.image, images)
+    _say_unused_range(backbone.image, source)
     ways = partial(_ways_to_embed, device, reading["size"])
     with devices.in_use(device), out_of_memory_in_words(device, ways):
         return embedding.write_features(
             backbone.network,
-            open_source(images),
+            source,
             Path(out),
             patches=patches,
             meaning=meaning,
@@ -1036,7 +1056,8 @@ def _evaluation(
     settings, device, precision = _eval_keys(run.recipe().eval if run else Eval(), keys)
 
     def labelled(images: Any) -> tuple[Source, list[str | None] | None]:
-        source = open_source(images)
+        source = _images_of(backbone.image, images)
+        _say_unused_range(backbone.image, source)
         found = labels_of(source) if labels is None else label_table(labels, source)
         if found.values is None:
             why = found.said.removeprefix("none: ")
@@ -1153,6 +1174,7 @@ def open_run(
     if pictures:
         try:
             source = open_source(info["data"]["path"] if data is None else data)
+            source = taken_apart(source, recipe.data.plane, recipe.student.in_chans)
         except DinoforgeError as error:
             missing.append(f"There are no pictures, because the images are not found: {error}.")
     backbone = None
@@ -1204,7 +1226,11 @@ def open_run(
 
 
 _RESAMPLING = ("interpolate_antialias", "interpolate_offset")
-_UNSAID = ("student.num_heads", *(f"student.{key}" for key in _RESAMPLING), "data.mean", "data.std")
+_UNSAID = (
+    "student.num_heads",
+    *(f"student.{key}" for key in _RESAMPLING),
+    *(f"data.{key}" for key in weights.IMAGE_KEYS),
+)
 """Keys of what a foreign weights file cannot say."""
 
 
@@ -1219,12 +1245,36 @@ def _opened(model: str | Path | weights.Backbone, keys: Mapping[str, Any]) -> tu
     # Checked as part of a recipe that has as many channels as there are values.
     plain = {"data.mean": 0.5, "data.std": 0.5}
     values = [len(v) for key in plain if isinstance(v := said.get(key), list | tuple)]
+    if isinstance(v := said.get("data.range"), list | tuple):
+        values.append(len(v) // 2)
     checked, _ = load_recipe("dinov2", plain | {"student.in_chans": max(values, default=1)} | said)
     known = flatten(checked)
     backbone = load(model, **{key.split(".")[1]: known[key] for key in said})
     for note in backbone.notes:
         print(f"weights  {note}", file=sys.stderr)
     return backbone, flat
+
+
+def _say_unused_range(image: weights.ImageInput, source: Source) -> None:
+    """Warn of images whose values would become a few dark levels, since the backbone's file says no range."""
+    if image.range is not None or image.sixteen_bit == "minmax":
+        return
+    plane = plane_of(image.plane)
+    found = measure_range(
+        source, channels=image.in_chans, max_pixels=image.max_pixels, nodata=image.nodata, plane=plane
+    )
+    if found is not None:
+        low, high = found.found
+        print(
+            f"values   {found.kind}, {low:,.5g} to {high:,.5g} in {found.images} sampled images, but this backbone's "
+            f"file says no range for them: data.range=[{found.low:.7g},{found.high:.7g}] spreads them over all levels",
+            file=sys.stderr,
+        )
+
+
+def _images_of(image: weights.ImageInput, images: Any) -> Source:
+    """Images as a backbone knows them: every plane of a file where it was trained on such."""
+    return taken_apart(open_source(images), image.plane, image.in_chans)
 
 
 def _flat_keys(keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,16 @@ class ImageInput:
     plane: str | None = None
 
     @property
+    def rule(self) -> str | None:
+        """How values become levels, as arguments of ``dinoforge.read_image``; None where 8-bit values stay as they are.
+
+        Other libraries do not know it.
+        """
+        rules = {"sixteen_bit": "full", "range": None, "nodata": None, "fill": 0, "plane": None}
+        said = {key: value for key, usual in rules.items() if (value := getattr(self, key)) != usual}
+        return ", ".join(f"{key}={value!r}" for key, value in said.items()) or None
+
+    @property
     def decoding(self) -> Decoding:
         """How values become pixels."""
         return Decoding(
@@ -51,6 +61,10 @@ class ImageInput:
             fill=self.fill,
             plane=plane_of(self.plane),
         )
+
+
+IMAGE_KEYS = ("mean", "std", "range", "sixteen_bit", "nodata", "fill", "plane", "max_pixels")
+"""Fields of ``ImageInput`` that files of other libraries do not say."""
 
 
 class Backbone(nn.Module):
@@ -156,14 +170,14 @@ def load_backbone(path: Path, given: Mapping[str, Any] | None = None) -> Backbon
 
     Args:
         path: safetensors or PyTorch file, or a Hugging Face folder.
-        given: arguments of ``VisionTransformer``, ``mean`` and ``std`` that are known; they win over what would be
+        given: arguments of ``VisionTransformer`` and ``IMAGE_KEYS`` that are known; they win over what would be
             assumed.
 
     Raises:
         WeightsError: no such file, damaged, no known layout, weights that do not fit, or a header that contradicts
             what is given.
     """
-    given = given or {}
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in (given or {}).items()}
     if path.is_dir():
         return _load_folder(path, given)
     header, state = _read(path)
@@ -246,7 +260,7 @@ def _load_own(path: Path, header: Mapping[str, str], tensors: dict[str, Any], gi
         backbone = Backbone(network, architecture, image, int(header["step"]), metadata=metadata)
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise WeightsError(f"{path}: weights and header do not fit each other: {error}") from error
-    said = architecture | {"mean": image.mean, "std": image.std}
+    said = architecture | asdict(image)
     if wrong := [f"{key}={said[key]}, not {value}" for key, value in given.items() if said.get(key, value) != value]:
         raise WeightsError(f"{path} says {'; '.join(wrong)}: what a file says cannot be given otherwise")
     return backbone
@@ -255,7 +269,7 @@ def _load_own(path: Path, header: Mapping[str, str], tensors: dict[str, Any], gi
 def _load_foreign(path: Path, state: dict[str, Any], given: Mapping[str, Any]) -> Backbone:
     try:
         tensors, notes = official_names(state)
-        sizes = {key: value for key, value in given.items() if key not in ("mean", "std")}
+        sizes = {key: value for key, value in given.items() if key not in IMAGE_KEYS}
         architecture, assumed = architecture_of(tensors, sizes)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
@@ -274,6 +288,7 @@ def _load_foreign(path: Path, state: dict[str, Any], given: Mapping[str, Any]) -
         _per_channel(path, key, given.get(key, v), chans) for key, v in zip(("mean", "std"), usual, strict=True)
     )
     image = ImageInput(architecture["image_size"], chans, mean, std, "full", MAX_PIXELS)
+    image = replace(image, **{k: v for k, v in given.items() if k in IMAGE_KEYS and k not in ("mean", "std")})
     return Backbone(network, architecture, image, 0, (*notes, *assumed))
 
 

@@ -85,9 +85,9 @@ def test_one_range_for_all_images_keeps_their_brightness():
 
 def test_what_it_says():
     text = str(MeasuredRange(0, 4095, (3, 3912), "uint16", 64))
-    assert "3 to 3,912 in 64 images" in text
+    assert "3 to 3,912 in 64 sampled images" in text
     assert "4,095 becomes 255" in text
-    assert "data.range=0,4095" in text
+    assert "data.range=[0,4095]" in text
 
 
 @pytest.fixture
@@ -137,7 +137,11 @@ def test_a_range_that_is_none(text):
 
 
 def test_ranges_of_channels(tmp_path):
-    recipe, _ = load_recipe("small", {"data.range": [0.0, 10.0, 0.0, 1000.0], "data.fill": 7, "data.plane": "max"})
+    two = {"student.in_chans": 2, "data.mean": 0.5, "data.std": 0.25}
+    given = {"data.range": [0.0, 10.0, 0.0, 1000.0], "data.fill": 7, "data.plane": "max"}
+    with pytest.raises(RecipeError, match=r"data\.range has 2 pairs for student\.in_chans=3"):
+        load_recipe("small", given)
+    recipe, _ = load_recipe("small", two | given)
     decoding = image_input(recipe).decoding
     assert decoding["value_range"] == ((0, 10), (0, 1000))
     assert (decoding["fill"], decoding["plane"]) == (7, "max")

@@ -41,7 +41,7 @@ class MeasuredRange:
         low, high = self.found
         return (
             f"{self.kind}, {low:,.5g} to {high:,.5g} in {self.images} sampled images: {self.low:,.7g} becomes 0 and "
-            f"{self.high:,.7g} becomes 255 (data.range={self.low:.7g},{self.high:.7g}; give another to change it)"
+            f"{self.high:,.7g} becomes 255 (data.range=[{self.low:.7g},{self.high:.7g}]; give another to change it)"
         )
 
 
@@ -51,7 +51,7 @@ def measure_range(
     channels: int | None = None,
     max_pixels: int = MAX_PIXELS,
     nodata: float | None = None,
-    plane: int | Literal["max"] | None = None,
+    plane: int | Literal["max", "each"] | None = None,
 ) -> MeasuredRange | None:
     """Measures which values of a data set should become 0 and 255; one range, so that images stay comparable.
 
@@ -90,7 +90,7 @@ def measure_range(
 
 
 def _looked_at(
-    source: Source, channels: int | None, max_pixels: int, plane: int | Literal["max"] | None
+    source: Source, channels: int | None, max_pixels: int, plane: int | Literal["max", "each"] | None
 ) -> Iterator[Samples]:
     """The values of some images that have more than 8 bits."""
 

@@ -135,6 +135,11 @@ def _card(content: Content, side: int) -> str:
             f"{a['patch_size']} pixels, {b.network.num_register_tokens} register tokens",
             f"- Images: {b.image.in_chans} channels, the whole image resized to {side} × {side} pixels, mean "
             f"{list(b.image.mean)}, standard deviation {list(b.image.std)}",
+            *(
+                [f"- Values: levels 0 to 255 as `dinoforge.read_image(image, {b.image.rule})` gives them"]
+                if b.image.rule
+                else []
+            ),
             *trained,
             f"- Written by dinoforge {__version__}",
             "",

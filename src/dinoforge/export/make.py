@@ -89,6 +89,11 @@ def make(
             )
     with written_aside(out) as aside:
         notes = target.write(content, aside)
+        if (rule := backbone.image.rule) and target is not SAFETENSORS:
+            notes.append(
+                f"values: the network knows levels 0 to 255 as dinoforge.read_image(image, {rule}) gives them; "
+                f"{target.name} does not scale values like that, so give it such levels"
+            )
         run = target.open(content, aside)
         checks = [_compare(content, target, run, images(s), s) for s in _sizes(content, size)]
         for check in checks:
