@@ -1,0 +1,241 @@
+"""Mean, deviation and symmetry of a data set's pixels, gathered one image at a time."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from dinoforge.data.values import Bool, UInt8
+
+ENOUGH = 32
+"""Images that tell brightness and contrast of places apart; below that nothing is said about symmetry."""
+
+_SHARPEST = 96  # images: an asymmetry that takes more of them to be seen is too small to matter
+_LARGEST = 0.025  # share of the asymmetry that may be common to all images where few of them leave much to chance
+_CELLS, _PIXELS = 8, 8  # of a side: cells of the grid, pixels of a cell
+_SIDE = _CELLS * _PIXELS
+_NORMAL = 2.326  # 99 % of a normal distribution lie below
+
+Float = npt.NDArray[np.float64]
+Turn = Literal["upside down", "mirrored", "turned by a quarter"]
+
+
+@dataclass(frozen=True)
+class Symmetry:
+    """Which turns of the images look alike on average.
+
+    Args:
+        upside_down: there is no up: images and their vertical mirror images are alike.
+        mirrored: left and right are alike.
+        quarter_turns: images and those turned by 90, 180 or 270 degrees are alike.
+        reason: what was measured, in words and numbers.
+    """
+
+    upside_down: bool
+    mirrored: bool
+    quarter_turns: bool
+    reason: str
+
+
+class PixelStatistics:
+    """Mean and deviation per channel, and symmetry, of images that are added one by one.
+
+    Memory does not grow with the images. Each image counts alike for mean and deviation, whatever its size, since each
+    is seen as crops of one size.
+
+    Symmetry is judged by a grid of 8 × 8 cells that covers the image, whatever its aspect: the brightness of each cell
+    and the contrast within it, both relative to the image's own. Of an image's grid f and the grid P f of the image
+    upside down, d = (f - P f) / 2 is what tells them apart. For n images the statistic is T = n |mean d|² / mean |d|²:
+    1 on average where either way up is as likely, and near n where all images have the same up. There it is
+    distributed about as chi² / ν of ν degrees of freedom, ν = trace(C)² / trace(C²) for the covariance C of d (the
+    central limit theorem, with two moments), and the images count as alike below its 99th percentile. From 96 images on
+    n stays 96: a smaller asymmetry than those show is no reason against a flip. Of fewer images, where much may hide in
+    chance, T has to be below 1 + 0.025 (n - 1), too: then the mean explains no more than 2.5 % of all d.
+
+    Quarter turns are judged on the central square of each image, which stays where it is when the image is turned, by
+    the same statistic and by another one: the logarithm of the ratio of horizontal to vertical gradients, which tells
+    the direction of stripes wherever they lie.
+    """
+
+    def __init__(self) -> None:
+        self.images = 0
+        """Number of images that count for mean and deviation."""
+        self._mean: Float = np.zeros(0)  # [C], levels
+        self._squares: Float = np.zeros(0)  # [C], sum over images of the mean squared distance to the mean
+        self._whole = _Moments(2 * _CELLS**2)
+        self._square = _Moments(2 * _CELLS**2)
+        self._stripes = _Moments(1)
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Of each channel on the range 0 to 1; empty before the first image."""
+        return tuple((self._mean / 255).tolist())
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation over all pixels of all images of each channel on the range 0 to 1."""
+        return tuple((np.sqrt(self._squares / max(self.images, 1)) / 255).tolist())
+
+    def add(self, pixels: UInt8, valid: Bool | None = None) -> None:
+        """Add an image.
+
+        Args:
+            pixels: uint8 [H, W, C], with as many channels as the images before.
+            valid: [H, W] or [H, W, C], False where there is no data; None: everywhere valid. An image without any data
+                in some channel counts for nothing.
+        """
+        channels = pixels.shape[2]
+        assert self.images == 0 or channels == len(self._mean), (channels, self._mean.shape)
+        if valid is not None:
+            valid = np.broadcast_to(valid if valid.ndim == 3 else valid[:, :, np.newaxis], pixels.shape)
+        counts = np.stack([_counts(pixels, valid, channel) for channel in range(channels)])  # [C, 256]
+        total = counts.sum(axis=1)
+        if not total.all():
+            return
+        levels = np.arange(256)
+        mean = counts @ levels / total
+        variance = (counts * (levels - mean[:, np.newaxis]) ** 2).sum(axis=1) / total
+        if self.images == 0:
+            self._mean, self._squares = np.zeros(channels), np.zeros(channels)
+        self.images += 1  # Welford's update, of whole images
+        difference = mean - self._mean
+        self._mean = self._mean + difference / self.images
+        self._squares = self._squares + variance + difference * (mean - self._mean)
+        if valid is None or total.sum() * 2 >= valid.size:  # the outline of a small rest would be all there is to see
+            self._add_grids(pixels, valid, mean)
+
+    def _add_grids(self, pixels: UInt8, valid: Bool | None, mean: Float) -> None:
+        if valid is not None:
+            pixels = np.where(valid, pixels, np.rint(mean).astype(np.uint8))
+        height, width, _ = pixels.shape
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        if (whole := _shrunk(pixels)) is not None:
+            self._whole.add(_grid(whole))
+        if (square := whole if height == width else _shrunk(pixels[top : top + side, left : left + side])) is not None:
+            self._square.add(_grid(square))
+            self._stripes.add(_direction(square))
+
+    def symmetry(self) -> Symmetry:
+        """What the images added so far say about flips and quarter turns; nothing is alike below `ENOUGH` of them."""
+        if self._whole.count < ENOUGH:
+            few = f"{self._whole.count} images with a picture are too few to tell whether there is an up"
+            return Symmetry(False, False, False, f"{few} (at least {ENOUGH})")
+        upside_down = self._whole.test(_half_difference(lambda grid: grid[:, ::-1]))
+        mirrored = self._whole.test(_half_difference(lambda grid: grid[:, :, ::-1]))
+        said = [upside_down.said("upside down"), mirrored.said("mirrored")]
+        quarter = False
+        if self._square.count >= ENOUGH:
+            turned = self._square.test(_half_difference(lambda grid: np.rot90(grid, axes=(1, 2))))
+            stripes = self._stripes.test(np.eye(1))
+            quarter = upside_down.alike and turned.alike and stripes.alike
+            said.append(turned.said("turned by a quarter"))
+            if turned.alike and not stripes.alike:
+                said.append(f"but lines run in one direction (T = {stripes.statistic:.1f}, limit {stripes.limit:.1f})")
+        reason = f"of {self._whole.count} images: {', '.join(said)}"
+        return Symmetry(upside_down.alike, mirrored.alike, quarter, reason)
+
+
+@dataclass(frozen=True)
+class _Test:
+    statistic: float
+    limit: float
+
+    @property
+    def alike(self) -> bool:
+        return self.statistic <= self.limit
+
+    def said(self, turn: Turn) -> str:
+        return f"{'alike' if self.alike else 'not alike'} {turn} (T = {self.statistic:.1f}, limit {self.limit:.1f})"
+
+
+class _Moments:
+    """Mean and second moments of vectors."""
+
+    def __init__(self, length: int) -> None:
+        self.count = 0
+        self._sum: Float = np.zeros(length)
+        self._products: Float = np.zeros((length, length))
+
+    def add(self, vector: Float) -> None:
+        self.count += 1
+        self._sum += vector
+        self._products += np.outer(vector, vector)
+
+    def test(self, difference: Float) -> _Test:
+        """Whether the mean of d = `difference` @ vector may be 0."""
+        mean = difference @ self._sum / self.count
+        second = difference @ self._products @ difference.T / self.count  # mean of d dᵀ
+        size = float(np.trace(second))
+        if size <= 1e-12:  # every image is alike by itself
+            return _Test(0.0, 1.0)
+        covariance = second - np.outer(mean, mean)
+        count = min(self.count, _SHARPEST)
+        limit = _percentile(_degrees(covariance, self.count))
+        if len(difference) > 1:
+            limit = min(limit, 1 + _LARGEST * (count - 1))
+        return _Test(count * float(mean @ mean) / size, limit)
+
+
+def _degrees(covariance: Float, count: int) -> float:
+    """Degrees of freedom of the sum of squares of a mean; the squares of a sample's covariance are too large."""
+    trace = float(np.trace(covariance))
+    squares = float((covariance**2).sum()) - trace**2 / count
+    if trace <= 0:
+        return 1.0
+    return float(np.clip(trace**2 / max(squares, trace**2 / len(covariance)), 1, len(covariance)))
+
+
+def _percentile(degrees: float) -> float:
+    """The 99th percentile of chi² / ν, by Wilson and Hilferty (1931)."""
+    spread = 2 / (9 * degrees)
+    return float((1 - spread + _NORMAL * math.sqrt(spread)) ** 3)
+
+
+def _half_difference(turn: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]) -> Float:
+    """The matrix of f -> (f - turned f) / 2 for grids [2, 8, 8] laid out as vectors."""
+    places = np.arange(2 * _CELLS**2)
+    turned = turn(places.reshape(2, _CELLS, _CELLS)).reshape(-1)
+    unit = np.eye(len(places))
+    return np.asarray((unit - unit[turned]) / 2)
+
+
+def _counts(pixels: UInt8, valid: Bool | None, channel: int) -> npt.NDArray[np.int64]:
+    """How often each level is in a channel: int64 [256]."""
+    levels = pixels[:, :, channel]
+    if valid is not None:
+        levels = levels[valid[:, :, channel]].reshape(-1, 1)
+    if not levels.size:
+        return np.zeros(256, np.int64)
+    found = cv2.calcHist([np.ascontiguousarray(levels)], [0], None, [256], [0, 256])
+    return np.asarray(np.rint(found.reshape(256)).astype(np.int64))
+
+
+def _shrunk(pixels: UInt8) -> Float | None:
+    """Brightness at 64 × 64 pixels, of mean 0 and deviation 1; None for an image of one brightness."""
+    height, width, _ = pixels.shape
+    kind = cv2.INTER_AREA if min(height, width) >= _SIDE else cv2.INTER_LINEAR
+    brightness = np.zeros((_SIDE, _SIDE))
+    for channel in range(pixels.shape[2]):
+        levels = np.ascontiguousarray(pixels[:, :, channel], np.float32)
+        brightness += cv2.resize(levels, (_SIDE, _SIDE), interpolation=kind)
+    brightness -= brightness.mean()
+    deviation = float(brightness.std())
+    return None if deviation < 0.1 * pixels.shape[2] else brightness / deviation
+
+
+def _grid(brightness: Float) -> Float:
+    """Brightness and contrast of every cell, each relative to their mean: [2 · 8 · 8]."""
+    cells = brightness.reshape(_CELLS, _PIXELS, _CELLS, _PIXELS)
+    grid = np.stack([cells.mean(axis=(1, 3)), cells.std(axis=(1, 3))])
+    return np.asarray((grid - grid.mean(axis=(1, 2), keepdims=True)).reshape(-1))
+
+
+def _direction(brightness: Float) -> Float:
+    """Logarithm of the ratio of horizontal to vertical gradients: [1]; above 0 where lines run up and down."""
+    energies = [float((np.diff(brightness, axis=axis) ** 2).mean()) + 1e-4 for axis in (1, 0)]
+    return np.array([math.log(energies[0] / energies[1])])
