@@ -150,6 +150,7 @@ class Augment:
 
     horizontal_flip: float = 0.5
     vertical_flip: float = 0.0
+    quarter_turns: float = 0.0  # probability that a crop is turned by 90, 180 or 270 degrees, each as likely
     jitter_probability: float = 0.8
     brightness: float = 0.4
     contrast: float = 0.4
@@ -644,9 +645,9 @@ def _validate(recipe: Recipe) -> None:
     ):
         _require(flat[key] is None or flat[key] > 0, f"{key}: expected more than 0, got {flat[key]}")
     for key in (
-        "ibot.mask_sample_probability augment.horizontal_flip augment.vertical_flip augment.jitter_probability "
-        "augment.grayscale_probability augment.solarize_probability data.max_bad_share teacher.momentum_teacher "
-        "teacher.final_momentum_teacher dino.center_momentum ibot.center_momentum"
+        "ibot.mask_sample_probability augment.horizontal_flip augment.vertical_flip augment.quarter_turns "
+        "augment.jitter_probability augment.grayscale_probability augment.solarize_probability data.max_bad_share "
+        "teacher.momentum_teacher teacher.final_momentum_teacher dino.center_momentum ibot.center_momentum"
     ).split():
         _require(0 <= flat[key] <= 1, f"{key}: expected 0 to 1, got {flat[key]:g}")
     for key in ("student.drop_path_rate student.interpolate_offset optim.adamw_beta1 optim.adamw_beta2").split():

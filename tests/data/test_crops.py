@@ -210,6 +210,51 @@ def test_flips() -> None:
     assert np.array_equal(cut(PIXELS, replace(plain, vertical_flip=True)), upright[::-1])
 
 
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_quarter_turns_are_exact_and_come_after_the_flips(channels: int) -> None:
+    image = smooth(40, 56, channels)
+    plain = CropParameters(size=24, box=(2, 3, 30, 40), horizontal_flip=True)
+    upright = cut(image, plain)
+    for turns in range(4):
+        crop = cut(image, replace(plain, quarter_turns=turns))
+        assert np.array_equal(crop, np.rot90(upright, turns))
+        assert crop.flags.c_contiguous
+    drawn = [replace(plain, size=32, quarter_turns=1), replace(plain, size=32, quarter_turns=2)]
+    drawn += [replace(plain, size=16, quarter_turns=3)] * 3
+    globals_, locals_ = made(SMALL, [image], [drawn], photometry=False)
+    for crop, parameters in zip([*globals_, *locals_], drawn, strict=True):
+        expected = np.rot90(cut(image, replace(parameters, quarter_turns=0)), parameters.quarter_turns)
+        assert np.array_equal(crop.numpy().transpose(1, 2, 0), expected)
+
+
+def test_quarter_turns_are_drawn_after_all_else() -> None:
+    """With the key everything else is drawn as without it, and without it nothing is drawn for it."""
+    crop = MultiCrop(global_size=32, local_size=16, local_number=8)
+    turned = replace(crop, quarter_turns=0.75)
+    for seed in range(20):
+        with_turns = turned.draw(300, 400, np.random.default_rng(seed))
+        assert [replace(p, quarter_turns=0) for p in with_turns] == crop.draw(300, 400, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 0.75, 1.0])
+def test_frequencies_of_quarter_turns(probability: float) -> None:
+    columns = list(zip(*drawn(replace(SMALL, quarter_turns=probability)), strict=True))  # [2 + L][images]
+    for column in columns:
+        shares = np.bincount([p.quarter_turns for p in column], minlength=4) / len(column)
+        assert np.abs(shares - [1 - probability, *[probability / 3] * 3]).max() < 0.045
+        assert len(shares) == 4
+    if probability in (0, 1):
+        assert all((p.quarter_turns > 0) == bool(probability) for column in columns for p in column)
+    if probability == 1:  # the crops of an image are turned independently
+        first, second = ([p.quarter_turns for p in column] for column in columns[:2])
+        assert abs(np.mean(np.equal(first, second)) - 1 / 3) < 0.045
+
+
+def test_turns_stay_when_the_image_is_reduced() -> None:
+    parameters = CropParameters(size=32, box=(80, 40, 160, 240), quarter_turns=3)
+    assert on_reduced(parameters, (800, 800), (100, 100)) == replace(parameters, box=(10, 5, 20, 30))
+
+
 def test_reduction_leaves_every_crop_enough() -> None:
     crop = MultiCrop(global_size=64, local_size=32)
     rng = np.random.default_rng(0)

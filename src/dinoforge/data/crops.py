@@ -2,7 +2,7 @@
 
 Two halves: *drawing* decides everything that is random about a crop and puts it into `CropParameters`; *applying* is
 a function of the image and those. Distributions are torchvision's, as the reference composes them: geometry (crop,
-resize, flip), then photometry (see `photometry`).
+resize, flip), then photometry (see `photometry`); quarter turns, which it does not have, come after the flip.
 """
 
 import math
@@ -39,6 +39,7 @@ class CropParameters:
         box: Top, left, height, width in the image, pixels.
         horizontal_flip: Mirror left and right.
         vertical_flip: Mirror up and down.
+        quarter_turns: By how many right angles to turn it counter-clockwise after the flips, 0 to 3.
         photometry: What happens to its colours.
     """
 
@@ -46,6 +47,7 @@ class CropParameters:
     box: tuple[int, int, int, int]
     horizontal_flip: bool = False
     vertical_flip: bool = False
+    quarter_turns: int = 0
     photometry: Photometry = _UNCHANGED
 
 
@@ -59,6 +61,7 @@ class MultiCrop:
         local_number: Number of local crops, L; 0 is valid.
         aspect: Smallest and largest width / height of a crop before it is resized to a square.
         horizontal_flip, vertical_flip: Probabilities.
+        quarter_turns: Probability that a crop is turned by 90, 180 or 270 degrees, each as likely.
         jitter_probability: Probability that a crop's colours are jittered.
         brightness, contrast, saturation: Factors are uniform in max(0, 1 - s)…1 + s.
         hue: Shifts are uniform in -s…s turns; at most 0.5.
@@ -78,6 +81,7 @@ class MultiCrop:
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     horizontal_flip: float = 0.5
     vertical_flip: float = 0.0
+    quarter_turns: float = 0.0
     jitter_probability: float = 0.8
     brightness: float = 0.4
     contrast: float = 0.4
@@ -143,7 +147,7 @@ class MultiCrop:
         uniform = _uniform(rng)
         blur_first, blur_second, blur_local = self.blur_probability
         local = (self.local_size, self.local_scale, blur_local, 0.0)
-        return [
+        crops = [
             self._draw_crop(height, width, uniform, *kind)
             for kind in (
                 (self.global_size, self.global_scale, blur_first, 0.0),
@@ -151,6 +155,12 @@ class MultiCrop:
                 *[local] * self.local_number,
             )
         ]
+        if self.quarter_turns > 0:  # drawn last, so that all else is what it is without turns
+            crops = [replace(crop, quarter_turns=self._draw_turns(uniform)) for crop in crops]
+        return crops
+
+    def _draw_turns(self, uniform: Uniform) -> int:
+        return 1 + int(3 * uniform()) if uniform() < self.quarter_turns else 0
 
     def _draw_crop(
         self,
@@ -231,13 +241,15 @@ def draw_box(
 
 
 def cut(image: UInt8, parameters: CropParameters) -> UInt8:
-    """Cut out the box of [H, W, C], resize it to [size, size, C], flip it."""
+    """Cut out the box of [H, W, C], resize it to [size, size, C], flip and turn it."""
     top, left, height, width = parameters.box
     crop = resize(image[top : top + height, left : left + width], parameters.size, parameters.size)
     if parameters.horizontal_flip:
         crop = as_uint8(cv2.flip(crop, 1), crop.shape)
     if parameters.vertical_flip:
         crop = as_uint8(cv2.flip(crop, 0), crop.shape)
+    if parameters.quarter_turns:
+        crop = np.ascontiguousarray(np.rot90(crop, parameters.quarter_turns))
     return crop
 
 

@@ -455,6 +455,7 @@ def build_data(recipe: Recipe, source: Source, *, rank: int = 0, world_size: int
         aspect=c.aspect_ratio,
         horizontal_flip=a.horizontal_flip,
         vertical_flip=a.vertical_flip,
+        quarter_turns=a.quarter_turns,
         jitter_probability=a.jitter_probability,
         brightness=a.brightness,
         contrast=a.contrast,

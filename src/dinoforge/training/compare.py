@@ -236,7 +236,9 @@ def _crops(r: Recipe) -> str:
 
 
 def _flips(r: Recipe) -> str:
-    return f"horizontal {_share(r.augment.horizontal_flip)}, vertical {_share(r.augment.vertical_flip)}"
+    a = r.augment
+    turned = f"; {_share(a.quarter_turns)} of the crops turned by 90, 180 or 270 degrees" if a.quarter_turns else ""
+    return f"horizontal {_share(a.horizontal_flip)}, vertical {_share(a.vertical_flip)}{turned}"
 
 
 def _jitter(r: Recipe) -> str:
@@ -427,7 +429,7 @@ _ASPECTS = (
         "crops.global_crops_scale crops.local_crops_scale crops.local_crops_number crops.aspect_ratio",
         _crops,
     ),
-    _Aspect("augmentation", "flips", "augment.horizontal_flip augment.vertical_flip", _flips),
+    _Aspect("augmentation", "flips", "augment.horizontal_flip augment.vertical_flip augment.quarter_turns", _flips),
     _Aspect(
         "augmentation",
         "colour jitter",
