@@ -32,13 +32,14 @@ from dinoforge.config import (
     recipe_names,
     require_shown_channels,
 )
+from dinoforge.data.bad_images import BadImages, BadImagesError, by_reason
 from dinoforge.data.batch import normalize, prepare
 from dinoforge.data.crops import resize
 from dinoforge.data.decode import decode
 from dinoforge.data.labels import Labels, label_table, labels_of
 from dinoforge.data.loader import STOP_SIGNALS, Skipped, inspect, make_loader
 from dinoforge.data.planes import taken_apart
-from dinoforge.data.sources import Source, open_source
+from dinoforge.data.sources import Source, open_source, printable
 from dinoforge.data.survey import MeasuredRange, measure_range
 from dinoforge.data.values import plane_of
 from dinoforge.diagnosis import Finding, diagnose
@@ -78,6 +79,7 @@ from dinoforge.training.run import DataIdentity, RunDirectory
 from dinoforge.training.saver import Saver
 
 _LIVE_REPORT_SECONDS = 20.0  # for reading images: training waits
+_TOLD_AT_ONCE = 20  # unreadable images of a step
 
 
 @dataclass(frozen=True)
@@ -344,9 +346,11 @@ def _train(
                             written.cut(state.step)
                     for alarm in alarms:
                         alarm.cut()
-                except DataError:
+                except DataError as error:
                     if not distributed.is_active():  # otherwise perhaps of one rank, and all save together
                         saver.finish()  # what was done until then
+                    if isinstance(error, BadImagesError):
+                        raise _listed(error, run, state.bad_images, say) from error
                     raise
                 except (RuntimeError, MemoryError) as error:
                     last_step.save_after(error, saver, say)
@@ -426,16 +430,32 @@ def _probes(
         say(f"probe    none, since the labels do not serve: {error}")
         return None
 
+    told: list[features.Skipped] = []
+
+    def tell_skipped() -> None:
+        new = probe.skipped[len(told) :]
+        told.extend(new)
+        if new:
+            why = by_reason((0, one.name, one.reason) for one in new)
+            say(f"probe      {len(new)} of its {len(new) + len(probe):,} images cannot be read and take no part: {why}")
+
+    def measure(backbone: VisionTransformer) -> dict[str, float]:
+        scores = probe.measure(backbone)
+        tell_skipped()
+        return dict(vars(scores))
+
     def baselines() -> dict[str, dict[str, float]]:
         untrained = _untrained(architecture, seed).to(plan.device)
-        return {name: vars(scores) for name, scores in probe.baselines(untrained).items()}
+        found = {name: vars(scores) for name, scores in probe.baselines(untrained).items()}
+        tell_skipped()
+        return found
 
     return Probes(
         run,
         state,
         plan,
         image,
-        measure=lambda backbone: dict(vars(probe.measure(backbone))),
+        measure=measure,
         baselines=baselines,
         fingerprint=probe.fingerprint,
         say=say,
@@ -832,14 +852,12 @@ def _examples(
     if run and run.exists:
         try:
             source = _images_of(image, run.info()["data"]["path"])
-            pixels = [
-                decode(
-                    source.item(index).image,
-                    channels=image.in_chans,
-                    **image.decoding,
-                )
-                for index in (0, len(source) // 2)
-            ]
+            pixels = []
+            for index in (0, len(source) // 2):
+                name = printable(source.name(index))
+                pixels.append(decode(source.item(index).image, channels=image.in_chans, **image.decoding))
+        except ImageError as error:
+            shown = f"random images, because {name} of the run's cannot be read ({error})"
         except DataError as error:
             shown = f"random images, because the run's are not found ({error})"
         else:
@@ -920,8 +938,8 @@ def embed(
     with devices.in_use(reading["device"]), out_of_memory_in_words(reading["device"], ways):
         found = features.extract(backbone.network, source, range(len(source)), **reading)
     if found.skipped:
-        first = found.skipped[0]
-        raise DataError(f"{len(found.skipped)} images cannot be read, first {first.name}: {first.reason}")
+        told = by_reason((0, one.name, one.reason) for one in found.skipped)
+        raise DataError(f"{len(found.skipped)} of {len(source)} images cannot be read: {told}")
     return found.cls.numpy()
 
 
@@ -1357,9 +1375,21 @@ class _Stop:
         self.reason = signal.Signals(number).name
 
 
-def _tell_skipped(run: RunDirectory, say: Any, new: list[Skipped]) -> None:
+def _tell_skipped(run: RunDirectory, say: Callable[[str], object], new: Sequence[Skipped]) -> None:
     if not distributed.is_first():
         return
-    for _, name, reason in new:
+    for _, name, reason in new[:_TOLD_AT_ONCE]:
         say(f"skipped  {name}: {reason}")
+    if len(new) > _TOLD_AT_ONCE:
+        say(f"skipped  and {len(new) - _TOLD_AT_ONCE:,} more, which {run.skipped} lists")
     run.list_skipped((name, reason) for _, name, reason in new)
+
+
+def _listed(error: BadImagesError, run: RunDirectory, known: BadImages, say: Callable[[str], object]) -> BadImagesError:
+    """The error of too many unreadable images, after each of them was listed."""
+    new = {index: (name, reason) for index, name, reason in error.skipped if index not in known.skipped}
+    if distributed.is_first():
+        _tell_skipped(run, say, [(index, *told) for index, told in new.items()])
+    elif error.of_one_rank:  # the first does not know of them
+        run.list_skipped(new.values())
+    return BadImagesError(f"{error}. Each one is listed in {run.skipped}", error.skipped)

@@ -28,14 +28,14 @@ from numpy.lib.format import open_memmap
 from rich import progress
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from dinoforge.data.bad_images import by_reason
 from dinoforge.data.names import in_table, printable
 from dinoforge.data.sources import Source
 from dinoforge.errors import DataError, ExportError, RunError
 from dinoforge.features import Skipped, stream
-from dinoforge.files import write_atomically, write_text, written_aside
+from dinoforge.files import save_tensors, write_atomically, write_text, written_aside
 from dinoforge.models.vit import VisionTransformer
 
 _PART_BYTES = 2**26  # of tokens in memory at once, roughly; a part holds no more, nor a batch
@@ -137,8 +137,8 @@ def write_features(
     kept, skipped = _summary(parts, count)
     if not kept:
         _remove(parts)
-        first = f": {skipped[0].name}: {skipped[0].reason}" if skipped else ""
-        raise DataError(f"none of the {total} images can be read{first}")
+        told = by_reason((0, one.name, one.reason) for one in skipped)
+        raise DataError(f"none of the {total} images can be read{': ' * bool(told)}{told}")
     if not whole:
         layout = _Layout(kept, dim, grid * grid if patches else None, (meaning or {}) | {"grid": [grid, grid]})
         with written_aside(out) as aside:
@@ -269,7 +269,7 @@ def _save_part(
         tensors["patches"] = torch.cat([torch.empty(0, patches, dim), *(tokens.patches for tokens in found)])
     skipped = [[s.name, s.reason] for _, _, unread in pieces for s in unread]
     header = {"skipped": json.dumps(skipped)}
-    write_atomically(file, lambda temporary: save_file(tensors, temporary, metadata=header))
+    write_atomically(file, lambda temporary: save_tensors(tensors, temporary, header))
 
 
 def _load_part(file: Path, source: Source) -> _Part:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from dinoforge.data.bad_images import by_reason
 from dinoforge.data.batch import normalize
 from dinoforge.data.crops import whole
 from dinoforge.data.decode import decode
@@ -102,8 +103,8 @@ def extract(
                 if keep_images:
                     kept_images.append(batch)
     if not kept:
-        first = f": {skipped[0].name}: {skipped[0].reason}" if skipped else ""
-        raise DataError(f"none of the {len(indices)} images can be read{first}")
+        told = by_reason((0, one.name, one.reason) for one in skipped)
+        raise DataError(f"none of the {len(indices)} images can be read{': ' * bool(told)}{told}")
     return Features(torch.cat(cls), torch.cat(kept_images) if keep_images else None, kept, skipped)
 
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dinoforge.data.bad_images import BadImagesError, by_reason
 from dinoforge.data.batch import Batch, prepare
 from dinoforge.data.crops import MultiCrop
 from dinoforge.data.decode import decode
@@ -320,7 +321,9 @@ def test_share_of_bad_images(length: int, draws: int, allowed: int) -> None:
     skipped = [(index, f"{index}.png", "truncated") for index in range(allowed + 1)]
     bad = BadImages(max_share=0.1, length=length)
     bad.update(skipped[:allowed], draws)
-    with pytest.raises(DataError, match=r"data\.max_bad_share allows 10\.0%.*0\.png: truncated; 1\.png"):
+    with pytest.raises(
+        DataError, match=rf"data\.max_bad_share allows 10\.0%.*: {allowed + 1} such as 0\.png: truncated$"
+    ):
         bad.update(skipped, draws)
 
 
@@ -348,8 +351,33 @@ def test_inspect_mixed_and_bad() -> None:
     assert summary.values == (0, 9)
     assert set(summary.modes) == {("uint16 x1", 1), ("uint8 x3", 1)}
     assert [(index, name) for index, name, _ in summary.failures] == [(1, "item 1")]
-    with pytest.raises(DataError, match=r"none of 2 images.*item 0: is text, not an image"):
-        inspect(SequenceSource([b"?", b"!"]))
+    with pytest.raises(DataError, match=r"none of 3 images.*: 2 such as item 0: is text, [^;]*; item 1: "):
+        inspect(SequenceSource([b"?", b"", b"!"]))
+
+
+def test_reasons_are_told_by_kind_most_frequent_first() -> None:
+    lost = [(i, f"{i}.tif", f"truncated: {i} of 1,{i:03d} strips lie beyond the end") for i in range(12)]
+    other = [(20, "x.png", "empty file"), (21, "y.jpg", "is a git-lfs pointer"), (22, "z.png", "empty file")]
+    assert by_reason([*other, *lost]) == (
+        "12 such as 0.tif: truncated: 0 of 1,000 strips lie beyond the end; 2 such as x.png: empty file; "
+        "y.jpg: is a git-lfs pointer"
+    )
+    many = [(i, f"{i}.png", "because of " + "abcdefgh"[i]) for i in range(8)]
+    assert by_reason(many).endswith("; 5.png: because of f; 2 for 2 other reasons")
+
+
+def test_what_is_newly_bad_comes_with_the_error() -> None:
+    bad = BadImages(max_share=0.1, length=1000)
+    bad.update([(0, "0.png", "empty file")], 10)
+    with pytest.raises(BadImagesError) as raised:
+        bad.update([(i, f"{i}.png", "empty file") for i in range(7)], 20)
+    assert raised.value.skipped == tuple((i, f"{i}.png", "empty file") for i in range(1, 7))
+    assert not raised.value.of_one_rank
+    data = training_data(images(20, bad=tuple(range(20))))
+    with pytest.raises(BadImagesError) as raised:
+        next(make_loader(data, start_step=0, end_step=1, num_workers=0))
+    assert len(raised.value.skipped) == MAX_ATTEMPTS
+    assert raised.value.of_one_rank
 
 
 # --- where colours are changed, and how much of an image is decoded ---------------------------------------------------

@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 
 import dinoforge
+from dinoforge import api
+from dinoforge.data.bad_images import BadImagesError
 from dinoforge.data.crops import MultiCrop
 from dinoforge.data.decode import decode
 from dinoforge.data.loader import BadImages, TrainingData, make_loader
@@ -287,3 +289,131 @@ def test_a_folder_that_goes_away_ends_the_run_with_a_checkpoint(open_folder, tmp
     for path, data in files.items():  # the drive is back
         path.write_bytes(data)
     assert dinoforge.train(Meanwhile(open_folder, -1, None), "small", run, **settings).finished
+
+
+# --- every bad image is named ----------------------------------------------------------------------------------------
+
+
+def folder_of(folder, sound, bad, content=b"GIF89a and no more"):
+    folder.mkdir()
+    for index in range(sound):
+        (folder / f"sound{index:03d}.png").write_bytes(SOUND["png"])
+    for index in range(bad):
+        (folder / f"bad{index:03d}.png").write_bytes(content)
+    return folder
+
+
+def skipped_in(run):
+    lines = (run / "skipped.txt").read_text().splitlines()
+    assert len(lines) == len(set(lines))
+    return dict(line.split("\t") for line in lines)
+
+
+def test_all_bad_images_are_listed_before_too_many_of_them_end_the_run(tmp_path, capsys):
+    images = folder_of(tmp_path / "images", sound=60, bad=40)
+    settings = SIZES | {"train.num_workers": 0, "train.batch_size_per_gpu": 64}
+    with pytest.raises(DataError, match=r"data\.max_bad_share allows 10\.0%.* such as bad\d+\.png: ") as raised:
+        dinoforge.train(images, "small", tmp_path / "run", **settings)
+    listed = skipped_in(tmp_path / "run")
+    assert len(listed) > 20
+    assert set(listed) <= {f"bad{index:03d}.png" for index in range(40)}
+    assert f"{len(listed)} of about 64 images could not be read" in str(raised.value)
+    assert str(raised.value).endswith(f". Each one is listed in {tmp_path / 'run' / 'skipped.txt'}")
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped ")]
+    assert len(told) == 21
+    assert told[-1] == f"skipped  and {len(listed) - 20} more, which {tmp_path / 'run' / 'skipped.txt'} lists"
+    for line in told[:-1]:
+        name, _, reason = line.removeprefix("skipped  ").partition(": ")
+        assert listed[name] == reason
+
+
+def test_bad_images_are_listed_where_none_is_found_for_a_batch(tmp_path):
+    images = folder_of(tmp_path / "images", sound=1, bad=60)
+    settings = SIZES | {"train.num_workers": 1, "data.max_bad_share": 1.0}
+    with pytest.raises(DataError, match=r"10 images in a row could not be read: \d+ such as bad\d+\.png: damaged"):
+        dinoforge.train(images, "small", tmp_path / "run", **settings)
+    assert len(skipped_in(tmp_path / "run")) >= 5
+
+
+def test_a_rank_lists_what_it_alone_met(tmp_path, monkeypatch):
+    run = api.RunDirectory(tmp_path)
+    known = BadImages(0.1, 100)
+    known.update([(1, "1.png", "empty file")], 64)
+    skipped = [(1, "1.png", "empty file"), (2, "2.png", "empty file"), (2, "2.png", "empty file")]
+    monkeypatch.setattr(api.distributed, "is_first", lambda: False)
+    told = []
+    api._listed(BadImagesError("as all ranks have it", skipped), run, known, told.append)
+    assert not run.skipped.exists()
+    error = api._listed(BadImagesError("of this one", skipped, of_one_rank=True), run, known, told.append)
+    assert run.skipped.read_text() == "2.png\tempty file\n"
+    assert str(error) == f"of this one. Each one is listed in {run.skipped}"
+    assert told == []
+
+
+def test_ranks_list_each_bad_image_once(tmp_path):
+    images = folder_of(tmp_path / "images", sound=60, bad=40)
+    keys = [
+        f"{key}={value}" for key, value in (SIZES | {"train.num_workers": 0, "train.batch_size_per_gpu": 32}).items()
+    ]
+    command = [sys.executable, "-m", "dinoforge", "train", str(images), "--out", str(tmp_path / "run"), "--nproc", "2"]
+    done = subprocess.run([*command, *keys], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2, done.stderr
+    listed = skipped_in(tmp_path / "run")
+    assert f"{len(listed)} of about 64 images could not be read" in done.stderr
+    assert len(listed) > 20
+
+
+@pytest.mark.parametrize("call", ["dry run", "bench", "auto"])
+def test_what_cannot_be_read_at_all_is_told_by_kind(tmp_path, call):
+    images = folder_of(tmp_path / "images", sound=0, bad=9)
+    for index in range(3):
+        (images / f"pointer{index}.jpg").write_bytes(
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+        )
+    calls = {
+        "dry run": lambda: dinoforge.train(images, "small", tmp_path / "run", dry_run=True, **SIZES),
+        "auto": lambda: dinoforge.train(images, "auto", tmp_path / "run", dry_run=True),
+        "bench": lambda: api.bench(images, "small", **SIZES),
+    }
+    told = r"none of 12 .*: 9 such as bad000\.png: damaged[^;]*; 3 such as pointer0\.jpg: "
+    with pytest.raises(DataError, match=told):
+        calls[call]()
+
+
+def test_embedding_tells_every_kind_of_reason(tmp_path, run):
+    images = folder_of(tmp_path / "images", sound=3, bad=9)
+    (images / "empty.png").write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"10 of 13 images cannot be read: 9 such as bad000\.png: .*; empty\.png: empty"
+    ):
+        dinoforge.embed(run, images)
+
+
+def test_a_probe_tells_which_of_its_images_it_could_not_read(tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    for label in ("a", "b"):
+        folder_of(images / label, sound=30, bad=1)
+    settings = SIZES | {"train.num_workers": 0, "probe.every_steps": 16, "report.every_minutes": None}
+    dinoforge.train(images, "small", tmp_path / "run", **settings)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("probe ") and "cannot" in line]
+    (line,) = told
+    assert "2 of its 62 images cannot be read and take no part: 2 such as a/bad000.png: damaged" in line
+
+
+def test_an_export_names_the_image_that_it_cannot_compare_on(tmp_path, run):
+    images = Path(api.RunDirectory(run).info()["data"]["path"])
+    first = sorted(images.iterdir())[0]
+    data = first.read_bytes()
+    first.write_bytes(b"")
+    report = api.export(run, "safetensors", tmp_path / "x.safetensors")
+    first.write_bytes(data)
+    assert f"random images, because {first.name} of the run's cannot be read (empty file)" in str(report)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run on sound images."""
+    folder = tmp_path_factory.mktemp("sound")
+    images = folder_of(folder / "images", sound=20, bad=0)
+    return dinoforge.train(images, "small", folder / "run", **SIZES | {"train.num_workers": 0, "train.steps": 2}).out

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +25,9 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from dinoforge.data.bad_images import BadImages as BadImages
+from dinoforge.data.bad_images import BadImagesError, by_reason
+from dinoforge.data.bad_images import Skipped as Skipped
 from dinoforge.data.batch import Batch, collate_photometry, masked_patches
 from dinoforge.data.crops import CropParameters, MultiCrop, on_reduced, reduction
 from dinoforge.data.decode import decode, describe
@@ -35,9 +38,6 @@ from dinoforge.errors import DataError, ImageError, WorkerError
 
 MAX_ATTEMPTS = 10
 """Images tried for one position before the batch is given up."""
-
-Skipped = tuple[int, str, str]
-"""Index, printable name and reason of an image that could not be read."""
 
 DrawMasks = Callable[[int, tuple[int, int], np.random.Generator], npt.NDArray[np.bool_]]
 """(number of global crops, patch grid (h, w), rng) -> bool [number, h·w]; `masks.batch_masks` with its settings."""
@@ -167,8 +167,7 @@ class TrainingData(Dataset[Batch | Failure]):
             for place in range(share):
                 sample = self.sample(first + self.rank * share + place, skipped)
                 if sample is None:
-                    reasons = "; ".join(f"{name}: {reason}" for _, name, reason in skipped[-3:])
-                    message = f"{MAX_ATTEMPTS} images in a row could not be read, the last ones: {reasons}"
+                    message = f"{MAX_ATTEMPTS} images in a row could not be read: {by_reason(skipped[-MAX_ATTEMPTS:])}"
                     return Failure(message=message, skipped=tuple(skipped))
                 index, image, parameters = sample
                 indices.append(index)
@@ -306,7 +305,7 @@ def _checked(
                     ) from error
                 raise
             if isinstance(batch, Failure):
-                raise DataError(batch.message)
+                raise BadImagesError(batch.message, batch.skipped, of_one_rank=True)
             yield batch
     finally:
         watch.stop()
@@ -426,56 +425,6 @@ def _same_sigchld_handler() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, handler)
 
 
-class BadImages:
-    """The images that could not be read so far, and the rule that stops a run when they are too many.
-
-    The share is taken of the distinct images drawn so far, but of no fewer than 64 (or all), so that one bad image at
-    the start stops nothing.
-
-    Args:
-        max_share: Largest share of unreadable images, 0…1 (`data.max_bad_share`).
-        length: Number of images in the source.
-    """
-
-    def __init__(self, max_share: float, length: int) -> None:
-        self.max_share = max_share
-        self.length = length
-        self.skipped: dict[int, tuple[str, str]] = {}
-        """Index -> printable name, reason."""
-
-    def update(self, skipped: Iterable[Skipped], draws: int) -> list[Skipped]:
-        """Note what was skipped, and return what is new.
-
-        Args:
-            skipped: As in `Batch.skipped`, of one rank or of all.
-            draws: Samples drawn since the start of training, over all ranks.
-
-        Raises:
-            DataError: The share of unreadable images is above the limit.
-        """
-        known = dict(self.skipped)
-        new = []
-        for index, name, reason in skipped:
-            if index not in known:
-                known[index] = (name, reason)
-                new.append((index, name, reason))
-        seen = max(min(draws, self.length), min(self.length, 64))
-        if len(known) > self.max_share * seen:
-            examples = "; ".join(f"{name}: {reason}" for name, reason in list(known.values())[:3])
-            raise DataError(
-                f"{len(known)} of about {seen} images could not be read ({len(known) / seen:.1%}; "
-                f"data.max_bad_share allows {self.max_share:.1%}), such as {examples}"
-            )
-        self.skipped = known  # what went too far is not held against a run that continues with mended images
-        return new
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"skipped": [[index, name, reason] for index, (name, reason) in self.skipped.items()]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.skipped = {int(index): (name, reason) for index, name, reason in state["skipped"]}
-
-
 @dataclass(frozen=True)
 class DataSummary:
     """What a look at a few images tells about a source.
@@ -534,8 +483,7 @@ def inspect(
         shapes.append(pixels.shape)
         values += [int(pixels.min()), int(pixels.max())]
     if not shapes:
-        examples = "; ".join(f"{name}: {reason}" for _, name, reason in failures[:3])
-        raise DataError(f"none of {len(indices)} images that were tried could be read, such as {examples}")
+        raise DataError(f"none of {len(indices)} images that were tried could be read: {by_reason(failures)}")
     heights, widths, _ = zip(*shapes, strict=True)
     return DataSummary(
         count=len(source),

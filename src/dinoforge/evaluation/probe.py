@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from dinoforge.data.sources import Source
 from dinoforge.errors import DataError
 from dinoforge.evaluation.knn import knn_predict
-from dinoforge.features import Reading, embed, extract
+from dinoforge.features import Reading, Skipped, embed, extract
 
 K = 20  # DINO's best for most networks
 PENALTIES = tuple(10.0**power for power in range(-6, 1))  # of the linear classifier
@@ -77,6 +77,8 @@ class Probe:
                 f"them with several images, and {MIN_IMAGES} images"
             )
         self._images: Tensor | None = None
+        self.skipped: list[Skipped] = []
+        """Images that turned out to be unreadable."""
         everything = repr((self.indices, self.labels.tolist(), sorted(reading.items(), key=str)))
         self.fingerprint = hashlib.sha256(everything.encode()).hexdigest()  # of all that scores depend on but weights
 
@@ -112,7 +114,7 @@ class Probe:
         assert found.images is not None
         place = {index: i for i, index in enumerate(self.indices)}
         self.labels = self.labels[[place[index] for index in found.kept]]
-        self.indices, self._images = found.kept, found.images
+        self.indices, self._images, self.skipped = found.kept, found.images, found.skipped
         return found.cls, found.images
 
     def _scores(self, features: Tensor, *, pixels: bool) -> Scores:
