@@ -37,7 +37,8 @@ from dinoforge.data.batch import normalize, prepare
 from dinoforge.data.crops import resize
 from dinoforge.data.decode import decode
 from dinoforge.data.labels import Labels, label_table, labels_of
-from dinoforge.data.loader import STOP_SIGNALS, Skipped, inspect, make_loader
+from dinoforge.data.loader import STOP_SIGNALS, Skipped, make_loader
+from dinoforge.data.loader import inspect as look_at_some
 from dinoforge.data.planes import taken_apart
 from dinoforge.data.sources import Source, open_source, printable
 from dinoforge.data.survey import MeasuredRange, measure_range
@@ -49,6 +50,9 @@ from dinoforge.evaluation.knn import KnnResult, run_knn
 from dinoforge.evaluation.probe import Probe
 from dinoforge.export import make as exports
 from dinoforge.files import write_text
+from dinoforge.inspection import page as inspection_pages
+from dinoforge.inspection import run as inspections
+from dinoforge.inspection.result import Inspection
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.report import figures as report_figures
 from dinoforge.report import page as pages
@@ -716,7 +720,7 @@ def _auto_recipe(
     values_said = {f"data.{key}": said[f"data.{key}"] for key in _OF_VALUES if f"data.{key}" in said}
     base, _ = load_recipe(auto.BASE, values_said | {"student.in_chans": channels, "data.mean": 0.5, "data.std": 0.5})
     base, measured = _with_range(base, source, run)
-    summary = inspect(source, channels=channels, decoding=build.image_input(base).decoding)
+    summary = look_at_some(source, channels=channels, decoding=build.image_input(base).decoding)
     found: dict[str, auto.Choice] = {}
     if base.data.range is not None and "data.range" not in said:
         found["data.range"] = auto.Choice(base.data.range, str(measured or "as the run began"))
@@ -772,7 +776,7 @@ def _with_range(recipe: Recipe, source: Source, run: RunDirectory | None = None)
 
 def _plan(recipe: Recipe, source: Source) -> plans.Plan:
     image = build.image_input(recipe)
-    summary = inspect(source, channels=image.in_chans, decoding=image.decoding)
+    summary = look_at_some(source, channels=image.in_chans, decoding=image.decoding)
     return plans.make_plan(recipe, summary)
 
 
@@ -1101,6 +1105,43 @@ def _evaluation(
     for text in said:
         print(f"labels   {text}", file=sys.stderr)
     return run, setup
+
+
+def inspect(
+    images: Any,
+    *,
+    labels: str | Path | None = None,
+    report: str | Path | None = None,
+    sample: int = inspections.IMAGES,
+    seconds: float = inspections.SECONDS,
+    **keys: Any,
+) -> Inspection:
+    """What images are, and what training would make of them, from a bounded sample; see docs/inspect.md.
+
+    Args:
+        images: as for ``train``.
+        labels: a CSV file with names and labels; by default the names of sub-folders.
+        report: an HTML page to write, with crops as the network sees them.
+        sample: images that are looked at, at most.
+        seconds: that looking may take; listing a folder comes on top.
+        keys: recipe keys, as for ``train``; what they do not say is as recipe ``auto`` chooses it.
+
+    Raises:
+        DataError: no images, or no folder. What is wrong with some of them is a finding.
+        RecipeError: a key or value that cannot be.
+        RunError: the page cannot be written.
+    """
+    found = inspections.inspect(
+        images,
+        labels=labels,
+        keys=_flat_keys(keys),
+        images=sample,
+        seconds=seconds,
+        with_crops=report is not None,
+    )
+    if report is not None:
+        write_text(Path(report), inspection_pages.page(found))
+    return found
 
 
 def doctor(path: str | Path) -> list[Finding]:

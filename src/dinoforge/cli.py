@@ -123,6 +123,22 @@ def _parser() -> argparse.ArgumentParser:
     _add_keys(train, "recipe keys, such as train.steps=2000")
     train.set_defaults(run=_train, parser=train)
 
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what your images are, and what training would make of them",
+        description="Looks at a sample of the images, trains nothing, and says what they are: kinds, sizes, channels, "
+        "values and what becomes 0 and 255, labels, copies, unreadable files with reasons, and the keys to say.",
+        epilog="example: dinoforge inspect photos/ --report photos.html",
+    )
+    inspect.add_argument("data", metavar="DATA", help="folder of images, walked recursively")
+    inspect.add_argument("--labels", metavar="FILE.csv", help="file name, label; default: names of sub-folders")
+    inspect.add_argument("--report", metavar="FILE.html", help="write a page, with crops as the network sees them")
+    inspect.add_argument("--images", type=int, default=1024, metavar="N", help="looked at, at most; default: 1024")
+    inspect.add_argument("--seconds", type=float, default=15.0, metavar="S", help="of looking; default: 15")
+    inspect.add_argument("--json", action="store_true", help="print one line of JSON")
+    _add_keys(inspect, "recipe keys, such as data.range=[0,4095]")
+    inspect.set_defaults(run=_inspect, parser=inspect)
+
     submit = commands.add_parser(
         "submit",
         help="train as a job of Slurm that is queued again until it is finished",
@@ -378,6 +394,28 @@ def _train(options: argparse.Namespace) -> int:
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         return 0  # or else the ranks, which stopped because they were asked to, would be started again
     return _EXIT_SIGNALS.get(result.stopped_by or "", 0)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    keys = _keys(options.keys)
+    _check("auto", keys)
+    if options.images < 1 or options.seconds <= 0:
+        options.parser.error("--images and --seconds: expected numbers above 0")
+    from dinoforge.api import inspect
+    from dinoforge.inspection.text import render
+
+    found = inspect(
+        options.data,
+        labels=options.labels,
+        report=options.report,
+        sample=options.images,
+        seconds=options.seconds,
+        **keys,
+    )
+    print(json.dumps(found.as_json(), allow_nan=False) if options.json else render(found))
+    if options.report:
+        print(f"the page is {options.report}", file=sys.stderr)
+    return 0
 
 
 def _submit(options: argparse.Namespace) -> int:

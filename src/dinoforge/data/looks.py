@@ -1,0 +1,213 @@
+"""A close look at one image: what its file is, the values that it stores, and the pixels that training gets of it.
+
+The file is decoded once: `Look.samples` are its values before they are scaled, `Look.pixels` what ``decode`` gives.
+"""
+
+import io
+import time
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms
+
+from dinoforge.data import formats, kinds, tiff
+from dinoforge.data.decode import MAX_PIXELS, AnImage, UInt8, _finish, count_planes, decode, describe, raw
+from dinoforge.data.kinds import Kind, kind_of
+from dinoforge.data.sources import OnePlane
+from dinoforge.data.values import Decoding, Samples, Scaling
+from dinoforge.errors import ImageError
+
+OBJECT = Kind("object in memory", is_image=True, article="an")
+"""What arrays, tensors and PIL images are, which come from no file."""
+
+_ICC_PROFILE, _ORIENTATION = 34675, 274  # tags of a TIFF
+_PICTURES = frozenset({kinds.JPEG, kinds.WEBP, kinds.BMP, kinds.GIF, kinds.AVIF, kinds.HEIC})  # of 8 bits, always
+_PILLOW = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header of a file says beside the size.
+
+    Args:
+        profile: Name of the embedded colour profile; '' where there is none.
+        orientation: The EXIF orientation as it stands there, even where it is none of the eight; None: there is none.
+        planes: Planes (z, time), pages or frames that there are.
+        along: What they are, such as ``z, t``, ``page`` or ``frame``; '' for one.
+        bare_cmyk: Whether it is a CMYK JPEG without Adobe's marker.
+    """
+
+    profile: str = ""
+    orientation: int | None = None
+    planes: int = 1
+    along: str = ""
+    bare_cmyk: bool = False
+
+
+@dataclass(frozen=True)
+class Look:
+    """One image, looked at closely.
+
+    Args:
+        kind: What the file is by its content.
+        size: Bytes of the file; of the values for objects in memory.
+        width, height: Upright, pixels.
+        mode: Kind of pixels, as `describe` tells it.
+        header: What else the header says.
+        samples: Values as stored, upright [H, W, C].
+        pixels: What training gets, uint8 [H, W, channels]; None where it refuses the image.
+        refused: Why training refuses it; '' where it does not.
+        repaired: Whether it is a JPEG that lacks its end, with all rows there.
+        seconds: That decoding took.
+    """
+
+    kind: Kind
+    size: int
+    width: int
+    height: int
+    mode: str
+    header: Header
+    samples: Samples
+    pixels: UInt8 | None
+    refused: str
+    repaired: bool
+    seconds: float
+
+    @property
+    def transparent(self) -> float | None:
+        """Share of the pixels that are not wholly opaque; None where there is no transparency."""
+        if not self.samples.alpha:
+            return None
+        alpha = self.samples.values[:, :, -1]
+        return float(np.mean(alpha < (self.samples.limit or _top(alpha.dtype))))
+
+
+def look(image: AnImage, *, channels: int, decoding: Decoding | None = None) -> Look:
+    """Read one image, with all that can be said about it.
+
+    Args:
+        image: As for `decode`.
+        channels: That training wants.
+        decoding: Further keywords of `decode`.
+
+    Raises:
+        ImageError: It cannot be read. One that can be read, and is refused all the same, is a look without pixels.
+    """
+    keys = decoding or Decoding()
+    plane, max_pixels = keys.get("plane"), keys.get("max_pixels", MAX_PIXELS)
+    whole = image.image if isinstance(image, OnePlane) else image
+    data = whole if isinstance(whole, bytes) else b""
+    kind = kind_of(data) if data else OBJECT
+    header = _header(data, kind) if data else Header()
+    start = time.perf_counter()
+    samples = None
+    if kind not in _PICTURES:
+        samples = raw(image, channels=channels, max_pixels=max_pixels, plane=plane)
+        if samples is not None and kind is kinds.PNG and not formats.is_deep_png(data):
+            samples = replace(samples, values=tiff.upright(samples.values, _valid(header.orientation)))
+    if samples is None:
+        stored = decode(image, channels=None, max_pixels=max_pixels, plane=plane)
+        bands = stored.shape[2]
+        samples = Samples(stored, None, 3 if bands > 2 else 1, alpha=bands in (2, 4))
+    pixels, refused = None, ""
+    try:
+        pixels = _finish(samples, channels, _scaling(keys))
+    except ImageError as error:
+        refused = str(error)
+    seconds = time.perf_counter() - start
+    height, width = samples.values.shape[:2]
+    mode = describe(image, channels)[2]
+    planes, along = count_planes(whole, channels)
+    header = replace(header, planes=planes, along=along)
+    return Look(
+        kind=kind,
+        size=len(data) or samples.values.nbytes,
+        width=width,
+        height=height,
+        mode=mode,
+        header=header,
+        samples=samples,
+        pixels=pixels,
+        refused=refused,
+        repaired=kind is kinds.JPEG and _lacks_end(data),
+        seconds=seconds,
+    )
+
+
+def _scaling(keys: Decoding) -> Scaling:
+    rule: Literal["full", "minmax"] = "minmax" if keys.get("sixteen_bit") == "minmax" else "full"
+    return Scaling(rule, keys.get("value_range"), keys.get("nodata"), keys.get("fill", 0))
+
+
+def _top(dtype: np.dtype[Any]) -> float:
+    return 1.0 if dtype.kind in "fb" else float(np.iinfo(dtype).max)
+
+
+def _valid(orientation: int | None) -> int:
+    return orientation if orientation is not None and 1 <= orientation <= 8 else 1
+
+
+def _header(data: bytes, kind: Kind) -> Header:
+    """What the header says; whatever of it is damaged counts as not there."""
+    read = {"TIFF": _of_tiff, "HEIC": _of_heic}.get(kind.name, _of_picture)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return read(data)
+        except Exception:  # parsers raise whatever they meet; whether the image can be read shows when it is decoded
+            return Header()
+
+
+def _of_picture(data: bytes) -> Header:
+    with Image.open(io.BytesIO(data), formats=[name for name in _PILLOW if name in Image.OPEN]) as picture:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation) if _has_exif(picture) else None
+        return Header(
+            profile=_profile(picture.info.get("icc_profile")),
+            orientation=orientation if isinstance(orientation, int) else None,
+            bare_cmyk=picture.mode == "CMYK" and picture.format == "JPEG" and "adobe" not in picture.info,
+        )
+
+
+def _has_exif(picture: Image.Image) -> bool:
+    """Whether asking for EXIF data is cheap: of a PNG without any, Pillow would decode the pixels in search of some."""
+    return picture.format != "PNG" or "exif" in picture.info
+
+
+def _of_tiff(data: bytes) -> Header:
+    import tifffile  # not before it is needed
+
+    with tifffile.TiffFile(io.BytesIO(data), _multifile=False) as file:
+        page = file.pages.first
+        profile, orientation = page.tags.get(_ICC_PROFILE), page.tags.get(_ORIENTATION)
+        return Header(
+            profile="" if profile is None else _profile(bytes(profile.value)),
+            orientation=None if orientation is None else int(orientation.value),
+        )
+
+
+def _of_heic(data: bytes) -> Header:
+    import pillow_heif
+
+    return Header(profile=_profile(pillow_heif.open_heif(io.BytesIO(data)).info.get("icc_profile")))
+
+
+def _profile(icc: bytes | None) -> str:
+    if not icc:
+        return ""
+    try:
+        name = ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(icc))).strip()
+    except (ImageCms.PyCMSError, OSError):
+        return "a profile that cannot be read"
+    return name or "a profile without a name"
+
+
+def _lacks_end(data: bytes) -> bool:
+    """Whether nothing marks the end of a JPEG after its first scan; a thumbnail, which lies before, has its own."""
+    place = 2
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        if data[place + 1] == 0xDA:
+            return data.find(b"\xff\xd9", place) < 0
+        place += 1 if data[place + 1] == 0xFF else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return False

@@ -1,0 +1,317 @@
+"""What an inspection finds, as data; ``as_json`` gives it as one object whose keys docs/inspect.md lists."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which images were looked at.
+
+    Args:
+        images: That were looked at.
+        of: That there are.
+        limit: Of images, and of seconds.
+        time_was_up: Whether the limit of seconds ended the look.
+    """
+
+    images: int
+    of: int
+    limit: int
+    seconds: float
+    seconds_limit: float
+    time_was_up: bool
+
+    @property
+    def is_all(self) -> bool:
+        return self.images == self.of
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The smallest, the median and the largest of something."""
+
+    min: float
+    median: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Extreme:
+    """An image that is the most or the least of something."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the images that could be read, pixels.
+
+    Args:
+        width, height, side: ``side`` is the shorter one.
+        bytes: Of a file.
+        flattest: The image whose longer side is longest beside its shorter one, and by how much.
+        smallest, largest: By pixels.
+    """
+
+    width: Spread
+    height: Spread
+    side: Spread
+    bytes: Spread
+    flattest: Extreme
+    smallest: Extreme
+    largest: Extreme
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of values in bins of equal width; what lies outside is in the first and the last.
+
+    Args:
+        low, high: Where the first bin begins, and the last ends.
+        counts: Of each bin.
+    """
+
+    low: float
+    high: float
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Channel:
+    """The values of one channel as the files store them.
+
+    Args:
+        min, max: Of all values where there is data.
+        percentiles: 0.1, 1, 50, 99 and 99.9 % of a sample of the values lie below.
+        black, white: What becomes 0 and 255; None: each image's own minimum and maximum.
+        below, above: Share of the values beyond black and white, which are clipped.
+        histogram: Of a sample of the values.
+    """
+
+    min: float
+    max: float
+    percentiles: tuple[float, float, float, float, float]
+    black: float | None
+    white: float | None
+    below: float
+    above: float
+    histogram: Histogram
+
+    @property
+    def clipped(self) -> float:
+        return self.below + self.above
+
+
+@dataclass(frozen=True)
+class Values:
+    """The values of the images of one type.
+
+    Args:
+        type: Such as ``uint16``.
+        bits: That count, such as 12 where the files say so.
+        images: That have it.
+        channels: Each of them; transparency is none.
+        fills: Share of what the type holds that lies between 0.1 % and 99.9 % of the values.
+    """
+
+    type: str
+    bits: int
+    images: int
+    channels: tuple[Channel, ...]
+    fills: float
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Images that are the same, or nearly.
+
+    Args:
+        how: ``files``: byte by byte; ``pixels``: the same picture in different files; ``near``: nearly.
+        groups: Of images that are alike.
+        images: In these groups.
+        examples: Names of some groups.
+        across_parts: Groups that lie in more than one of train/, val/, test/…
+        across_classes: Groups whose images have different labels.
+        part_examples, class_examples: Names of an image on either side.
+    """
+
+    how: str
+    groups: int
+    images: int
+    examples: tuple[tuple[str, ...], ...] = ()
+    across_parts: int = 0
+    part_examples: tuple[tuple[str, ...], ...] = ()
+    across_classes: int = 0
+    class_examples: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What is there more than once.
+
+    Args:
+        files_compared: Files whose size, and where that agrees content, was compared; 0 where the data are no folder.
+        files_complete: Whether these are all.
+        found: One for each way of being alike.
+    """
+
+    files_compared: int
+    files_complete: bool
+    found: tuple[Alike, ...]
+
+
+@dataclass(frozen=True)
+class LabelsFound:
+    """What the images would be labelled by.
+
+    Args:
+        said: In words: how many classes, from where, and which images have none; or why there are none.
+        notes: What was guessed.
+        classes: Images of each class, the largest first.
+        without: Images without a label.
+        parts: Images in each part of a split: train, val, test…
+    """
+
+    said: str
+    notes: tuple[str, ...]
+    classes: Mapping[str, int]
+    without: int
+    parts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What reading images takes here.
+
+    Args:
+        median_seconds, slowest: Of one image, with reading its file.
+        images_per_second: By one core.
+        peak_bytes: What decoding takes at most, an estimate, and of which image.
+    """
+
+    median_seconds: float
+    slowest: Extreme
+    images_per_second: float
+    peak_bytes: Extreme
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The pixels that training gets.
+
+    Args:
+        images: That count.
+        mean, std: Per channel, on the range 0 to 1.
+        upside_down: Whether there is no up.
+        mirrored, quarter_turns: Whether these change nothing.
+        symmetry: What was measured.
+    """
+
+    images: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    upside_down: bool
+    mirrored: bool
+    quarter_turns: bool
+    symmetry: str
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Something that one has to know about some of the images.
+
+    Args:
+        code: Stable word for it, such as ``narrow_range``.
+        said: A sentence.
+        images: How many of those that were looked at have it; of all images where `sampled` is False.
+        examples: Names of some.
+        way: What to do; '' where nothing has to be done.
+        sampled: Whether it was looked for in the sample alone.
+        serious: Whether it costs images, or makes them wrong.
+    """
+
+    code: str
+    said: str
+    images: int
+    examples: tuple[str, ...] = ()
+    way: str = ""
+    sampled: bool = True
+    serious: bool = False
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A key to say.
+
+    Args:
+        key, value: As on the command line.
+        reason: Why.
+        by: ``auto``: the recipe auto chooses it by itself; ``inspect``: it has to be said.
+    """
+
+    key: str
+    value: str
+    reason: str
+    by: str
+
+
+@dataclass(frozen=True)
+class Crops:
+    """An image, and what the network gets of it; pictures as data addresses."""
+
+    name: str
+    size: tuple[int, int]  # height, width
+    image: str
+    crops: tuple[str, ...]  # after their colours have changed: two global ones, then the local ones
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that was found; see docs/inspect.md."""
+
+    data: str
+    images: int
+    bytes: int | None  # of all files; None where the data are no folder, or time was up
+    sampling: Sampling
+    ends: Mapping[str, int]  # ends of the names of all images -> how many
+    kinds: Mapping[str, int]  # kinds by content -> how many of the sample
+    modes: Mapping[str, int]  # kinds of pixels -> how many of the sample
+    left_out: Mapping[str, int]
+    unreadable: tuple[tuple[str, str], ...]  # name and reason of all of the sample
+    refused: tuple[tuple[str, str], ...]  # that can be read, and that training refuses all the same
+    profiles: Mapping[str, int]  # embedded colour profiles -> how many of the sample
+    orientations: Mapping[str, int]  # of EXIF -> how many of the sample
+    sizes: Sizes | None
+    values: tuple[Values, ...]
+    no_data: float  # share of the values of the sample that are no data
+    labels: LabelsFound
+    copies: Copies
+    pixels: Pixels | None
+    cost: Cost | None
+    troubles: tuple[Trouble, ...]
+    channels: int  # that the keys below ask for
+    advice: tuple[Advice, ...]
+    command: str
+    crops: tuple[Crops, ...] = field(default=(), metadata={"json": False})
+    shown_channels: str = field(default="", metadata={"json": False})
+
+    def as_json(self) -> dict[str, Any]:
+        """One object of JSON, without pictures; numbers that are not finite are text."""
+        plain = _plain(self)
+        assert isinstance(plain, dict)
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        shown = [part.name for part in fields(value) if part.metadata.get("json", True)]
+        return {name: _plain(getattr(value, name)) for name in shown}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
