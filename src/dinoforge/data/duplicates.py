@@ -37,7 +37,7 @@ _SIDE = 32  # of the small picture
 _REACH = 1.5  # samples: half the width of the triangle that one is a mean under
 _COARSE = 8  # of its colours
 _FLAT = 1.5  # levels: standard deviation of a small picture in which there is nothing to compare
-_NOISE = 0.65, 0.03  # levels, or share of the deviation where that is more: by how much small pictures of one differ
+_NOISE = 0.65, 0.04  # levels, or share of the deviation where that is more: by how much small pictures of one differ
 _MOST_NOISE = 0.15  # of the deviation: more of it tells nothing
 _DETAIL = 0.7  # correlation of their details at least
 _GAIN = 1.2  # of brightness
@@ -117,13 +117,15 @@ def groups(fingerprints: Sequence[Fingerprint], *, distance: int = DISTANCE) -> 
     # One of several equal images stands for all.
     compared = np.array([i for i, f in enumerate(fingerprints) if f.near and parent[i] == i], np.int64)
     hashes = np.array([fingerprints[i].near for i in compared], np.uint64)
-    for pairs in _candidates(hashes, distance):
-        left, right = compared[pairs[:, 0]], compared[pairs[:, 1]]
+    may_be_alike = _Glance([fingerprints[i].small for i in compared])
+    for left, right in _candidates(hashes, distance):
+        likely = may_be_alike(left, right)
+        left, right = compared[left[likely]], compared[right[likely]]
         for start in range(0, len(left), _PAIRS):
             i, j = left[start : start + _PAIRS], right[start : start + _PAIRS]
             apart = _roots(parent, i) != _roots(parent, j)
             i, j = i[apart], j[apart]
-            alike = _alike(fingerprints, i, j)
+            alike = _alike([fingerprints[k].small for k in i], [fingerprints[k].small for k in j])
             for a, b in zip(i[alike], j[alike], strict=True):
                 first, second = sorted((_root(parent, a), _root(parent, b)))
                 parent[second] = first
@@ -202,29 +204,35 @@ def _hash(grey: Floats) -> int:
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def _candidates(hashes: npt.NDArray[np.uint64], distance: int) -> Iterator[Ints]:
-    """Pairs [P, 2] of places whose hashes differ in at most `distance` bits; a pair may come more than once."""
-    masks = [
-        sum(1 << bit for bit in bits) for n in range(distance // _BANDS + 1) for bits in combinations(range(16), n)
-    ]
+def _candidates(hashes: npt.NDArray[np.uint64], distance: int) -> Iterator[tuple[Ints, Ints]]:
+    """Pairs of places, the lower one first, whose hashes differ in at most `distance` bits; each pair once."""
     places = np.arange(len(hashes))
+    tolerated = min(distance // _BANDS, _BAND_BITS)
+    flips = [bits for n in range(tolerated + 1) for bits in combinations(range(_BAND_BITS), n)]
+    earlier: list[npt.NDArray[np.uint64]] = []  # parts of all hashes, by which pairs were found before
     for band in range(_BANDS):
         # Neighbouring frequencies go together in many pictures: the parts are interleaved.
-        keys = np.zeros(len(hashes), np.int64)
+        keys = np.zeros(len(hashes), np.uint64)
         for bit in range(_BAND_BITS):
-            keys |= ((hashes >> np.uint64(bit * _BANDS + band)) & np.uint64(1)).astype(np.int64) << bit
+            keys |= (hashes >> np.uint64(bit * _BANDS + band) & np.uint64(1)) << np.uint64(bit)
         order = np.argsort(keys, kind="stable")
         ordered = keys[order]
-        for mask in masks:
-            wanted = keys ^ mask
+        for bits in flips:
+            wanted = keys ^ np.uint64(sum(1 << bit for bit in bits))
             first, end = np.searchsorted(ordered, wanted), np.searchsorted(ordered, wanted, side="right")
             for some in _chunks(end - first):
                 counts = (end - first)[some]
                 left = np.repeat(places[some], counts)
                 within = np.arange(len(left)) - np.repeat(np.cumsum(counts) - counts, counts)
                 right = order[np.repeat(first[some], counts) + within]
-                close = (left < right) & (_count(hashes[left] ^ hashes[right]) <= distance)
-                yield np.stack([left[close], right[close]], axis=1)
+                close = left < right
+                close[close] = _count(hashes[left[close]] ^ hashes[right[close]]) <= distance
+                left, right = left[close], right[close]
+                for part in earlier:
+                    anew = _count(part[left] ^ part[right]) > tolerated
+                    left, right = left[anew], right[anew]
+                yield left, right
+        earlier.append(keys)
 
 
 def _count(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
@@ -243,21 +251,63 @@ def _chunks(counts: Ints) -> Iterator[slice]:
         start = stop
 
 
-def _alike(fingerprints: Sequence[Fingerprint], left: Ints, right: Ints) -> npt.NDArray[np.bool_]:
-    """Whether the small pictures of pairs are of one picture."""
-    sizes = np.array([len(f.small) for f in (fingerprints[i] for i in left)], np.int64)
-    alike = sizes == np.array([len(f.small) for f in (fingerprints[i] for i in right)], np.int64)
-    for size in np.unique(sizes[alike & (sizes > 0)]):
-        pairs = alike & (sizes == size)
-        x, y = (
-            np.stack([np.frombuffer(fingerprints[i].small, np.uint8) for i in side[pairs]]) for side in (left, right)
+class _Glance:
+    """Tells pairs that cannot be alike by 64 numbers of each, so that few small pictures are compared.
+
+    A mean over cells takes nothing from a sum of squares but what is within the cells: what differs by too much here
+    differs by no less in the whole small picture.
+
+    Args:
+        small: Small pictures, of all places that are asked for.
+    """
+
+    def __init__(self, small: Sequence[bytes]) -> None:
+        self._is_known = np.array([bool(s) for s in small], bool)
+        self._mean, self._sd = np.zeros((2, len(small)), np.float32)
+        self._cells = np.zeros((len(small), _COARSE**2), np.float32)  # deviations from the mean
+        step = _SIDE // _COARSE
+        for start in range(0, len(small), _PAIRS):
+            known = start + np.flatnonzero(self._is_known[start : start + _PAIRS])
+            x = _grey(_stack([small[i][: 2 * _SIDE**2] for i in known.tolist()], 2 * _SIDE**2))  # [K, 32, 32]
+            self._mean[known] = x.mean(axis=(1, 2))
+            self._sd[known] = x.std(axis=(1, 2))
+            cells = x.reshape(-1, _COARSE, step, _COARSE, step).mean(axis=(2, 4)).reshape(len(known), -1)
+            self._cells[known] = cells - cells.mean(axis=1, keepdims=True)
+        self._square = (self._cells**2).mean(axis=1)
+
+    def __call__(self, left: Ints, right: Ints) -> npt.NDArray[np.bool_]:
+        """Whether pairs may be alike."""
+        known = self._is_known[left] & self._is_known[right]
+        x, y = self._square[left], self._square[right]
+        product = np.einsum("pc,pc->p", self._cells[left], self._cells[right]) / _COARSE**2
+        least = np.minimum(x, y) - product**2 / np.maximum(np.maximum(x, y), 1e-9)  # square of the noise
+        sd = np.minimum(self._sd[left], self._sd[right])
+        return np.asarray(
+            ~known
+            | (np.abs(self._mean[left] - self._mean[right]) <= _OFFSET + 0.01)
+            & (np.maximum(self._sd[left], self._sd[right]) <= (_GAIN + 0.01) * sd)
+            & (least <= _tolerated(sd) ** 2 + 0.01)
         )
+
+
+def _tolerated(sd: Floats) -> Floats:
+    """By how many levels two small pictures of a standard deviation may differ."""
+    return np.asarray(np.minimum(np.maximum(_NOISE[0], _NOISE[1] * sd), _MOST_NOISE * sd), np.float32)
+
+
+def _alike(left: Sequence[bytes], right: Sequence[bytes]) -> npt.NDArray[np.bool_]:
+    """Whether the small pictures of pairs are of one picture."""
+    sizes = np.array([len(small) for small in left], np.int64)
+    alike = sizes == np.array([len(small) for small in right], np.int64)
+    for size in np.unique(sizes[alike & (sizes > 0)]):
+        pairs = np.flatnonzero(alike & (sizes == size)).tolist()
+        x, y = (_stack([side[i] for i in pairs], size) for side in (left, right))  # [P, size]
         alike[pairs] = _grey_alike(_grey(x), _grey(y)) & _colours_alike(_colours(x), _colours(y))
     return np.asarray(alike)
 
 
-def _stack(rows: Sequence[bytes]) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1)
+def _stack(rows: Sequence[bytes], size: int) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), size)
 
 
 def _grey(small: npt.NDArray[np.uint8]) -> Floats:
@@ -284,8 +334,7 @@ def _grey_alike(x: Floats, y: Floats) -> npt.NDArray[np.bool_]:
         (correlation > 0)
         & (np.abs(x_mean - y_mean).ravel() <= _OFFSET)
         & (np.maximum(gain, 1 / gain) <= _GAIN)
-        & (noise <= np.maximum(_NOISE[0], _NOISE[1] * sd))
-        & (noise <= _MOST_NOISE * sd)
+        & (noise <= _tolerated(sd))
         & (_correlation(_details(x), _details(y)) >= _DETAIL)
     )
 
