@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, few enough, and harmless."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import pickle
@@ -146,7 +147,6 @@ def damages():
         }.items():
             yield pytest.param(change(name, how), id=f"{name} {what}")
         yield pytest.param(lambda path, name=name: next(path.glob(name)).unlink(), id=f"{name} missing")
-    yield pytest.param(lambda path: (path / "more.safetensors").write_bytes(b""), id="a file more")
     yield pytest.param(lambda path: [file.unlink() for file in path.iterdir()], id="nothing in it")
 
 
@@ -360,3 +360,58 @@ def test_on_a_disk_that_takes_no_more_nothing_is_left(tmp_path, save):
     with pytest.raises((RunError, RuntimeError, SafetensorError)), files_of_2000_bytes():
         save(tmp_path)
     assert names(tmp_path) == []
+
+
+STRANGERS = (
+    ".DS_Store",
+    "._state.json",
+    "._shard-00001-model-00001-of-00001.safetensors",
+    "shard-00001-model-00001-of-00001 (1).safetensors",
+    "desktop.ini",
+    "Thumbs.db",
+    ".nfs000000000012a4b0",
+    ".gitkeep",
+)
+
+
+def test_files_that_systems_put_into_a_checkpoint_do_not_matter(tmp_path):
+    path = save(tmp_path, 5)
+    for name in STRANGERS:
+        (path / name).write_bytes(b"\0\x05\x16\x07")
+        (path.parent / name).write_bytes(b"")
+    (path / "lost+found").mkdir()
+    (path.parent / "@eaDir").mkdir()
+    assert checkpoint.newest(tmp_path) == (5, [])
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in tensors_of(5).items()}
+    checkpoint.load(tmp_path, 5, tensors)
+    for name, tensor in tensors_of(5).items():
+        assert torch.equal(tensors[name], tensor)
+    save(tmp_path, 6)
+    checkpoint.prune(tmp_path, keep_last=1, keep_every=None)
+    assert checkpoint.steps(tmp_path) == [6]
+
+
+def test_what_another_user_left_half_done_is_told_and_in_nobodys_way(tmp_path, monkeypatch):
+    folder = checkpoint.folder_of(tmp_path)
+    for left in (".step_00000005.partial", ".step_00000005.12.partial", ".step_00000003.deleted"):
+        (folder / left).mkdir(parents=True)
+        (folder / left / "shard").touch()
+
+    def refuse(path, *args, **kwargs):
+        if not kwargs.get("ignore_errors"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.shutil, "rmtree", refuse)
+        kept = checkpoint.clean(tmp_path)
+        assert len(kept) == 3
+        assert all("cannot be deleted: Permission denied" in sentence for sentence in kept)
+        save(tmp_path, 5)
+    assert checkpoint.newest(tmp_path) == (5, [])
+    assert checkpoint.clean(tmp_path) == []
+    assert [p.name for p in folder.iterdir()] == ["step_00000005"]
+
+
+def test_the_same_tensors_make_the_same_files(tmp_path):
+    sums = {(save(tmp_path / str(i), 5) / "SHA256SUMS").read_text() for i in range(6)}
+    assert len(sums) == 1

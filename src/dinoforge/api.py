@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -46,6 +46,7 @@ from dinoforge.data.values import plane_of
 from dinoforge.diagnosis import Finding, diagnose
 from dinoforge.errors import DataError, DinoforgeError, ImageError, RecipeError, RunError, WeightsError
 from dinoforge.evaluation.classifiers import ClassifierResult, Method, run_classifier
+from dinoforge.evaluation import overlap
 from dinoforge.evaluation.knn import KnnResult, run_knn
 from dinoforge.evaluation.probe import Probe
 from dinoforge.export import make as exports
@@ -65,6 +66,7 @@ from dinoforge.training import bench as benchmarks
 from dinoforge.training import device as devices
 from dinoforge.training import plan as plans
 from dinoforge.training import replay as replays
+from dinoforge.training.lock import RunLock
 from dinoforge.training.memory import ways_to_save
 from dinoforge.training.metrics import (
     Alarm,
@@ -224,7 +226,26 @@ def _train_together(
         return result
     with _threads(plan.threads), out_of_memory_in_words(plan.device, partial(_ways_to_train, plan)):
         base = auto.BASE if choices else base_of(recipe)
-        return _train(plan, source, known.values, run, identity, base, console)
+        with _only_writer(run, say) as lock:
+            # It may have begun, or gone on, since it was looked at.
+            distributed.from_first(
+                lambda: run.require_free_or_same(plan.recipe, identity, batch_size=plan.length.batch_size)
+            )
+            return _train(plan, source, known.values, run, identity, base, console, lock)
+
+
+@contextmanager
+def _only_writer(run: RunDirectory, say: Callable[[str], object]) -> Iterator[RunLock | None]:
+    """Hold the run's lock on the first rank; None on the others."""
+    with ExitStack() as stack:
+        lock = RunLock(run.path, say)
+
+        def enter() -> None:
+            check_writable(run.path)
+            stack.enter_context(lock)
+
+        distributed.from_first(enter)
+        yield lock if distributed.is_first() else None
 
 
 def _ways_to_train(plan: plans.Plan) -> list[str]:
@@ -254,14 +275,15 @@ def _train(
     identity: DataIdentity,
     base: str,
     console: Console,
+    lock: RunLock | None,
 ) -> RunResult:
     recipe, device = plan.recipe, plan.device
     image = build.image_input(recipe)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
-    saved, damage = distributed.from_first(lambda: _open_for_writing(run, plan))
+    saved, found = distributed.from_first(lambda: _open_for_writing(run, plan))
     devices.keep_freed_memory(device)
-    for sentence in damage:
-        say(f"\n{sentence}. It is set aside; continuing from the one before it.")
+    for sentence in found:
+        say(f"\n{sentence}.")
     start = _Start(plan, say)
     state = start.state(images=len(source), fresh=saved is None)
     if saved is not None:
@@ -335,7 +357,7 @@ def _train(
                         clip_grad=recipe.optim.clip_grad,
                         prepare=last_step.remembered(partial(prepare, device=device, mean=image.mean, std=image.std)),
                         autocast=partial(devices.autocast, device, plan.precision),
-                        hooks=[metrics_hook, OverflowAlarm(say), saver, *([live] if live else [])],
+                        hooks=[hook for hook in (lock, metrics_hook, OverflowAlarm(say), saver, live) if hook],
                         is_measured=metrics_hook.is_due,
                         should_stop=lambda: stop() or (probes is not None and probes.should_stop()),
                         on_skipped=lambda new: _tell_skipped(run, say, new),
@@ -463,6 +485,7 @@ def _probes(
         baselines=baselines,
         fingerprint=probe.fingerprint,
         say=say,
+        duplicates=lambda: probe.duplicates,
     )
 
 
@@ -476,11 +499,11 @@ def _untrained(architecture: Mapping[str, Any], seed: int) -> VisionTransformer:
 
 
 def _open_for_writing(run: RunDirectory, plan: plans.Plan) -> tuple[int | None, list[str]]:
-    """Sees that the run can be written; ``checkpoint.newest`` of what is there."""
-    check_writable(run.path)
+    """Sees that there is room for the run; ``checkpoint.newest`` of what is there, and what else is to be told."""
     run.require_space(int((plan.recipe.checkpoint.keep_last + 1) * _checkpoint_bytes(plan)))
-    checkpoint.clean(run.path)
-    return checkpoint.newest(run.path)
+    kept = checkpoint.clean(run.path)
+    newest, damage = checkpoint.newest(run.path)
+    return newest, [*kept, *(f"{sentence}. It is set aside; continuing from the one before it" for sentence in damage)]
 
 
 class _Start:
@@ -716,21 +739,32 @@ def _auto_recipe(
     source: Source, given: dict[str, Any], run: RunDirectory | None
 ) -> tuple[Recipe, dict[str, str], dict[str, auto.Choice]]:
     said = converted(given)
-    channels = said.get("student.in_chans") or auto.guess_channels(source)
+    begun = distributed.from_first(lambda: flatten(run.recipe()) if run and run.exists else None)
+    channels = _auto_channels(source, said, begun)
     values_said = {f"data.{key}": said[f"data.{key}"] for key in _OF_VALUES if f"data.{key}" in said}
-    base, _ = load_recipe(auto.BASE, values_said | {"student.in_chans": channels, "data.mean": 0.5, "data.std": 0.5})
+    one_for_all = {"data.mean": 0.5, "data.std": 0.5}
+    base, _ = load_recipe(auto.BASE, values_said | one_for_all | {"student.in_chans": channels.count})
     base, measured = _with_range(base, source, run)
-    summary = look_at_some(source, channels=channels, decoding=build.image_input(base).decoding)
+    decoding = build.image_input(base).decoding
+    # Where none can be read, the second look says why.
+    summary = auto.look(source, channels.count, decoding) or look_at_some(
+        source, channels=channels.count, decoding=decoding
+    )
     found: dict[str, auto.Choice] = {}
     if base.data.range is not None and "data.range" not in said:
         found["data.range"] = auto.Choice(base.data.range, str(measured or "as the run began"))
     device = devices.resolve_device(said.get("device", "auto"))
-    facts = auto.facts_of(summary, str(device), distributed.world_size())
+    statistics = None
+    if begun is None:
+        statistics = distributed.from_first(lambda: auto.measure(source, channels.count, decoding))
+    else:  # what was measured may have been by another version, or without one
+        kept = {key: auto.Choice(begun[key], "as the run began") for key in auto.OF_PIXELS}
+        found |= {key: choice for key, choice in kept.items() if key not in said}
+    facts = auto.facts_of(summary, str(device), distributed.world_size(), channels=channels, statistics=statistics)
     timed: dict[str, Any] = {}
     if said.get("train.max_minutes") and not any(said.get(key) for key in auto.LENGTHS):
-        begun = distributed.from_first(lambda: run.recipe().train.steps if run and run.exists else None)
-        if begun is not None:
-            timed = {"train.steps": begun}  # a second measurement would give another number
+        if begun is not None and begun["train.steps"] is not None:
+            timed = {"train.steps": begun["train.steps"]}  # a second measurement would give another number
         else:
             sample = auto.choose(facts, given | {"train.steps": auto.LONG}) | found
             values = {key: choice.value for key, choice in sample.items()}
@@ -746,6 +780,15 @@ def _auto_recipe(
         choices["train.steps"] = auto.Choice(timed["train.steps"], "as many as fit into train.max_minutes")
     recipe, ignored = load_recipe(auto.BASE, {key: choice.value for key, choice in choices.items()} | given)
     return recipe, ignored, choices
+
+
+def _auto_channels(source: Source, said: Mapping[str, Any], begun: Mapping[str, Any] | None) -> auto.Channels:
+    """How many channels ``auto`` reads images with: as the user says, as the run began, or as most of them have."""
+    if given := said.get("student.in_chans"):
+        return auto.Channels(given, "as given")
+    if begun is not None:
+        return auto.Channels(begun["student.in_chans"], "as the run began")
+    return distributed.from_first(lambda: auto.channels_of(source))
 
 
 _OF_VALUES = ("range", "sixteen_bit", "nodata", "fill", "plane", "max_pixels")
@@ -1027,8 +1070,12 @@ def evaluate_knn(
     ways = partial(_ways_to_embed, setup["device"], setup["size"])
     with devices.in_use(setup["device"]), out_of_memory_in_words(setup["device"], ways):
         result, skipped = run_knn(**setup)
+    _say_duplicates(result)
     if run and shots is None:
-        run.write_summary(dict(result))
+        try:
+            run.write_summary(dict(result))
+        except RunError as error:  # a run that one may only read; what was computed is not lost
+            print(f"summary  not written: {error}", file=sys.stderr)
     return result, skipped
 
 
@@ -1056,7 +1103,14 @@ def evaluate_classifier(
     _, setup = _evaluation(model, images, test, labels, shots, seed, keys)
     ways = partial(_ways_to_embed, setup["device"], setup["size"])
     with devices.in_use(setup["device"]), out_of_memory_in_words(setup["device"], ways):
-        return run_classifier(method, **setup)
+        result, skipped = run_classifier(method, **setup)
+    _say_duplicates(result)
+    return result, skipped
+
+
+def _say_duplicates(result: KnnResult | ClassifierResult) -> None:
+    if found := overlap.describe(result["duplicates"], splits=result["splits"]):
+        print(f"test     {found}", file=sys.stderr)
 
 
 def _evaluation(

@@ -12,6 +12,7 @@ happens to its files is found by their sums. There is no pickle in it: nothing i
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import warnings
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from dinoforge import distributed
 from dinoforge.errors import RunError, WeightsError
-from dinoforge.files import sync, sync_folder, writing_error
+from dinoforge.files import is_stranger, order_header, sync, sync_folder, writing_error
 
 _NAME = re.compile(r"step_(\d{8,})")
 _STATE, _SUMS = "state.json", "SHA256SUMS"
@@ -62,15 +63,19 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[st
         RunError: no space, or not writable.
     """
     path = path_of(run, step)
-    aside = path.with_name(f".{path.name}.partial")
+    # A name of this process: what another user's process left may be in the way for good.
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         _write_tensors(aside, tensors)
+        for file in aside.glob("*.safetensors"):
+            order_header(file)
         (aside / _STATE).write_text(json.dumps(values), encoding="utf-8")
-        sums = [f"{_sum_of(file)}  {file.name}\n" for file in sorted(aside.iterdir())]
+        written = [file for file in sorted(aside.iterdir()) if not is_stranger(file.name)]
+        sums = [f"{_sum_of(file)}  {file.name}\n" for file in written]
         (aside / _SUMS).write_text("".join(sums), encoding="utf-8")
-        for file in aside.iterdir():
+        for file in [*written, aside / _SUMS]:
             sync(file)
         sync_folder(aside)
         _remove(path)
@@ -103,9 +108,13 @@ def load(run: Path, step: int, tensors: Mapping[str, Tensor], *, verify: bool = 
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load as read
 
+    reader = HuggingFaceStorageReader(str(path))
+    own = [str(path / name) for name in _sums(path)]
+    # It would read whatever ends in .safetensors, such as ._shard-….safetensors.
+    reader.fs.ls = lambda path: own  # type: ignore[method-assign]
     try:
         with _own_errors():
-            read(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+            read(dict(tensors), storage_reader=reader, no_dist=True)
     except (OSError, RuntimeError, ValueError, AssertionError, SafetensorError) as error:
         raise WeightsError(f"the checkpoint {path} does not fit this run: {error}") from error
     return values
@@ -132,8 +141,11 @@ def newest(run: Path) -> tuple[int | None, list[str]]:
         for bad in (s for s in steps(run) if s > step):
             path = path_of(run, bad)
             aside = path.with_name(path.name + ".damaged")
-            _remove(aside)
-            path.rename(aside)
+            try:
+                _remove(aside)
+                path.rename(aside)
+            except OSError as error:
+                raise RunError(f"cannot set the damaged checkpoint {path} aside: {error.strerror}") from error
         return step, damage
     if damage:
         raise WeightsError(
@@ -156,20 +168,29 @@ def prune(run: Path, *, keep_last: int, keep_every: int | None) -> None:
                 raise RunError(f"cannot delete the old checkpoint {path_of(run, step)}: {error.strerror}") from error
 
 
-def clean(run: Path) -> None:
-    """Deletes what writing and deleting left half-done when the process was killed."""
+def clean(run: Path) -> list[str]:
+    """Deletes what writing and deleting left half-done when the process was killed.
+
+    Returns:
+        A sentence on each that cannot be deleted, such as another user's; it only takes room.
+    """
+    kept = []
     if (folder := folder_of(run)).is_dir():
         for left in [*folder.glob(".step_*.partial"), *folder.glob(".step_*.deleted")]:
-            shutil.rmtree(left)
+            try:
+                shutil.rmtree(left)
+            except OSError as error:
+                kept.append(f"{left}, half of a checkpoint, cannot be deleted: {error.strerror}. It only takes room")
+    return kept
 
 
 def _remove(path: Path) -> None:
     """Takes its name from a folder before its files, so that it is never seen with some of them."""
     if path.exists():
-        gone = path.with_name(f".{path.name.lstrip('.')}.deleted")
+        gone = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.deleted")
         shutil.rmtree(gone, ignore_errors=True)
         path.rename(gone)
-        shutil.rmtree(gone)
+        shutil.rmtree(gone, ignore_errors=True)  # what stays, as a file that is open elsewhere, goes at the next start
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -202,19 +223,31 @@ def _own_errors() -> Iterator[None]:
 
 
 def _verified(path: Path) -> dict[str, Any]:
-    """The values of a checkpoint, if every byte of every file is as it was written."""
+    """The values of a checkpoint, if every byte of its files is as it was written; other files do not matter."""
     damaged = f"the checkpoint {path} is damaged"
+    sums = _sums(path)
+    try:
+        if missing := [name for name in sorted(sums) if not (path / name).is_file()]:
+            raise WeightsError(f"{damaged}: {', '.join(missing)} missing")
+        if wrong := [name for name, digest in sorted(sums.items()) if _sum_of(path / name) != digest]:
+            raise WeightsError(f"{damaged}: the checksum of {', '.join(wrong)} is wrong")
+    except OSError as error:
+        raise WeightsError(f"{damaged}: {error.filename} cannot be read ({error.strerror})") from error
+    return _values(path)
+
+
+def _sums(path: Path) -> dict[str, str]:
+    """Files of a checkpoint and their sums."""
     try:
         lines = (path / _SUMS).read_text(encoding="ascii").splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-        names = {file.name for file in path.iterdir()} - {_SUMS}
-        if sums.keys() != names:
-            raise WeightsError(f"{damaged}: {', '.join(sorted(sums.keys() ^ names))} missing or not its own")
-        if wrong := [name for name, digest in sorted(sums.items()) if _sum_of(path / name) != digest]:
-            raise WeightsError(f"{damaged}: the checksum of {', '.join(wrong)} is wrong")
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{damaged}: {_SUMS} cannot be read ({type(error).__name__})") from error
-    return _values(path)
+        raise WeightsError(
+            f"the checkpoint {path} is damaged: {_SUMS} cannot be read ({type(error).__name__})"
+        ) from error
+    if _STATE not in sums:  # cut off, or empty
+        raise WeightsError(f"the checkpoint {path} is damaged: {_SUMS} does not name {_STATE}")
+    return sums
 
 
 def _values(path: Path) -> dict[str, Any]:

@@ -1,15 +1,64 @@
 """Files that are whole or not there."""
 
 import errno
+import fnmatch
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from dinoforge.errors import RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_STRANGERS = (
+    "._*",  # macOS on disks of other systems
+    ".ds_store",
+    ".localized",
+    ".spotlight-v100",
+    ".fseventsd",
+    ".trashes",
+    ".trash-*",
+    ".temporaryitems",
+    "desktop.ini",  # Windows
+    "thumbs.db",
+    "ehthumbs.db",
+    "$recycle.bin",
+    "system volume information",
+    ".directory",  # KDE
+    ".nfs*",  # files that are deleted and still open
+    ".fuse_hidden*",
+    ".smbdelete*",
+    ".gitkeep",
+    ".gitignore",
+    ".keep",
+    ".stfolder",  # Syncthing
+    ".dropbox*",
+    "@eadir",  # Synology
+    "#recycle",
+    ".snapshot",
+    "lost+found",
+)
+"""Names, in lower case, of what systems put into any folder."""
+
+_NO_FOLDER_SYNC = {
+    getattr(errno, name)
+    for name in ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EBADF", "EACCES", "EPERM", "EISDIR")
+    if hasattr(errno, name)
+}
+"""How file systems, such as SMB and some FUSE, say that they do not bring a folder's names to disk by themselves."""
+
+
+def is_stranger(name: str) -> bool:
+    """Whether a name is that of a file or folder that systems put beside those of users."""
+    return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in _STRANGERS)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -21,7 +70,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        _set_mode(temporary, mode)
         sync(temporary)
         temporary.replace(path)
         sync_folder(path.parent)
@@ -47,9 +100,14 @@ def written_aside(path: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
+        probe = aside / ".mode"
+        probe.touch()
+        mode = probe.stat().st_mode
+        probe.unlink()
         yield aside / path.name
         for file in aside.rglob("*"):
             if file.is_file():
+                _set_mode(file, mode)
                 sync(file)
         for entry in sorted(aside.iterdir(), key=lambda entry: entry.name == path.name):  # it comes last
             entry.rename(path.with_name(entry.name))
@@ -84,18 +142,63 @@ def _is_full(folder: Path) -> bool:
         return False
 
 
+def _set_mode(file: Path, mode: int) -> None:
+    """Gives a file the permissions that a new one has; safetensors leaves its own to their owner alone."""
+    if file.stat().st_mode != mode:
+        with suppress(OSError):  # on file systems without permissions
+            file.chmod(stat.S_IMODE(mode))
+
+
 def sync(file: Path) -> None:
     """Brings a file's content to disk."""
-    with file.open("rb") as stream:
+    with file.open("r+b") as stream:  # Windows syncs what may be written alone
         os.fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Brings a folder's names to disk."""
+    """Brings a folder's names to disk, where the file system does that when asked.
+
+    Raises:
+        OSError: The disk failed.
+    """
     if os.name == "nt":  # folders cannot be opened there
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+
+
+def save_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file of which the same contents always make the same bytes.
+
+    Args:
+        tensors: on the CPU, contiguous.
+        path: the file.
+        metadata: of its header.
+
+    Raises:
+        SafetensorError, OSError: it cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path, metadata=dict(metadata))
+    order_header(path)
+
+
+def order_header(path: Path) -> None:
+    """Puts the metadata of a safetensors file's header in order: the library writes them in a random one."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        if len(ordered) == length:  # or else another version of the library writes JSON otherwise
+            file.seek(8)
+            file.write(ordered)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dinoforge import __version__
@@ -18,7 +17,7 @@ from dinoforge.data.decode import MAX_PIXELS, decode
 from dinoforge.data.sources import RawImage
 from dinoforge.data.values import Decoding, pairs_of, plane_of
 from dinoforge.errors import ImageError, WeightsError
-from dinoforge.files import write_atomically
+from dinoforge.files import save_tensors, write_atomically
 from dinoforge.models.layouts import architecture_of, misfits, official_names
 from dinoforge.models.vit import Tokens, VisionTransformer
 
@@ -158,7 +157,7 @@ def save_backbone(path: Path, backbone: Backbone) -> None:
         "step": str(backbone.step),
         "metadata": json.dumps(backbone.metadata),
     }
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+    write_atomically(path, lambda temporary: save_tensors(tensors, temporary, header))
 
 
 def load_backbone(path: Path, given: Mapping[str, Any] | None = None) -> Backbone:

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dinoforge import __version__
 from dinoforge.errors import ExportError
 from dinoforge.export.content import Content, Format, Outputs, Rule, completed, library
+from dinoforge.files import save_tensors
 
 _RENAMED = (
     ("pos_embed", "embeddings.position_embeddings"),
@@ -79,7 +79,7 @@ def _write(content: Content, path: Path) -> list[str]:
     config = getattr(transformers, f"{name}Config")(**_config(content), architectures=[f"{name}Model"])
     path.mkdir()
     config.save_pretrained(path)
-    save_file(renamed(tensors), path / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(renamed(tensors), path / "model.safetensors", {"format": "pt"})
     image = content.backbone.image
     side = content.size[0] if content.fixed else image.size
     preprocessor = {

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dinoforge.export.content import Content, Format, Outputs, completed, library
+from dinoforge.files import save_tensors
 
 _SIZES = {(384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large", (1536, 40, 24): "giant"}
 _GIANT_RATIO = 2.66667 * 2  # timm's own: hidden width of both halves of SwiGLU
@@ -50,7 +50,7 @@ def _write(content: Content, path: Path) -> list[str]:
         tensors["pos_embed"] = position[:, 1:].contiguous()
     tensors = {n.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): t for n, t in tensors.items()}
     if path.suffix == ".safetensors":
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_tensors(tensors, path, {"format": "pt"})
     else:
         torch.save(tensors, path)
     name, arguments = call(content)

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dinoforge.data.batch import Batch, masked_patches
 from dinoforge.errors import WeightsError
-from dinoforge.files import write_atomically
+from dinoforge.files import save_tensors, write_atomically
 from dinoforge.models.vit import KeptSamples
 from dinoforge.optim.schedules import Hyperparameters
 from dinoforge.student_teacher import Losses, StudentTeacher
@@ -55,7 +54,7 @@ def save_batch(path: Path, saved: SavedBatch) -> None:
     terms = {name: repr(value) for name, value in saved.terms.items()}
     about = {"step": saved.step, "number": saved.number, "names": saved.names, "terms": terms, "rank": saved.rank}
     header = {"format": _FORMAT, "about": json.dumps(about)}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+    write_atomically(path, lambda temporary: save_tensors(tensors, temporary, header))
 
 
 def load_batch(path: Path) -> SavedBatch:

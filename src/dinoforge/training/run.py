@@ -33,7 +33,7 @@ from dinoforge.config import FREE_KEYS, Recipe, differences, dump, load_recipe
 from dinoforge.data.loader import DataSummary
 from dinoforge.data.names import in_table, printable
 from dinoforge.errors import RunError
-from dinoforge.files import write_text, writing_error
+from dinoforge.files import is_stranger, write_text, writing_error
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,12 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file, not a folder: choose another place with --out")
         if not self.exists:
-            if self.path.is_dir() and any(self.path.iterdir()):
-                raise RunError(f"{self.path} holds something else than a run: choose an empty or new folder with --out")
+            there = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
+            if others := [name for name in there if not (is_stranger(name) or _is_beginning(name))]:
+                raise RunError(
+                    f"{self.path} holds something else than a run, such as {printable(others[0])}: choose an empty or "
+                    "new folder with --out"
+                )
             return
         way_out = f"Start another run with --out, or delete {self.path} if you no longer need it."
         changed = differences(self.recipe(), recipe, ignore=FREE_KEYS)
@@ -197,6 +201,11 @@ class RunDirectory:
                 f"{self.path} has {free / 2**30:.1f} GiB free, and the checkpoints of this run need about "
                 f"{needed / 2**30:.1f} GiB: free some, lower checkpoint.keep_last, or choose another --out"
             )
+
+
+def _is_beginning(name: str) -> bool:
+    """Whether a name is that of what a run leaves when it is killed before its recipe is written."""
+    return name in ("run.json", "recipe.yaml", ".writable") or name.startswith(".lock") or name.endswith(".partial")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
