@@ -132,9 +132,9 @@ def test_many_parts_are_as_one(suffix, model, images, tmp_path, monkeypatch):
 def test_memory_is_that_of_a_part(model, images, tmp_path, monkeypatch):
     monkeypatch.setattr(embedding, "_PART_BYTES", 4 * 32 * 16 * 3)  # of three images' patch tokens
     sizes = []
-    save = embedding.save_file
+    save = embedding.save_tensors
     monkeypatch.setattr(
-        embedding, "save_file", lambda t, *rest, **more: (sizes.append(t["patches"].nbytes), save(t, *rest, **more))
+        embedding, "save_tensors", lambda t, *rest, **more: (sizes.append(t["patches"].nbytes), save(t, *rest, **more))
     )
     write_features(model, images, tmp_path / "it.parquet", patches=True)
     assert len(sizes) == 3
@@ -162,7 +162,7 @@ def killed_at(moment, work):
             return call
 
         try:
-            embedding.save_file = counted(embedding.save_file)
+            embedding.save_tensors = counted(embedding.save_tensors)
             Path.rename, Path.replace = counted(Path.rename), counted(Path.replace)
             shutil.rmtree = counted(shutil.rmtree)
             work()
@@ -226,7 +226,7 @@ def test_ctrl_c_says_how_to_go_on(model, images, tmp_path, capsys, monkeypatch):
     def save(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(embedding, "save_file", save)
+    monkeypatch.setattr(embedding, "save_tensors", save)
     assert main(["embed", str(model), str(images), "--out", str(tmp_path / "it.npy")]) == 130
     assert "same command again" in capsys.readouterr().err
 
