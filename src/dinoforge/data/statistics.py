@@ -114,10 +114,11 @@ class PixelStatistics:
         height, width, _ = pixels.shape
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
+        inner = slice(top, top + side), slice(left, left + side)
         if (whole := _shrunk(pixels)) is not None:
-            self._whole.add(_grid(whole))
-        if (square := whole if height == width else _shrunk(pixels[top : top + side, left : left + side])) is not None:
-            self._square.add(_grid(square))
+            self._whole.add(_grid(whole, valid))
+        if (square := whole if height == width else _shrunk(pixels[inner])) is not None:
+            self._square.add(_grid(square, None if valid is None else valid[inner]))
             self._stripes.add(_direction(square))
 
     def symmetry(self) -> Symmetry:
@@ -228,11 +229,17 @@ def _shrunk(pixels: UInt8) -> Float | None:
     return None if deviation < 0.1 * pixels.shape[2] else brightness / deviation
 
 
-def _grid(brightness: Float) -> Float:
-    """Brightness and contrast of every cell, each relative to their mean: [2 · 8 · 8]."""
+def _grid(brightness: Float, valid: Bool | None) -> Float:
+    """Brightness and contrast of every cell, each relative to their mean: [2 · 8 · 8]; 0 for cells without data."""
     cells = brightness.reshape(_CELLS, _PIXELS, _CELLS, _PIXELS)
     grid = np.stack([cells.mean(axis=(1, 3)), cells.std(axis=(1, 3))])
-    return np.asarray((grid - grid.mean(axis=(1, 2), keepdims=True)).reshape(-1))
+    kept = np.ones((_CELLS, _CELLS), bool)
+    if valid is not None:
+        share = valid.mean(axis=2, dtype=np.float32)
+        kept = cv2.resize(share, (_CELLS, _CELLS), interpolation=cv2.INTER_AREA) >= 0.5
+    if not kept.any():
+        return np.zeros(grid.size)
+    return np.asarray(((grid - grid[:, kept].mean(axis=1)[:, np.newaxis, np.newaxis]) * kept).reshape(-1))
 
 
 def _direction(brightness: Float) -> Float:

@@ -1,25 +1,33 @@
 """Recipe ``auto``: hyper-parameters as functions of the images, the batch, the length of the run and the device.
 
-``choose`` lays its choices over the recipe ``small``, each with a reason. It reads nothing but its arguments, so the
-same images on the same kind of device get the same recipe. What the user gives wins, and what depends on it follows:
+``choose`` lays its choices over the recipe ``small``, each with a reason. It reads nothing but its arguments, and what
+is measured of the images is no matter of chance or time, so the same images on the same kind of device get the same
+recipe. What the user gives wins, and what depends on it follows:
 with another batch come other prototypes, with another patch other crops. docs/small-data.md has the evidence.
 """
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from dinoforge.config import Train, converted
-from dinoforge.data.decode import channels_said, describe
-from dinoforge.data.loader import DataSummary
+import numpy as np
+
+from dinoforge.config import Data, Train, converted
+from dinoforge.data.decode import MAX_PIXELS, AnImage, channels_said, decode, describe, raw
 from dinoforge.data.sources import Source
+from dinoforge.data.statistics import PixelStatistics, Symmetry
+from dinoforge.data.values import Bool, Decoding, UInt8, missing
 from dinoforge.errors import ImageError, RecipeError
 from dinoforge.models.vit import SIZES
 
 BASE = "small"
 LONG = 50_000  # steps: from here on, as the official recipes
 SHALLOW = 6  # blocks: up to here, all learn alike
+
+OF_PIXELS = ("data.mean", "data.std", "augment.vertical_flip", "augment.quarter_turns")
+"""Keys that follow what is measured of the pixels."""
 
 LENGTHS = ("train.steps", "train.epochs", "optim.epochs")
 
@@ -33,6 +41,40 @@ _DIVISORS = (
     "train.steps",
 )
 _GREY = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"))
+_LOOKED_AT = 16  # images whose sizes and kinds count
+_HEADERS = 64  # images whose channels are counted
+_BANDS = 4  # of those, in which the last band is looked at, where it may be no more than a mask
+_MEASURED = 256  # images whose pixels are measured, and
+_EFFORT = 140e6  # pixels of three channels that are decoded for it; of a JPEG that can be reduced, a quarter
+_REDUCED = 512  # pixels that the shorter side of a reduced JPEG keeps
+_FAR_MEAN, _FAR_STD = 0.15, 1.5  # difference to ImageNet's mean, and ratio to its deviation, of photographs
+_FLAT = 0.02  # no deviation below five levels: it would turn rounding into a picture
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What was measured of the pixels.
+
+    Args:
+        mean, std: of each channel, on the range 0 to 1.
+        images: that were measured, at least 1.
+        kind: of images that are no photographs by what their files say, such as ``uint16 x3, GeoTIFF``; '' for none.
+        symmetry: whether there is an up.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    images: int
+    kind: str
+    symmetry: Symmetry
+
+
+@dataclass(frozen=True)
+class Channels:
+    """How many channels to read, and why."""
+
+    count: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -45,6 +87,8 @@ class Facts:
         channels: 1 grey, 3 colour, or any other number.
         device: ``cpu``, ``mps``, ``cuda`` or ``cuda:N``.
         ranks: processes that share a batch.
+        pixels: what was measured of them; None: nothing.
+        why: so many channels.
     """
 
     images: int
@@ -52,6 +96,8 @@ class Facts:
     channels: int
     device: str
     ranks: int = 1
+    pixels: Pixels | None = None
+    why: str = "the images' channels"
 
     @property
     def fast(self) -> bool:
@@ -65,13 +111,57 @@ class Choice:
     reason: str
 
 
-def facts_of(data: DataSummary, device: str, ranks: int = 1) -> Facts:
-    """What a look at a few images tells the rule."""
+class Sizes(Protocol):
+    """Sizes and kinds of images, as of ``DataSummary``."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def widths(self) -> tuple[int, int]: ...
+    @property
+    def heights(self) -> tuple[int, int]: ...
+    @property
+    def modes(self) -> tuple[tuple[str, int], ...]: ...
+
+
+@dataclass(frozen=True)
+class Look:
+    """Sizes and kinds of the images that were looked at and can be read; see ``DataSummary``."""
+
+    count: int
+    widths: tuple[int, int]
+    heights: tuple[int, int]
+    modes: tuple[tuple[str, int], ...]
+
+
+def facts_of(
+    data: Sizes,
+    device: str,
+    ranks: int = 1,
+    *,
+    channels: Channels | None = None,
+    statistics: PixelStatistics | None = None,
+) -> Facts:
+    """What a look at some images tells the rule.
+
+    Args:
+        data: sizes and kinds.
+        device, ranks: see ``Facts``.
+        channels: how many are read; None: as the kinds say.
+        statistics: of the pixels, where they were measured, of as many channels.
+    """
     sides = [min(data.widths[end], data.heights[end]) for end in (0, 1)]
-    modes = {mode for mode, _ in data.modes}
-    counts = {count for mode in modes if (count := channels_said(mode)) is not None}
-    channels = 1 if modes <= _GREY else counts.pop() if len(counts) == 1 and len(modes) == 1 else 3
-    return Facts(data.count, max(round(math.sqrt(sides[0] * sides[1])), 1), channels, device, ranks)
+    if channels is None:
+        have: Counter[_Has] = Counter()
+        for mode, number in data.modes:
+            have[_has(mode)] += number
+        channels = _most(have)
+    pixels = None
+    if statistics is not None and statistics.images:
+        kind = next((mode for mode, _ in data.modes if not _may_be_photograph(mode)), "")
+        pixels = Pixels(statistics.mean, statistics.std, statistics.images, kind, statistics.symmetry())
+    side = max(round(math.sqrt(sides[0] * sides[1])), 1)
+    return Facts(data.count, side, channels.count, device, ranks, pixels, channels.reason)
 
 
 def choose(facts: Facts, given: Mapping[str, Any]) -> dict[str, Choice]:
@@ -104,10 +194,15 @@ def choose(facts: Facts, given: Mapping[str, Any]) -> dict[str, Choice]:
             settle(f"{key}_length", f"{share:.3g}%", reason)
 
     # Images
-    settle("student.in_chans", facts.channels, "the images' channels")
-    if facts.channels != 3:
-        for key, value in {"data.mean": 0.5, "data.std": 0.25}.items():
-            settle(key, value, "the default is ImageNet's, of three colours")
+    channels = settle("student.in_chans", facts.channels, facts.why)
+    for key, choice in _normalisation(facts, channels, said).items():
+        settle(key, choice.value, choice.reason)
+    if facts.pixels is not None:
+        found = facts.pixels.symmetry
+        settle("augment.vertical_flip", 0.5 if found.upside_down else 0.0, found.reason)
+        turned = "each of four directions as often" if found.quarter_turns else "official; see augment.vertical_flip"
+        settle("augment.quarter_turns", 0.75 if found.quarter_turns else 0.0, turned)
+    if channels != 3:
         settle("augment.grayscale_probability", 0.0, "without three colours there is none to take away")
         settle("augment.solarize_probability", 0.0, "makes no picture that a camera would take")
 
@@ -269,16 +364,229 @@ def final_momentum(steps: int) -> float:
     return max(round(1 - 2 / max(steps, 2), 6), teacher_momentum(steps))
 
 
-def guess_channels(source: Source) -> int:
-    """How many channels to read the images with: those of arrays with an unusual number, else 3, which suits all."""
-    for index in range(min(len(source), 16)):
+def _normalisation(facts: Facts, channels: int, said: Mapping[str, Any]) -> dict[str, Choice]:
+    """``data.mean`` and ``data.std``: ImageNet's for photographs, else what was measured."""
+    pixels = facts.pixels
+    if pixels is None or len(pixels.mean) != channels:
+        if channels == 3:
+            return {}
+        why = "the default is ImageNet's, of three colours"
+        return {"data.mean": Choice(0.5, why), "data.std": Choice(0.25, why)}
+    if channels == 3 and said.get("init.weights"):
+        return {}  # what the given backbone knows
+    mean, std = (tuple(round(x, 3) for x in values) for values in (pixels.mean, pixels.std))
+    found = f"of {pixels.images} images that were measured"
+    if channels != 3:
+        why = f"{found}; ImageNet's are of three colours"
+    elif pixels.kind:
+        why = f"{found}, which are no photographs ({pixels.kind})"
+    elif difference := _far(pixels):
+        why = f"{found}; {difference}"
+    else:
+        why = f"ImageNet's; those {found} are near it: mean {_plain(mean)}, deviation {_plain(std)}"
+        return {"data.mean": Choice(Data.mean, why), "data.std": Choice(Data.std, why)}
+    raised = f"; raised to {_FLAT} where nearly even" if min(std) < _FLAT else ""
+    return {
+        "data.mean": Choice(mean, why),
+        "data.std": Choice(tuple(max(x, _FLAT) for x in std), why + raised),
+    }
+
+
+def _far(pixels: Pixels) -> str:
+    """In what the pixels differ from ImageNet's more than photographs do; '' where they do not."""
+    off = max(abs(a - b) for a, b in zip(pixels.mean, Data.mean, strict=True))
+    if off > _FAR_MEAN:
+        return f"ImageNet's mean is off by {off:.2f}, more than {_FAR_MEAN} in a channel"
+    ratios = [a / b for a, b in zip(pixels.std, Data.std, strict=True)]
+    for ratio in (min(ratios), max(ratios)):
+        if not 1 / _FAR_STD <= ratio <= _FAR_STD:
+            return f"in a channel {ratio:.2f} of ImageNet's deviation, outside {1 / _FAR_STD:.2f} to {_FAR_STD}"
+    return ""
+
+
+def _may_be_photograph(kind: str) -> bool:
+    """Whether 8-bit pictures of cameras have that kind, as ``describe`` names it."""
+    if channels_said(kind) is None:
+        return not (kind.endswith(";16") or kind.startswith(("I", "F")))
+    return kind.startswith("uint8 x") and "TIFF" not in kind and "ImageJ" not in kind
+
+
+@dataclass(frozen=True)
+class _Has:
+    """Channels of an image.
+
+    Args:
+        channels: that it has.
+        is_picture: whether it can be read as grey and as RGB, too.
+    """
+
+    channels: int
+    is_picture: bool
+
+    def serves(self, count: int) -> bool:
+        return self.channels == count or (self.is_picture and count in (1, 3))
+
+
+def _has(kind: str) -> _Has:
+    """Channels of images of a kind, as ``describe`` names it."""
+    count = channels_said(kind)
+    if count is None:
+        mode = kind.partition(",")[0]
+        return _Has(1 if mode in _GREY or mode.removesuffix(";16") in _GREY else 3, True)
+    return _Has(count, count in (1, 3) or "RGB and 1 more band" in kind)
+
+
+def channels_of(source: Source) -> Channels:
+    """How many channels to read images with: as many as most of some that are looked at have.
+
+    Grey images and colour ones make 3. The band beside the colours, or beside grey, of a TIFF is a channel unless it
+    has no more than two values, as a transparency or a mask that says little. Transparency of other files is none,
+    since it is laid over white.
+    """
+    kinds: Counter[str] = Counter()
+    beside: dict[str, list[_Has]] = {}  # of kinds with a band that may be no channel
+    for index in _spaced(len(source), _HEADERS):
         try:
-            _, _, kind = describe(source.item(index).image)
+            image = source.item(index).image
+            kind = describe(image)[2]
+            if _has(kind).channels in (2, 4) and len(found := beside.setdefault(kind, [])) < _BANDS:
+                found.append(_last_band(image, _has(kind)))
         except ImageError:
-            continue
-        count = channels_said(kind) or 3
-        return 3 if count in (1, 3, 4) else count
-    return 3
+            continue  # told when it is its turn
+        kinds[kind] += 1
+    have: Counter[_Has] = Counter()
+    dropped = 0
+    for kind, number in kinds.items():
+        one = max(beside[kind], key=lambda has: has.channels) if beside.get(kind) else _has(kind)
+        dropped += number if one.channels < _has(kind).channels else 0
+        have[one] += number
+    chosen = _most(have)
+    if dropped and chosen.count in (1, 3):
+        return Channels(chosen.count, f"{chosen.reason}; the last band of {dropped} is a mask or a transparency")
+    return chosen
+
+
+def _last_band(image: AnImage, has: _Has) -> _Has:
+    """Channels of an image of two or four with a look at the last one."""
+    found = raw(image)
+    if found is None or found.alpha:
+        return _Has(has.channels - 1, True)
+    if found.colour != has.channels - 1:
+        return has
+    band = found.values[:, :, -1]
+    is_mask = bool(((band == band.min()) | (band == band.max())).all())
+    return _Has(has.channels - is_mask, True)
+
+
+def _most(have: Mapping[_Has, int]) -> Channels:
+    """The number of channels that most images have, where grey and RGB are one kind."""
+    total = sum(have.values())
+    if not total:
+        return Channels(3, "no image could be looked at")
+    groups: Counter[int] = Counter()
+    for has, number in have.items():
+        groups[3 if has.channels == 1 else has.channels] += number
+    count = max(groups, key=lambda group: (groups[group], group == 3, group))
+    if count == 3 and not any(has.channels == 3 for has in have):
+        count = 1
+    others = Counter({has.channels: 0 for has in have if not has.serves(count)})
+    for has, number in have.items():
+        if not has.serves(count):
+            others[has.channels] += number
+    if not others:
+        mixed = " (grey and colour)" if count == 3 and any(has.channels == 1 for has in have) else ""
+        return Channels(count, f"as all {total} images that were looked at{mixed}")
+    refused = sum(others.values())
+    which = ", ".join(f"{number} with {channels}" for channels, number in sorted(others.items()))
+    return Channels(
+        count,
+        f"as {total - refused} of {total} images that were looked at; the others will be refused: {which} channels",
+    )
+
+
+def guess_channels(source: Source) -> int:
+    """How many channels to read the images with; see ``channels_of``."""
+    return channels_of(source).count
+
+
+def look(source: Source, channels: int, decoding: Decoding) -> Look | None:
+    """Sizes and kinds of the images that the plan is made of, in less time; None where none can be read.
+
+    Large JPEGs are decoded at a fraction of their size, which tells as well whether they are whole.
+    """
+    sizes: list[tuple[int, int]] = []
+    kinds: Counter[str] = Counter()
+    for index in _spaced(len(source), _LOOKED_AT):
+        try:
+            image = source.item(index).image
+            width, height, kind = describe(image)
+            decode(image, channels=channels, reduction=_reduction(image, width, height), **decoding)
+        except ImageError:
+            continue  # told with the plan
+        sizes.append((width, height))
+        kinds[kind] += 1
+    if not sizes:
+        return None
+    widths, heights = zip(*sizes, strict=True)
+    ends = (min(widths), max(widths)), (min(heights), max(heights))
+    return Look(len(source), *ends, tuple(kinds.most_common()))
+
+
+def _reduction(image: AnImage, width: int, height: int) -> int:
+    """By how much an image may be reduced while it is decoded, to be only looked at; 1 for all but large JPEGs."""
+    is_jpeg = isinstance(image, bytes) and image.startswith(b"\xff\xd8")
+    return max(min(width, height) // _REDUCED, 1) if is_jpeg else 1
+
+
+def measure(source: Source, channels: int, decoding: Decoding) -> PixelStatistics:
+    """Mean, deviation and symmetry of the pixels of up to 256 images, as training gets them.
+
+    The images are spread evenly, and fewer where they are large: decoding them should take seconds. So large JPEGs are
+    decoded at a half, a quarter or an eighth of their size, as near above 512 pixels as that gets. What has no data
+    counts for nothing.
+    """
+    statistics = PixelStatistics()
+    effort = 0.0
+    for index in _spread(_spaced(len(source), _MEASURED)):
+        try:
+            image = source.item(index).image
+            width, height, _ = describe(image, channels)
+            reduction = _reduction(image, width, height)
+            if statistics.images and effort >= _EFFORT:
+                break
+            effort += width * height * channels / 3 / (4 if reduction > 1 else 1)
+            pixels = decode(image, channels=channels, reduction=reduction, **decoding)
+            statistics.add(pixels, _valid(image, pixels, channels, decoding))
+        except ImageError:
+            continue  # told when it is its turn
+    return statistics
+
+
+def _valid(image: AnImage, pixels: UInt8, channels: int, decoding: Decoding) -> Bool | None:
+    """Where there is data: [H, W, C], or None for everywhere."""
+    if decoding.get("nodata") is None:
+        found = raw(
+            image,
+            channels=channels,
+            max_pixels=decoding.get("max_pixels", MAX_PIXELS),
+            plane=decoding.get("plane"),
+        )
+        if found is None or missing(found) is None:
+            return None
+    other: Decoding = {**decoding, "fill": 255 - decoding.get("fill", 0)}
+    return np.asarray(decode(image, channels=channels, **other) == pixels)  # with another filling
+
+
+def _spaced(length: int, number: int) -> list[int]:
+    """Up to so many places among so many, evenly spaced, with both ends."""
+    places: list[int] = np.unique(np.linspace(0, length - 1, number).round().astype(int)).tolist()
+    return places
+
+
+def _spread(places: Sequence[int]) -> list[int]:
+    """The places in an order whose every beginning is spread over all: by the bits of their numbers, backwards."""
+    bits = max(len(places) - 1, 1).bit_length()
+    return [places[i] for i in sorted(range(len(places)), key=lambda i: f"{i:0{bits}b}"[::-1])]
 
 
 def render(choices: Mapping[str, Choice]) -> str:
