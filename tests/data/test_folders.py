@@ -122,6 +122,14 @@ def test_what_only_looks_like_junk_is_kept(tmp_path: Path) -> None:
     assert len(walk(put(tmp_path / "only", "thumbnails/1.jpg", "thumbnails/2.jpg")).names) == 2  # all that there is
 
 
+def test_a_run_inside_its_own_data_is_left_out(tmp_path: Path) -> None:
+    put(tmp_path, "a/1.jpg", "runs/x/run.json", "runs/x/recipe.yaml", "runs/x/figures/crops.png", "recipe.yaml")
+    put(tmp_path, "b/run.json", "b/2.jpg")  # half of it says nothing
+    contents = walk(tmp_path)
+    assert contents.names == [b"a/1.jpg", b"b/2.jpg"]
+    assert contents.left_out["in x (a run of dinoforge)"] == 3
+
+
 def test_an_array_in_many_files_is_one(tmp_path: Path) -> None:
     put(tmp_path, "1.png", *[f"image.zarr/0/{i}.{j}" for i in range(4) for j in range(4)], "image.zarr/.zattrs")
     assert walk(tmp_path).left_out == {".zarr (Zarr)": 1}

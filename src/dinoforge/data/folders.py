@@ -88,6 +88,8 @@ def walk(root: Path) -> Contents:
                     if _leads_to(entry.is_dir):
                         if name.startswith(".") or name.lower() in _JUNK:
                             others.add_folder(name, entry.path)
+                        elif _is_run(entry.path):
+                            others.add_folder(name, entry.path, "a run of dinoforge")
                         elif extension(name) in _ARRAY_FOLDERS:
                             others.add(_in_words(extension(name)))
                         else:
@@ -139,15 +141,16 @@ class _Others:
         if count:
             self.counts[words] += count
 
-    def add_folder(self, name: str, path: bytes) -> None:
+    def add_folder(self, name: str, path: bytes, what: str = "") -> None:
         """Count the files below a folder that is left out; what of it may not be opened does not matter."""
+        words = f"in {printable(name)}" + (f" ({what})" if what else "")
         count = 0
         for _, _, files in os.walk(path):
             count += len(files)
             if count >= _MOST_COUNTED:
-                self.add(f"or more in {printable(name)}", count)
+                self.add(f"or more {words}", count)
                 return
-        self.add(f"in {printable(name)}", count)
+        self.add(words, count)
 
     def add_file(self, name: str, path: bytes) -> None:
         if name.lower() == "thumbs.db":
@@ -214,6 +217,11 @@ def _without_thumbnails(names: list[bytes], others: _Others) -> list[bytes]:
     for folder in small.values():
         others.add(f"in {printable(folder)}")
     return [name for name in names if name not in small]
+
+
+def _is_run(folder: bytes) -> bool:
+    """Whether a folder is a run directory: its pictures are no data."""
+    return all(os.path.isfile(os.path.join(folder, name)) for name in (b"run.json", b"recipe.yaml"))
 
 
 def _leads_to(test: Callable[[], bool]) -> bool:
