@@ -43,6 +43,12 @@ def tiff(values: np.ndarray, **settings: object) -> bytes:
     return file.getvalue()
 
 
+def npy(values: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, values)
+    return file.getvalue()
+
+
 def ramp(low: float, high: float, dtype: type, number: int = 0) -> np.ndarray:
     """Values from left to right, [64, 64]."""
     row = np.linspace(low, high, SIDE)

@@ -101,26 +101,31 @@ def look(image: AnImage, *, channels: int, decoding: Decoding | None = None) -> 
     data = whole if isinstance(whole, bytes) else b""
     kind = kind_of(data) if data else OBJECT
     header = _header(data, kind) if data else Header()
+    planes, along = count_planes(whole, channels)
+    header = replace(header, planes=planes, along=along)
     start = time.perf_counter()
     samples = None
     if kind not in _PICTURES:
         samples = raw(image, channels=channels, max_pixels=max_pixels, plane=plane)
-        if samples is not None and kind is kinds.PNG and not formats.is_deep_png(data):
+        if samples is not None and kind is kinds.PNG and not formats.is_deep_png(data):  # Pillow's, as it lies
+            tiff.check_plane(None if plane == "each" else plane, 1)
             samples = replace(samples, values=tiff.upright(samples.values, _valid(header.orientation)))
+    is_picture = samples is None
     if samples is None:
         stored = decode(image, channels=None, max_pixels=max_pixels, plane=plane)
         bands = stored.shape[2]
         samples = Samples(stored, None, 3 if bands > 2 else 1, alpha=bands in (2, 4))
     pixels, refused = None, ""
     try:
-        pixels = _finish(samples, channels, _scaling(keys))
+        if is_picture and planes > 1 and plane == "max":  # of frames that are grey already, where grey is wanted
+            pixels = decode(image, channels=channels, **keys)
+        else:
+            pixels = _finish(samples, channels, _scaling(keys))
     except ImageError as error:
-        refused = str(error)
+        refused = _why_not(image, channels, keys) if is_picture else str(error)
     seconds = time.perf_counter() - start
     height, width = samples.values.shape[:2]
     mode = describe(image, channels)[2]
-    planes, along = count_planes(whole, channels)
-    header = replace(header, planes=planes, along=along)
     return Look(
         kind=kind,
         size=len(data) or samples.values.nbytes,
@@ -134,6 +139,15 @@ def look(image: AnImage, *, channels: int, decoding: Decoding | None = None) -> 
         repaired=kind is kinds.JPEG and _lacks_end(data),
         seconds=seconds,
     )
+
+
+def _why_not(image: AnImage, channels: int, keys: Decoding) -> str:
+    """Why a picture is refused, as training says it: by its mode."""
+    try:
+        decode(image, channels=channels, **keys)
+    except ImageError as error:
+        return str(error)
+    raise AssertionError("refused, and yet decoded")
 
 
 def _scaling(keys: Decoding) -> Scaling:

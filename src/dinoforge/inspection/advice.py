@@ -5,6 +5,7 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dinoforge.config import Recipe
@@ -88,21 +89,32 @@ def further(
     jpegs = [one for one in seen if one.kind == "JPEG"]
     sides = sorted(min(one.width, one.height) for one in jpegs)
     crop = recipe.crops.global_crops_size
-    if 2 * len(jpegs) > len(seen) and sides[len(sides) // 2] >= _MANY * crop and not recipe.data.reduced_decode:
-        say(
-            "data.reduced_decode",
-            True,
-            f"JPEG files of {sides[len(sides) // 2]:,} pixels for crops of {crop}: decodes only what these need",
-        )
-    if (bad := unread / max(len(seen) + unread, 1)) > recipe.data.max_bad_share:
+    if 2 * len(jpegs) > len(seen) and sides[len(sides) // 2] >= _MANY * crop and "data.reduced_decode" not in given:
+        reason = f"JPEG files of {sides[len(sides) // 2]:,} pixels for crops of {crop}: decodes only what these need"
+        by = "auto" if recipe.data.reduced_decode else "inspect"
+        found.append(Advice("data.reduced_decode", "true", reason, by))
+    bad = unread / max(len(seen) + unread, 1)
+    if seen and bad > recipe.data.max_bad_share:
         say("data.max_bad_share", min(math.ceil(bad * 20 + 1) / 20, 1.0), f"{bad:.0%} cannot be read; better mend them")
     return found
+
+
+def with_notes(advice: Sequence[Advice]) -> tuple[Advice, ...]:
+    """The same, with a word on a measured range that other advised keys change."""
+    changing = [one.key for one in advice if one.by == "inspect" and one.key in ("data.nodata", "data.plane")]
+    if not changing:
+        return tuple(advice)
+    again = f"; measured anew with {' and '.join(changing)}"
+    return tuple(
+        replace(one, reason=one.reason + again) if (one.key, one.by) == ("data.range", "auto") else one
+        for one in advice
+    )
 
 
 def command(data: str, given: Mapping[str, Any], advice: Sequence[Advice]) -> str:
     """The command that trains with what is advised; what auto chooses by itself is not repeated."""
     keys = [f"{key}={in_words(value)}" for key, value in given.items()]
-    keys += [f"{one.key}={one.value}" for one in advice if one.by == "inspect" or one.key == "data.range"]
+    keys += [f"{one.key}={one.value}" for one in advice if one.by == "inspect"]
     return shlex.join(["dinoforge", "train", data, "--recipe", "auto", *keys])
 
 

@@ -246,7 +246,19 @@ class Gathered:
             images=found.images,
             channels=tuple(channels),
             fills=(highest - lowest) / (last - first),
+            is_within=min(found.low) >= first and max(found.high) <= last,
+            levels=_levels(channels),
         )
+
+
+def _levels(channels: list[Channel]) -> float:
+    """Share of the levels 0 to 255 that nearly all values become, over all channels."""
+    spans = [
+        tuple(min(max((c.percentiles[end] - c.black) / (c.white - c.black), 0.0), 1.0) for end in (0, -1))
+        for c in channels
+        if c.black is not None and c.white is not None
+    ]
+    return max(high for _, high in spans) - min(low for low, _ in spans) if spans else 1.0
 
 
 def type_range(dtype: np.dtype[Any], limit: int | None) -> tuple[float, float]:

@@ -115,7 +115,10 @@ class Values:
         bits: That count, such as 12 where the files say so.
         images: That have it.
         channels: Each of them; transparency is none.
-        fills: Share of what the type holds that lies between 0.1 % and 99.9 % of the values.
+        fills: Share of what ``data.sixteen_bit=full`` makes 0 to 255 of that lies between 0.1 % and 99.9 % of the
+            values.
+        is_within: Whether all values are within it; others are refused unless there is a range.
+        levels: Share of the levels 0 to 255 that nearly all values become under the keys that would be used.
     """
 
     type: str
@@ -123,6 +126,8 @@ class Values:
     images: int
     channels: tuple[Channel, ...]
     fills: float
+    is_within: bool
+    levels: float
 
 
 @dataclass(frozen=True)

@@ -81,9 +81,12 @@ def inspect(
     start = time.monotonic()
     said = converted(dict(keys or {}))
     files = open_source(data)
-    channels = said.get("student.in_chans") or auto.guess_channels(files)
+    quick = start + seconds * _FOR_RANGE
+    given = said.get("student.in_chans")
+    why = auto.Channels(given, "as given") if given else auto.channels_of(_Quick(files, quick))
+    channels = why.count
     source = taken_apart(files, said.get("data.plane"), channels)
-    base, measured = _with_range(said, channels, source, start + seconds * _FOR_RANGE)
+    base, measured = _with_range(said, channels, source, quick)
     decoding = build.image_input(base).decoding
     same_files: list[copies.Group] = []
     compared, total = 0, None
@@ -96,7 +99,7 @@ def inspect(
     known = _labels(labels, source)
     found = _told(files, source, known, same_files, compared, pass_)
     pixels = pass_.pixels()
-    choices = _choices(pass_, said, measured)
+    choices = _choices(pass_, said, why, measured)
     recipe, _ = load_recipe(auto.BASE, {key: one.value for key, one in choices.items()} | dict(keys or {}))
     sheets, shown = _sheets(recipe, source, time.monotonic() + max(seconds * _FOR_CROPS, 1)) if with_crops else ((), "")
     values = pass_.gathered.values()
@@ -120,7 +123,8 @@ def inspect(
         channels=channels,
         plane=base.data.plane,
         fill=base.data.fill,
-        measured="" if measured is None else f"data.range={advice.in_words((measured.low, measured.high))}",
+        measured="" if base.data.range is None else f"data.range={advice.in_words(base.data.range)}",
+        range_by="given" if measured is None else "measured",
         is_minmax=base.data.sixteen_bit == "minmax" and base.data.range is None,
         side=recipe.crops.global_crops_size,
     )
@@ -153,7 +157,7 @@ def inspect(
         cost=_cost(pass_),
         troubles=troubles.find(facts),
         channels=recipe.student.in_chans,
-        advice=tuple(advised),
+        advice=advice.with_notes(advised),
         command=advice.command(called, said, advised),
         crops=sheets,
         shown_channels=shown,
@@ -313,13 +317,16 @@ class _Quick:
         return self._source.fingerprint()
 
 
-def _choices(pass_: _Pass, said: Mapping[str, Any], measured: MeasuredRange | None) -> dict[str, auto.Choice]:
+def _choices(
+    pass_: _Pass, said: Mapping[str, Any], channels: auto.Channels, measured: MeasuredRange | None
+) -> dict[str, auto.Choice]:
     """What the recipe auto would choose; nothing where no image could be read."""
     summary = pass_.summary()
     if summary is None:
         return {}
     device = resolve_device(said.get("device", "auto"))
-    found = auto.choose(auto.facts_of(summary, str(device)), said)
+    facts = auto.facts_of(summary, str(device), channels=channels, statistics=pass_.statistics)
+    found = auto.choose(facts, said)
     if measured is not None:
         found["data.range"] = auto.Choice((measured.low, measured.high), str(measured).partition(" (data.range")[0])
     return found

@@ -100,7 +100,9 @@ def values_said(values: Values) -> str:
     if values.type != "bool" and values.bits != 8 * int("".join(filter(str.isdigit, values.type)) or 8) // 8:
         kind += f", {values.bits} bits"
     images = f"{values.images:,} image{'' if values.images == 1 else 's'}"
-    return f"{kind} in {images}: nearly all fill {values.fills:.1%} of the type's range"
+    if values.is_within:
+        return f"{kind} in {images}: nearly all lie within {values.fills:.1%} of the type's range"
+    return f"{kind} in {images}: some lie outside what data.sixteen_bit=full takes"
 
 
 def _of_images(found: Inspection) -> Iterator[str]:
@@ -193,7 +195,7 @@ def _of_troubles(troubles: Sequence[Trouble]) -> Iterator[str]:
         mark = "!" if trouble.serious else "-"
         yield from _wrapped(f"{mark} {trouble.said}", "  ", "    ")
         if trouble.examples:
-            yield from _wrapped(f"such as {', '.join(trouble.examples[:3])}", "    ", "    ")
+            yield from _wrapped(f"such as {', '.join(trouble.examples)}", "    ", "    ")
         if trouble.way:
             yield from _wrapped(f"way out: {trouble.way}", "    ", "    ")
     if rest := len(troubles[_TROUBLES:]):

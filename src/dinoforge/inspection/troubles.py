@@ -39,7 +39,8 @@ class Facts:
     channels: int  # wanted
     plane: str | None  # of the recipe
     fill: int
-    measured: str  # the key that says the range that was measured; '' where none was
+    measured: str  # the key that says the range; '' where there is none
+    range_by: str  # measured, or given
     is_minmax: bool
     side: int  # of a global crop
 
@@ -182,7 +183,9 @@ def _of_channels(facts: Facts) -> Iterator[Trouble]:
     if len(counts) > 1:
         said = ", ".join(f"{channels} in {number:,}" for channels, number in counts.most_common())
         usual = counts.most_common(1)[0][0]
-        others = [one for one in facts.seen if one.channels != usual]
+        others = sorted(
+            (one for one in facts.seen if one.channels != usual), key=lambda one: (counts[one.channels], one.index)
+        )
         serious = bool(set(counts) - {1, 3, 4})
         yield Trouble(
             "mixed_channels",
@@ -222,10 +225,30 @@ def _of_values(facts: Facts) -> Iterator[Trouble]:
                 f"data.nodata={suspect:.10g}",
                 serious=True,
             )
-        if values.fills < NARROW and values.type != "bool":
-            instead = f"; {facts.measured}, measured, is used instead" if facts.measured and _deep(values) else ""
-            if facts.is_minmax and _deep(values):
-                instead = "; data.sixteen_bit=minmax spreads each image by itself, and relative brightness is lost"
+        instead = f"; {facts.measured}, {facts.range_by}, is used instead" if facts.measured and _deep(values) else ""
+        if facts.is_minmax and _deep(values):
+            instead = "; data.sixteen_bit=minmax spreads each image by itself, and relative brightness is lost"
+        if facts.measured and _deep(values) and values.levels < NARROW:
+            yield Trouble(
+                "few_levels",
+                f"{_count(values.images, 'image')} of {what}: nearly all values, {low:,.6g} to {high:,.6g}, become "
+                f"{values.levels * 255:.0f} of 255 levels, since {facts.measured}, {facts.range_by}, holds for all",
+                values.images,
+                _names(of_type),
+                "keep images of different scales apart, or give another data.range",
+                serious=True,
+            )
+        if not values.is_within:
+            yield Trouble(
+                "outside_range",
+                f"{_count(values.images, 'image')} of {what}: values from {low:,.6g} to {high:,.6g} lie outside what "
+                f"data.sixteen_bit=full takes, and it refuses them{instead}",
+                values.images,
+                _names(of_type),
+                "" if instead else f"data.range=[{_rounded(low)},{_rounded(high)}]",
+                serious=not instead,
+            )
+        elif values.fills < NARROW and values.type != "bool":
             yield Trouble(
                 "narrow_range",
                 f"{_count(values.images, 'image')} of {what}: nearly all values, {low:,.6g} to {high:,.6g}, fill "
@@ -299,6 +322,8 @@ def _of_planes(facts: Facts) -> Iterator[Trouble]:
         }.get(facts.plane, f"number {facts.plane} is taken")
         said = f"{_count(len(group), 'file')} {_are(group, 'has', 'have')} {number} planes ({along}): {taken}"
         way = "data.plane=max, each, or a number" if facts.plane is None else ""
+        if way and along == "page" and fewest == most:
+            way += f"; student.in_chans={most} if they are the channels of one image"
         yield Trouble("planes", said, len(group), _names(group), way)
 
 

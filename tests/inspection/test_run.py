@@ -1,0 +1,247 @@
+"""What an inspection measures, how much it reads, and when it fails."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dinoforge
+from dinoforge.data.sources import FolderSource
+from dinoforge.inspection import run as inspections
+
+from . import troubled as made
+
+GREY = ["student.in_chans=1", "data.mean=0.5", "data.std=0.25"]
+
+
+def write(folder: Path, number: int, values: np.ndarray) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{number:03}.tif").write_bytes(made.tiff(values))
+
+
+def found(inspect, *arguments):
+    code, line = inspect(*arguments, "--json")
+    assert code == 0
+    return json.loads(line)
+
+
+@pytest.fixture
+def twelve_bits(tmp_path):
+    """Values 100 to 3,900 in 16 bits."""
+    for number in range(40):
+        write(tmp_path / "data", number, made.ramp(100, 3900, np.uint16, number))
+    return tmp_path / "data"
+
+
+def test_values_and_what_becomes_0_and_255(twelve_bits, inspect):
+    (values,) = found(inspect, twelve_bits)["values"]
+    (channel,) = values["channels"]
+    assert (values["type"], values["bits"], values["images"]) == ("uint16", 16, 40)
+    assert (channel["min"], channel["max"]) == (100, 3900)
+    assert (channel["black"], channel["white"]) == (0, 4095)
+    assert channel["percentiles"][2] == pytest.approx(2000, rel=0.05)
+    assert values["fills"] == pytest.approx(3800 / 65535, rel=0.01)
+    assert values["levels"] == pytest.approx(3800 / 4095, rel=0.01)
+    assert (channel["below"], channel["above"]) == (0, 0)
+    counts = channel["histogram"]["counts"]
+    assert len(counts) == 64
+    assert min(counts) > 0.5 * max(counts)  # a ramp
+
+
+def test_the_keys_that_are_given_are_those_that_count(twelve_bits, inspect):
+    (values,) = found(inspect, twelve_bits, "data.range=[1050,2000]", *GREY)["values"]
+    (channel,) = values["channels"]
+    assert (channel["black"], channel["white"]) == (1050, 2000)
+    assert channel["below"] == pytest.approx(0.25, abs=0.02)
+    assert channel["above"] == pytest.approx(0.5, abs=0.02)
+    told = found(inspect, twelve_bits, "data.range=[1050,2000]", *GREY)
+    (clipped,) = [one for one in told["troubles"] if one["code"] == "clipped"]
+    assert clipped["serious"]
+    (channel,) = found(inspect, twelve_bits, "data.sixteen_bit=minmax", *GREY)["values"][0]["channels"]
+    assert channel["black"] is None
+    assert channel["white"] is None
+
+
+def test_the_measured_range_is_that_of_training(twelve_bits, inspect):
+    told = found(inspect, twelve_bits)
+    recipe, _ = dinoforge.api.auto_recipe(str(twelve_bits))
+    assert recipe.data.range == (0, 4095)
+    (advice,) = [one for one in told["advice"] if one["key"] == "data.range"]
+    assert advice["value"] == "[0,4095]"
+    (narrow,) = [one for one in told["troubles"] if one["code"] == "narrow_range"]
+    assert "data.range=[0,4095], measured, is used instead" in narrow["said"]
+
+
+def test_mean_and_deviation_are_those_of_the_pixels(twelve_bits, inspect):
+    pixels = found(inspect, twelve_bits)["pixels"]
+    every = [dinoforge.read_image(path, 1, range=[0, 4095]) / 255 for path in sorted(twelve_bits.iterdir())]
+    assert pixels["images"] == 40
+    assert pixels["mean"][0] == pytest.approx(np.mean(every), abs=1e-6)
+    assert pixels["std"][0] == pytest.approx(np.std(every), abs=1e-3)
+
+
+@pytest.fixture
+def many(tmp_path):
+    for number in range(300):
+        folder = tmp_path / "many" / f"{number // 30}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (12, 12, 3), np.uint8)).save(
+            folder / f"{number:03}.png"
+        )
+    return tmp_path / "many"
+
+
+def test_no_more_than_the_limit_are_decoded(many, inspect, monkeypatch):
+    looks, reads = [], []
+    look, item = inspections.look, FolderSource.item
+    monkeypatch.setattr(inspections, "look", lambda *a, **k: looks.append(1) or look(*a, **k))
+    monkeypatch.setattr(FolderSource, "item", lambda self, index: reads.append(index) or item(self, index))
+    told = found(inspect, many, "--images", "40")
+    assert len(looks) == 40
+    # Beside them headers alone are read, for the number of channels and the range.
+    assert len(set(reads)) < 200
+    assert told["sampling"]["images"] == 40
+    assert told["sampling"]["of"] == 300
+    assert not told["sampling"]["time_was_up"]
+    assert "40 of 300 images, evenly spaced and each with its neighbour" in inspect(many, "--images", "40")[1]
+
+
+def test_time_that_is_up_ends_the_look_and_is_said(many, inspect, monkeypatch):
+    look = inspections.look
+
+    def slowly(*arguments, **keys):
+        time.sleep(0.05)
+        return look(*arguments, **keys)
+
+    monkeypatch.setattr(inspections, "look", slowly)
+    told = found(inspect, many, "--seconds", "0.6")
+    assert 1 <= told["sampling"]["images"] < 40
+    assert told["sampling"]["time_was_up"]
+    assert "time was up (--seconds 0.6)" in inspect(many, "--seconds", "0.6")[1]
+
+
+def test_one_image_at_least(many, inspect):
+    told = found(inspect, many, "--seconds", "0.000001")
+    assert told["sampling"]["images"] == 1
+    assert not told["copies"]["files_complete"]
+    assert told["bytes"] is None
+
+
+def test_the_same_data_say_the_same(many, inspect):
+    first, second = (found(inspect, many, "--images", "64") for _ in range(2))
+    for told in (first, second):
+        del told["sampling"]["seconds"], told["cost"]
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["/nowhere"], "does not exist"),
+        (["{empty}"], "no images in"),
+        (["{many}", "data.rnge=[0,1]"], "did you mean data.range"),
+        (["{many}", "student.in_chans=0"], "student.in_chans"),
+    ],
+)
+def test_only_unusable_data_and_keys_are_errors(many, tmp_path, inspect, capsys, arguments, words):
+    (tmp_path / "empty").mkdir()
+    code, _ = inspect(*(text.format(many=many, empty=tmp_path / "empty") for text in arguments))
+    assert code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_an_error(many, tmp_path, inspect, capsys):
+    (tmp_path / "file").touch()
+    code, _ = inspect(many, "--images", "20", "--report", tmp_path / "file" / "page.html")
+    assert code == 2
+    assert "page.html" in capsys.readouterr().err
+
+
+def test_labels_from_a_table_and_why_not(many, tmp_path, inspect):
+    names = sorted(path.relative_to(many).as_posix() for path in many.glob("*/*.png"))
+    table = tmp_path / "labels.csv"
+    table.write_text("name,label\n" + "".join(f"{name},{'ab'[i % 3 == 0]}\n" for i, name in enumerate(names)))
+    labels = found(inspect, many, "--labels", table)["labels"]
+    assert labels["classes"] == {"a": 200, "b": 100}
+    table.write_text(f"name,label\n{names[0]},a\n")
+    told = found(inspect, many, "--labels", table)
+    assert "no label for 299 of 300 images" in told["labels"]["said"]
+    assert "no_labels" in {one["code"] for one in told["troubles"]}
+
+
+def test_objects_in_memory(inspect):
+    images = [(made.ramp(0, 4000, np.uint16, number)[:, :, np.newaxis], "ab"[number % 2]) for number in range(40)]
+    told = dinoforge.inspect(images)
+    assert told.data == "list"
+    assert told.kinds == {"object in memory": 40}
+    assert told.labels.classes == {"a": 20, "b": 20}
+    assert told.values[0].channels[0].white == 4095
+    assert told.copies.files_compared == 0
+    assert told.bytes is None
+
+
+def test_what_an_object_raises_costs_that_image_alone():
+    class Broken:
+        def __len__(self):
+            return 9
+
+        def __getitem__(self, index):
+            if index == 3:
+                raise RuntimeError("no such luck")
+            return made.picture(index)
+
+    told = dinoforge.inspect(Broken())
+    assert told.unreadable == (("item 3", "RuntimeError: no such luck"),)
+    assert told.sampling.images == 9
+
+
+def test_planes_as_images(tmp_path, inspect):
+    stack = np.stack([made.ramp(0, 60000, np.uint16, number) for number in range(5)])
+    for number in range(4):
+        (tmp_path / f"{number}.ome.tif").write_bytes(
+            made.tiff(stack, ome=True, photometric="minisblack", metadata={"axes": "ZYX"})
+        )
+    first = found(inspect, tmp_path)
+    assert first["images"] == 4
+    assert {"key": "data.plane", "value": "max"}.items() <= first["advice"][-1].items()
+    each = found(inspect, tmp_path, "data.plane=each")
+    assert each["images"] == 20
+    assert each["ends"] == {".tif": 20}
+    (planes,) = [one for one in each["troubles"] if one["code"] == "planes"]
+    assert "each is an image" in planes["said"]
+    assert not [one for one in each["troubles"] if one["code"] == "misnamed"]
+
+
+def test_large_jpegs_are_advised_to_be_decoded_small(tmp_path, inspect):
+    for number in range(6):
+        Image.fromarray(made.picture(number)).resize((900, 700)).save(tmp_path / f"{number}.jpg")
+    (advice,) = [one for one in found(inspect, tmp_path)["advice"] if one["key"] == "data.reduced_decode"]
+    assert advice["value"] == "true"
+    assert advice["by"] == "auto"  # its recipe has it, others have not
+    assert "JPEG files of 700 pixels for crops of 96" in advice["reason"]
+    again = {one["key"] for one in found(inspect, tmp_path, "data.reduced_decode=true")["advice"]}
+    assert "data.reduced_decode" not in again
+
+
+def test_many_unreadable_images_are_advised_to_be_borne_with(tmp_path, inspect):
+    for number in range(16):
+        content = made.encoded(made.picture(number), "PNG")
+        (tmp_path / f"{number:02}.png").write_bytes(content if number % 4 else content[:60])
+    told = found(inspect, tmp_path)
+    advice = {one["key"]: one["value"] for one in told["advice"]}
+    assert advice["data.max_bad_share"] == "0.3"
+    assert told["command"] == f"dinoforge train {tmp_path} --recipe auto data.max_bad_share=0.3"
+
+
+def test_the_advised_command_is_one_that_runs(tmp_path, inspect):
+    for number in range(12):
+        values = made.ramp(0, 2000, np.int16, number)
+        values[:16] = -9999
+        write(tmp_path / "data", number, values)
+    command = found(inspect, tmp_path / "data")["command"]
+    program, *arguments = command.split()
+    assert program == "dinoforge"
+    assert dinoforge.cli.main([*arguments, "--dry-run"]) == 0
