@@ -427,6 +427,7 @@ def test_large_jpegs_are_measured_small_and_large_images_seldom(tmp_path, monkey
     assert small.images == 9
     assert small.mean == pytest.approx(np.mean(whole, axis=(0, 1, 2)) / 255, abs=0.002)
     assert small.std == pytest.approx(np.std(whole, axis=(0, 1, 2)) / 255, abs=0.004)
+    assert auto.measure(source, 3, {"nodata": 255.0}).mean == pytest.approx(small.mean, abs=0.002)
     monkeypatch.setattr(auto, "_EFFORT", 1600 * 1100)
     assert auto.measure(source, 3, {}).images == 4
     assert auto.measure(open_source(whole), 3, {}).images == 1  # none can be decoded small

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from dinoforge.config import Data, Train, converted
 from dinoforge.data.decode import MAX_PIXELS, AnImage, channels_said, decode, describe, raw
 from dinoforge.data.sources import Source
 from dinoforge.data.statistics import PixelStatistics, Symmetry
-from dinoforge.data.values import Bool, Decoding, UInt8, missing
+from dinoforge.data.values import Decoding, missing
 from dinoforge.errors import ImageError, RecipeError
 from dinoforge.models.vit import SIZES
 
@@ -555,26 +556,25 @@ def measure(source: Source, channels: int, decoding: Decoding) -> PixelStatistic
             if statistics.images and effort >= _EFFORT:
                 break
             effort += width * height * channels / 3 / (4 if reduction > 1 else 1)
-            pixels = decode(image, channels=channels, reduction=reduction, **decoding)
-            statistics.add(pixels, _valid(image, pixels, channels, decoding))
+            read = partial(decode, image, channels=channels, reduction=reduction)
+            pixels = read(**decoding)
+            valid = None
+            if _has_gaps(image, channels, decoding):  # where pixels depend on what fills them
+                other: Decoding = {**decoding, "fill": 255 - decoding.get("fill", 0)}
+                valid = pixels == read(**other)
+            statistics.add(pixels, valid)
         except ImageError:
             continue  # told when it is its turn
     return statistics
 
 
-def _valid(image: AnImage, pixels: UInt8, channels: int, decoding: Decoding) -> Bool | None:
-    """Where there is data: [H, W, C], or None for everywhere."""
-    if decoding.get("nodata") is None:
-        found = raw(
-            image,
-            channels=channels,
-            max_pixels=decoding.get("max_pixels", MAX_PIXELS),
-            plane=decoding.get("plane"),
-        )
-        if found is None or missing(found) is None:
-            return None
-    other: Decoding = {**decoding, "fill": 255 - decoding.get("fill", 0)}
-    return np.asarray(decode(image, channels=channels, **other) == pixels)  # with another filling
+def _has_gaps(image: AnImage, channels: int, decoding: Decoding) -> bool:
+    """Whether some pixels may have no data."""
+    if decoding.get("nodata") is not None:
+        return True
+    limit, plane = decoding.get("max_pixels", MAX_PIXELS), decoding.get("plane")
+    found = raw(image, channels=channels, max_pixels=limit, plane=plane)
+    return found is not None and missing(found) is not None
 
 
 def _spaced(length: int, number: int) -> list[int]:
