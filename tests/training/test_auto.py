@@ -14,6 +14,7 @@ from PIL import Image
 
 from dinoforge.api import auto_recipe, train
 from dinoforge.config import Data, flatten, load_recipe
+from dinoforge.data import statistics
 from dinoforge.data.loader import DataSummary, make_loader
 from dinoforge.data.sources import open_source
 from dinoforge.data.statistics import Symmetry
@@ -428,7 +429,7 @@ def test_large_jpegs_are_measured_small_and_large_images_seldom(tmp_path, monkey
     assert small.mean == pytest.approx(np.mean(whole, axis=(0, 1, 2)) / 255, abs=0.002)
     assert small.std == pytest.approx(np.std(whole, axis=(0, 1, 2)) / 255, abs=0.004)
     assert auto.measure(source, 3, {"nodata": 255.0}).mean == pytest.approx(small.mean, abs=0.002)
-    monkeypatch.setattr(auto, "_EFFORT", 1600 * 1100)
+    monkeypatch.setattr(statistics, "_EFFORT", 1600 * 1100)
     assert auto.measure(source, 3, {}).images == 4
     assert auto.measure(open_source(whole), 3, {}).images == 1  # none can be decoded small
     found = auto.look(source, 3, {})
@@ -437,7 +438,7 @@ def test_large_jpegs_are_measured_small_and_large_images_seldom(tmp_path, monkey
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 64, 100, 256])
 def test_every_beginning_of_the_order_is_spread_over_all(count):
-    order = auto._spread(range(count))
+    order = statistics._spread(range(count))
     assert sorted(order) == list(range(count))
     for number in (2, 4, 8, 16, 32):
         if number <= count:

@@ -1,15 +1,20 @@
-"""Mean, deviation and symmetry of a data set's pixels, gathered one image at a time."""
+"""Mean, deviation and symmetry of a data set's pixels, gathered one image at a time; sizes and kinds of its images."""
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from dinoforge.data.values import Bool, UInt8
+from dinoforge.data.decode import MAX_PIXELS, AnImage, decode, describe, raw
+from dinoforge.data.sources import Source
+from dinoforge.data.values import Bool, Decoding, UInt8, missing
+from dinoforge.errors import ImageError
 
 ENOUGH = 32
 """Images that tell brightness and contrast of places apart; below that nothing is said about symmetry."""
@@ -19,6 +24,11 @@ _LARGEST = 0.025  # share of the asymmetry that may be common to all images wher
 _CELLS, _PIXELS = 8, 8  # of a side: cells of the grid, pixels of a cell
 _SIDE = _CELLS * _PIXELS
 _NORMAL = 2.326  # 99 % of a normal distribution lie below
+
+_LOOKED_AT = 16  # images whose sizes and kinds count
+_MEASURED = 256  # images whose pixels are measured, and
+_EFFORT = 140e6  # pixels of three channels that are decoded for it; of a JPEG that can be reduced, a quarter
+_REDUCED = 512  # pixels that the shorter side of a reduced JPEG keeps
 
 Float = npt.NDArray[np.float64]
 Turn = Literal["upside down", "mirrored", "turned by a quarter"]
@@ -246,3 +256,92 @@ def _direction(brightness: Float) -> Float:
     """Logarithm of the ratio of horizontal to vertical gradients: [1]; above 0 where lines run up and down."""
     energies = [float((np.diff(brightness, axis=axis) ** 2).mean()) + 1e-4 for axis in (1, 0)]
     return np.array([math.log(energies[0] / energies[1])])
+
+
+@dataclass(frozen=True)
+class Look:
+    """Sizes and kinds of the images that were looked at and can be read; see ``DataSummary``."""
+
+    count: int
+    widths: tuple[int, int]
+    heights: tuple[int, int]
+    modes: tuple[tuple[str, int], ...]
+
+
+def look(source: Source, channels: int, decoding: Decoding) -> Look | None:
+    """Sizes and kinds of the images that the plan is made of, in less time; None where none can be read.
+
+    Large JPEGs are decoded at a fraction of their size, which tells as well whether they are whole.
+    """
+    sizes: list[tuple[int, int]] = []
+    kinds: Counter[str] = Counter()
+    for index in spaced(len(source), _LOOKED_AT):
+        try:
+            image = source.item(index).image
+            width, height, kind = describe(image)
+            decode(image, channels=channels, reduction=_reduction(image, width, height), **decoding)
+        except ImageError:
+            continue  # told with the plan
+        sizes.append((width, height))
+        kinds[kind] += 1
+    if not sizes:
+        return None
+    widths, heights = zip(*sizes, strict=True)
+    ends = (min(widths), max(widths)), (min(heights), max(heights))
+    return Look(len(source), *ends, tuple(kinds.most_common()))
+
+
+def _reduction(image: AnImage, width: int, height: int) -> int:
+    """By how much an image may be reduced while it is decoded, to be only looked at; 1 for all but large JPEGs."""
+    is_jpeg = isinstance(image, bytes) and image.startswith(b"\xff\xd8")
+    return max(min(width, height) // _REDUCED, 1) if is_jpeg else 1
+
+
+def measure(source: Source, channels: int, decoding: Decoding) -> PixelStatistics:
+    """Mean, deviation and symmetry of the pixels of up to 256 images, as training gets them.
+
+    The images are spread evenly, and fewer where they are large: decoding them should take seconds. So large JPEGs are
+    decoded at a half, a quarter or an eighth of their size, as near above 512 pixels as that gets. What has no data
+    counts for nothing.
+    """
+    statistics = PixelStatistics()
+    effort = 0.0
+    for index in _spread(spaced(len(source), _MEASURED)):
+        try:
+            image = source.item(index).image
+            width, height, _ = describe(image, channels)
+            reduction = _reduction(image, width, height)
+            if statistics.images and effort >= _EFFORT:
+                break
+            effort += width * height * channels / 3 / (4 if reduction > 1 else 1)
+            read = partial(decode, image, channels=channels, reduction=reduction)
+            pixels = read(**decoding)
+            valid = None
+            if _has_gaps(image, channels, decoding):  # where pixels depend on what fills them
+                other: Decoding = {**decoding, "fill": 255 - decoding.get("fill", 0)}
+                valid = pixels == read(**other)
+            statistics.add(pixels, valid)
+        except ImageError:
+            continue  # told when it is its turn
+    return statistics
+
+
+def _has_gaps(image: AnImage, channels: int, decoding: Decoding) -> bool:
+    """Whether some pixels may have no data."""
+    if decoding.get("nodata") is not None:
+        return True
+    limit, plane = decoding.get("max_pixels", MAX_PIXELS), decoding.get("plane")
+    found = raw(image, channels=channels, max_pixels=limit, plane=plane)
+    return found is not None and missing(found) is not None
+
+
+def spaced(length: int, number: int) -> list[int]:
+    """Up to so many places among so many, evenly spaced, with both ends."""
+    places: list[int] = np.unique(np.linspace(0, length - 1, number).round().astype(int)).tolist()
+    return places
+
+
+def _spread(places: Sequence[int]) -> list[int]:
+    """The places in an order whose every beginning is spread over all: by the bits of their numbers, backwards."""
+    bits = max(len(places) - 1, 1).bit_length()
+    return [places[i] for i in sorted(range(len(places)), key=lambda i: f"{i:0{bits}b}"[::-1])]

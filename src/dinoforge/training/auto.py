@@ -8,19 +8,20 @@ with another batch come other prototypes, with another patch other crops. docs/s
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
-
 from dinoforge.config import Data, Train, converted
-from dinoforge.data.decode import MAX_PIXELS, AnImage, channels_said, decode, describe, raw
-from dinoforge.data.sources import Source
+from dinoforge.data.channels import Channels as Channels
+from dinoforge.data.channels import Has, has_of, most
+from dinoforge.data.channels import channels_of as channels_of
+from dinoforge.data.channels import guess_channels as guess_channels
+from dinoforge.data.decode import channels_said
 from dinoforge.data.statistics import PixelStatistics, Symmetry
-from dinoforge.data.values import Decoding, missing
-from dinoforge.errors import ImageError, RecipeError
+from dinoforge.data.statistics import look as look
+from dinoforge.data.statistics import measure as measure
+from dinoforge.errors import RecipeError
 from dinoforge.models.vit import SIZES
 
 BASE = "small"
@@ -41,13 +42,6 @@ _DIVISORS = (
     "train.accumulate",
     "train.steps",
 )
-_GREY = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"))
-_LOOKED_AT = 16  # images whose sizes and kinds count
-_HEADERS = 64  # images whose channels are counted
-_BANDS = 4  # of those, in which the last band is looked at, where it may be no more than a mask
-_MEASURED = 256  # images whose pixels are measured, and
-_EFFORT = 140e6  # pixels of three channels that are decoded for it; of a JPEG that can be reduced, a quarter
-_REDUCED = 512  # pixels that the shorter side of a reduced JPEG keeps
 _FAR_MEAN, _FAR_STD = 0.15, 1.5  # difference to ImageNet's mean, and ratio to its deviation, of photographs
 _FLAT = 0.02  # no deviation below five levels: it would turn rounding into a picture
 
@@ -68,14 +62,6 @@ class Pixels:
     images: int
     kind: str
     symmetry: Symmetry
-
-
-@dataclass(frozen=True)
-class Channels:
-    """How many channels to read, and why."""
-
-    count: int
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -125,16 +111,6 @@ class Sizes(Protocol):
     def modes(self) -> tuple[tuple[str, int], ...]: ...
 
 
-@dataclass(frozen=True)
-class Look:
-    """Sizes and kinds of the images that were looked at and can be read; see ``DataSummary``."""
-
-    count: int
-    widths: tuple[int, int]
-    heights: tuple[int, int]
-    modes: tuple[tuple[str, int], ...]
-
-
 def facts_of(
     data: Sizes,
     device: str,
@@ -153,10 +129,10 @@ def facts_of(
     """
     sides = [min(data.widths[end], data.heights[end]) for end in (0, 1)]
     if channels is None:
-        have: Counter[_Has] = Counter()
+        have: Counter[Has] = Counter()
         for mode, number in data.modes:
-            have[_has(mode)] += number
-        channels = _most(have)
+            have[has_of(mode)] += number
+        channels = most(have)
     pixels = None
     if statistics is not None and statistics.images:
         kind = next((mode for mode, _ in data.modes if not _may_be_photograph(mode)), "")
@@ -410,183 +386,6 @@ def _may_be_photograph(kind: str) -> bool:
     if channels_said(kind) is None:
         return not (kind.endswith(";16") or kind.startswith(("I", "F")))
     return kind.startswith("uint8 x") and "TIFF" not in kind and "ImageJ" not in kind
-
-
-@dataclass(frozen=True)
-class _Has:
-    """Channels of an image.
-
-    Args:
-        channels: that it has.
-        is_picture: whether it can be read as grey and as RGB, too.
-    """
-
-    channels: int
-    is_picture: bool
-
-    def serves(self, count: int) -> bool:
-        return self.channels == count or (self.is_picture and count in (1, 3))
-
-
-def _has(kind: str) -> _Has:
-    """Channels of images of a kind, as ``describe`` names it."""
-    count = channels_said(kind)
-    if count is None:
-        mode = kind.partition(",")[0]
-        return _Has(1 if mode in _GREY or mode.removesuffix(";16") in _GREY else 3, True)
-    return _Has(count, count in (1, 3) or "RGB and 1 more band" in kind)
-
-
-def channels_of(source: Source) -> Channels:
-    """How many channels to read images with: as many as most of some that are looked at have.
-
-    Grey images and colour ones make 3. The band beside the colours, or beside grey, of a TIFF is a channel unless it
-    has no more than two values, as a transparency or a mask that says little. Transparency of other files is none,
-    since it is laid over white.
-    """
-    kinds: Counter[str] = Counter()
-    beside: dict[str, list[_Has]] = {}  # of kinds with a band that may be no channel
-    for index in _spaced(len(source), _HEADERS):
-        try:
-            image = source.item(index).image
-            kind = describe(image)[2]
-            if _has(kind).channels in (2, 4) and len(found := beside.setdefault(kind, [])) < _BANDS:
-                found.append(_last_band(image, _has(kind)))
-        except ImageError:
-            continue  # told when it is its turn
-        kinds[kind] += 1
-    have: Counter[_Has] = Counter()
-    dropped = 0
-    for kind, number in kinds.items():
-        one = max(beside[kind], key=lambda has: has.channels) if beside.get(kind) else _has(kind)
-        dropped += number if one.channels < _has(kind).channels else 0
-        have[one] += number
-    chosen = _most(have)
-    if dropped and chosen.count in (1, 3):
-        return Channels(chosen.count, f"{chosen.reason}; the last band of {dropped} is a mask or a transparency")
-    return chosen
-
-
-def _last_band(image: AnImage, has: _Has) -> _Has:
-    """Channels of an image of two or four with a look at the last one."""
-    found = raw(image)
-    if found is None or found.alpha:
-        return _Has(has.channels - 1, True)
-    if found.colour != has.channels - 1:
-        return has
-    band = found.values[:, :, -1]
-    is_mask = bool(((band == band.min()) | (band == band.max())).all())
-    return _Has(has.channels - is_mask, True)
-
-
-def _most(have: Mapping[_Has, int]) -> Channels:
-    """The number of channels that most images have, where grey and RGB are one kind."""
-    total = sum(have.values())
-    if not total:
-        return Channels(3, "no image could be looked at")
-    groups: Counter[int] = Counter()
-    for has, number in have.items():
-        groups[3 if has.channels == 1 else has.channels] += number
-    count = max(groups, key=lambda group: (groups[group], group == 3, group))
-    if count == 3 and not any(has.channels == 3 for has in have):
-        count = 1
-    others = Counter({has.channels: 0 for has in have if not has.serves(count)})
-    for has, number in have.items():
-        if not has.serves(count):
-            others[has.channels] += number
-    if not others:
-        mixed = " (grey and colour)" if count == 3 and any(has.channels == 1 for has in have) else ""
-        return Channels(count, f"as all {total} images that were looked at{mixed}")
-    refused = sum(others.values())
-    which = ", ".join(f"{number} with {channels}" for channels, number in sorted(others.items()))
-    return Channels(
-        count,
-        f"as {total - refused} of {total} images that were looked at; the others will be refused: {which} channels",
-    )
-
-
-def guess_channels(source: Source) -> int:
-    """How many channels to read the images with; see ``channels_of``."""
-    return channels_of(source).count
-
-
-def look(source: Source, channels: int, decoding: Decoding) -> Look | None:
-    """Sizes and kinds of the images that the plan is made of, in less time; None where none can be read.
-
-    Large JPEGs are decoded at a fraction of their size, which tells as well whether they are whole.
-    """
-    sizes: list[tuple[int, int]] = []
-    kinds: Counter[str] = Counter()
-    for index in _spaced(len(source), _LOOKED_AT):
-        try:
-            image = source.item(index).image
-            width, height, kind = describe(image)
-            decode(image, channels=channels, reduction=_reduction(image, width, height), **decoding)
-        except ImageError:
-            continue  # told with the plan
-        sizes.append((width, height))
-        kinds[kind] += 1
-    if not sizes:
-        return None
-    widths, heights = zip(*sizes, strict=True)
-    ends = (min(widths), max(widths)), (min(heights), max(heights))
-    return Look(len(source), *ends, tuple(kinds.most_common()))
-
-
-def _reduction(image: AnImage, width: int, height: int) -> int:
-    """By how much an image may be reduced while it is decoded, to be only looked at; 1 for all but large JPEGs."""
-    is_jpeg = isinstance(image, bytes) and image.startswith(b"\xff\xd8")
-    return max(min(width, height) // _REDUCED, 1) if is_jpeg else 1
-
-
-def measure(source: Source, channels: int, decoding: Decoding) -> PixelStatistics:
-    """Mean, deviation and symmetry of the pixels of up to 256 images, as training gets them.
-
-    The images are spread evenly, and fewer where they are large: decoding them should take seconds. So large JPEGs are
-    decoded at a half, a quarter or an eighth of their size, as near above 512 pixels as that gets. What has no data
-    counts for nothing.
-    """
-    statistics = PixelStatistics()
-    effort = 0.0
-    for index in _spread(_spaced(len(source), _MEASURED)):
-        try:
-            image = source.item(index).image
-            width, height, _ = describe(image, channels)
-            reduction = _reduction(image, width, height)
-            if statistics.images and effort >= _EFFORT:
-                break
-            effort += width * height * channels / 3 / (4 if reduction > 1 else 1)
-            read = partial(decode, image, channels=channels, reduction=reduction)
-            pixels = read(**decoding)
-            valid = None
-            if _has_gaps(image, channels, decoding):  # where pixels depend on what fills them
-                other: Decoding = {**decoding, "fill": 255 - decoding.get("fill", 0)}
-                valid = pixels == read(**other)
-            statistics.add(pixels, valid)
-        except ImageError:
-            continue  # told when it is its turn
-    return statistics
-
-
-def _has_gaps(image: AnImage, channels: int, decoding: Decoding) -> bool:
-    """Whether some pixels may have no data."""
-    if decoding.get("nodata") is not None:
-        return True
-    limit, plane = decoding.get("max_pixels", MAX_PIXELS), decoding.get("plane")
-    found = raw(image, channels=channels, max_pixels=limit, plane=plane)
-    return found is not None and missing(found) is not None
-
-
-def _spaced(length: int, number: int) -> list[int]:
-    """Up to so many places among so many, evenly spaced, with both ends."""
-    places: list[int] = np.unique(np.linspace(0, length - 1, number).round().astype(int)).tolist()
-    return places
-
-
-def _spread(places: Sequence[int]) -> list[int]:
-    """The places in an order whose every beginning is spread over all: by the bits of their numbers, backwards."""
-    bits = max(len(places) - 1, 1).bit_length()
-    return [places[i] for i in sorted(range(len(places)), key=lambda i: f"{i:0{bits}b}"[::-1])]
 
 
 def render(choices: Mapping[str, Choice]) -> str:
