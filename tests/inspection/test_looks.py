@@ -13,7 +13,8 @@ from dinoforge.errors import ImageError
 
 from . import troubled as made
 
-FILES = {name: content for name, content in made.files().items() if not name.startswith((".", "@", "train/dog", "val"))}
+FILES = {name: content for name, content in made.files().items() if name.startswith("train/cat/")}
+FILES = {name: content for name, content in FILES.items() if name[10] not in "12345"}  # more of the same
 MORE = {
     "turned_deep.png": made.encoded(made.ramp(0, 60000, np.uint16), "PNG", exif=made.orientation(6)),
     "turned.tif": made.encoded(made.picture(1)[:40], "TIFF", exif=made.orientation(8)),

@@ -10,7 +10,7 @@ from PIL import Image
 
 import dinoforge
 from dinoforge.data.sources import FolderSource
-from dinoforge.inspection import run as inspections
+from dinoforge.inspection import passing
 
 from . import troubled as made
 
@@ -96,8 +96,8 @@ def many(tmp_path):
 
 def test_no_more_than_the_limit_are_decoded(many, inspect, monkeypatch):
     looks, reads = [], []
-    look, item = inspections.look, FolderSource.item
-    monkeypatch.setattr(inspections, "look", lambda *a, **k: looks.append(1) or look(*a, **k))
+    look, item = passing.look, FolderSource.item
+    monkeypatch.setattr(passing, "look", lambda *a, **k: looks.append(1) or look(*a, **k))
     monkeypatch.setattr(FolderSource, "item", lambda self, index: reads.append(index) or item(self, index))
     told = found(inspect, many, "--images", "40")
     assert len(looks) == 40
@@ -110,13 +110,13 @@ def test_no_more_than_the_limit_are_decoded(many, inspect, monkeypatch):
 
 
 def test_time_that_is_up_ends_the_look_and_is_said(many, inspect, monkeypatch):
-    look = inspections.look
+    look = passing.look
 
     def slowly(*arguments, **keys):
         time.sleep(0.05)
         return look(*arguments, **keys)
 
-    monkeypatch.setattr(inspections, "look", slowly)
+    monkeypatch.setattr(passing, "look", slowly)
     told = found(inspect, many, "--seconds", "0.6")
     assert 1 <= told["sampling"]["images"] < 40
     assert told["sampling"]["time_was_up"]

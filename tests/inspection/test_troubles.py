@@ -2,7 +2,9 @@
 
 import html
 import json
+import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,6 +66,31 @@ def test_each_is_named_in_text_json_and_page(told, code, words, name):
         assert name in text
 
 
+def test_the_documentation_lists_every_key_and_every_code(told):
+    root = Path(__file__).parents[2]
+    listed = set(re.findall(r"`([a-z_0-9]+)`", (root / "docs" / "inspect.md").read_text(encoding="utf-8")))
+    source = (root / "src" / "dinoforge" / "inspection" / "troubles.py").read_text(encoding="utf-8")
+    codes = set(re.findall(r'(?:Trouble\(|facts,)\s*"([a-z_]+)"', source)) | {
+        "same_files",
+        "same_pixels",
+        "near_duplicates",
+    }
+    assert len(codes) > 25
+    assert codes <= listed
+    assert {one["code"].partition("_across")[0] for one in told.json["troubles"]} <= codes
+
+    def keys(value):
+        if isinstance(value, dict):
+            return set(value).union(*map(keys, value.values()))
+        return set().union(*map(keys, value)) if isinstance(value, list) else set()
+
+    free = ("ends", "kinds", "modes", "left_out", "profiles", "orientations")
+    assert set(told.json) <= listed
+    stable = {key: value for key, value in told.json.items() if key not in free}
+    labels = {**stable["labels"], "classes": {}, "parts": {}}
+    assert keys({**stable, "labels": labels}) <= listed
+
+
 def test_nothing_else_is_said(told):
     """A trouble that is not there is not found."""
     expected = {code for code, _, _ in EXPECTED} | {"same_files"}
@@ -86,6 +113,8 @@ def test_kinds_are_told_by_content(told):
     assert told.json["kinds"]["empty file"] == 1
     assert sum(told.json["kinds"].values()) == told.json["sampling"]["images"] == told.json["images"] == 46
     assert told.json["modes"]["RGB;16"] == 1
+    assert "1 RGB, 16 bits" in told.text
+    assert "1 RGB, 16 bits" in told.page.read_text(encoding="utf-8")
 
 
 def test_unreadable_images_with_their_reasons(told):

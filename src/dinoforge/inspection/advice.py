@@ -10,7 +10,7 @@ from typing import Any
 
 from dinoforge.config import Recipe
 from dinoforge.inspection.gather import Seen
-from dinoforge.inspection.result import Advice, Pixels, Values
+from dinoforge.inspection.result import Advice, Values
 from dinoforge.inspection.troubles import NARROW, suspected_nodata
 from dinoforge.training.auto import Choice
 
@@ -44,7 +44,6 @@ def further(
     seen: Sequence[Seen],
     unread: int,
     values: Sequence[Values],
-    pixels: Pixels | None,
     recipe: Recipe,
     given: Mapping[str, Any],
     chosen: Mapping[str, Choice],
@@ -55,7 +54,6 @@ def further(
         seen: Images that could be read.
         unread: How many could not.
         values: Of the images.
-        pixels: As training gets them.
         recipe: That the keys make with auto's choices.
         given: The user's keys.
         chosen: Auto's choices.

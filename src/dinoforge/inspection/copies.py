@@ -1,5 +1,6 @@
 """What is there more than once, and whether it lies across the parts of a split or across classes."""
 
+import functools
 import hashlib
 import os
 import time
@@ -20,7 +21,12 @@ Group = list[int]
 
 def part_of(name: str) -> str | None:
     """The part of a split that an image lies in, in lower case; None: in none."""
-    return next((folder.lower() for folder in name.split("/")[:-1] if is_split(folder)), None)
+    return next((folder.lower() for folder in name.split("/")[:-1] if _is_split(folder)), None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_split(folder: str) -> bool:
+    return is_split(folder)
 
 
 def same_files(source: FolderSource, deadline: float) -> tuple[list[Group], int, int | None]:

@@ -79,7 +79,7 @@ def _images(found: Inspection) -> str:
         ("left out", describe(found.left_out) if found.left_out else "nothing"),
         ("looked at", text.sampled(found)),
         ("readable", f"{readable:,}; by content {text.listed(found.kinds, 20)}"),
-        ("kinds of pixels", text.listed(found.modes, 20)),
+        ("kinds of pixels", text.listed(text.modes_in_words(found.modes), 20)),
     ]
     if (sizes := found.sizes) is not None:
         rows += [

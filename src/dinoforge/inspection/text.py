@@ -42,6 +42,30 @@ def listed(counts: Mapping[str, int], most: int = _LISTED, noun: str = "kinds") 
     return "; ".join(shown) if any(", " in thing for thing in counts) else ", ".join(shown)
 
 
+_MODES = {
+    "1": "black and white",
+    "L": "grey",
+    "LA": "grey with transparency",
+    "P": "palette",
+    "RGBA": "RGB with transparency",
+    "I": "grey, 32 bits",
+    "I;16": "grey, 16 bits",
+    "I;16B": "grey, 16 bits",
+    "F": "grey, float32",
+    "RGB;16": "RGB, 16 bits",
+    "RGBA;16": "RGB with transparency, 16 bits",
+}
+
+
+def modes_in_words(modes: Mapping[str, int]) -> dict[str, int]:
+    """Kinds of pixels as people call them, where Pillow has a code for them."""
+    found: dict[str, int] = {}
+    for mode, number in modes.items():
+        words = _MODES.get(mode, mode)
+        found[words] = found.get(words, 0) + number
+    return found
+
+
 def sampled(found: Inspection) -> str:
     """Which images were looked at."""
     sampling = found.sampling
@@ -114,7 +138,7 @@ def _of_images(found: Inspection) -> Iterator[str]:
     readable = found.sampling.images - len(found.unreadable)
     yield from _row("readable", f"{readable:,} of {found.sampling.images:,}; by content {listed(found.kinds)}")
     if found.modes:
-        yield from _row("pixels", listed(found.modes))
+        yield from _row("pixels", listed(modes_in_words(found.modes)))
     if found.sizes is not None:
         s = found.sizes
         yield from _row(

@@ -39,7 +39,7 @@ class Facts:
     channels: int  # wanted
     plane: str | None  # of the recipe
     fill: int
-    measured: str  # the key that says the range; '' where there is none
+    range: str  # the key that says it; '' where there is none
     range_by: str  # measured, or given
     is_minmax: bool
     side: int  # of a global crop
@@ -181,8 +181,9 @@ def _of_channels(facts: Facts) -> Iterator[Trouble]:
     )
     counts = Counter(one.channels for one in facts.seen)
     if len(counts) > 1:
-        said = ", ".join(f"{channels} in {number:,}" for channels, number in counts.most_common())
-        usual = counts.most_common(1)[0][0]
+        ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        said = ", ".join(f"{channels} in {number:,}" for channels, number in ordered)
+        usual = ordered[0][0]
         others = sorted(
             (one for one in facts.seen if one.channels != usual), key=lambda one: (counts[one.channels], one.index)
         )
@@ -225,14 +226,14 @@ def _of_values(facts: Facts) -> Iterator[Trouble]:
                 f"data.nodata={suspect:.10g}",
                 serious=True,
             )
-        instead = f"; {facts.measured}, {facts.range_by}, is used instead" if facts.measured and _deep(values) else ""
+        instead = f"; {facts.range}, {facts.range_by}, is used instead" if facts.range and _deep(values) else ""
         if facts.is_minmax and _deep(values):
             instead = "; data.sixteen_bit=minmax spreads each image by itself, and relative brightness is lost"
-        if facts.measured and _deep(values) and values.levels < NARROW:
+        if facts.range and _deep(values) and values.levels < NARROW:
             yield Trouble(
                 "few_levels",
                 f"{_count(values.images, 'image')} of {what}: nearly all values, {low:,.6g} to {high:,.6g}, become "
-                f"{values.levels * 255:.0f} of 255 levels, since {facts.measured}, {facts.range_by}, holds for all",
+                f"{values.levels * 255:.0f} of 255 levels, since {facts.range}, {facts.range_by}, holds for all",
                 values.images,
                 _names(of_type),
                 "keep images of different scales apart, or give another data.range",
