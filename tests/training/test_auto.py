@@ -375,6 +375,12 @@ def test_what_has_no_data_is_not_measured():
     assert recipe.data.mean == pytest.approx(expected.mean(axis=0) + 10 / 255, abs=0.0006)
 
 
+def test_long_lists_do_not_push_all_reasons_aside():
+    choices = {"a": auto.Choice(1, "one"), "bc": auto.Choice((0.5,) * 13, "two"), "d": auto.Choice("xyz", "three")}
+    long = ", ".join(["0.5"] * 13)
+    assert auto.render(choices) == f"a   1    one\nbc  [{long}]  two\nd   xyz  three"
+
+
 def test_an_even_channel_does_not_blow_up():
     images = np.random.default_rng(0).integers(0, 256, (8, 20, 20, 2), dtype=np.uint8)
     images[..., 1] = 90

@@ -391,7 +391,8 @@ def _may_be_photograph(kind: str) -> bool:
 def render(choices: Mapping[str, Choice]) -> str:
     """Every choice with its reason, as aligned lines."""
     texts = {key: _plain(choice.value) for key, choice in choices.items()}
-    width, values = max(map(len, texts)), max(map(len, texts.values()))
+    width = max(map(len, texts))
+    values = max((len(text) for text in texts.values() if len(text) <= 24), default=0)  # lists may be longer
     return "\n".join(f"{key:<{width}}  {texts[key]:<{values}}  {choice.reason}" for key, choice in choices.items())
 
 
