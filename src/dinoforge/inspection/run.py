@@ -27,7 +27,7 @@ from dinoforge.report.page import picture
 from dinoforge.training import auto, build
 from dinoforge.training.device import resolve_device
 
-IMAGES, SECONDS = 1024, 15.0
+IMAGES, SECONDS = 1024, 10.0
 """By default so many images are looked at, in so many seconds."""
 
 _FOR_FILES, _FOR_RANGE, _FOR_CROPS = 0.3, 0.2, 0.2  # shares of the seconds

@@ -83,9 +83,9 @@ def compared(found: Inspection) -> str:
     said = f"pixels of the {found.sampling.images:,} sampled images"
     if not found.copies.files_compared:
         return f"compared {said}"
-    files = f"{'all' if found.copies.files_complete else 'the first'} {found.copies.files_compared:,} files"
-    late = "" if found.copies.files_complete else " (time was up)"
-    return f"compared the content of {files}{late} and the {said}"
+    number = found.copies.files_compared
+    files = f"all {number:,} files" if found.copies.files_complete else f"{number:,} files, until time was up,"
+    return f"compared the content of {files} and the {said}"
 
 
 def reading(found: Inspection) -> str:
