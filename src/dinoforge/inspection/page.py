@@ -193,14 +193,12 @@ def _copies(found: Inspection) -> str:
     words = {"files": "equal files", "pixels": "equal pixels in different files", "near": "nearly equal"}
     rows = []
     for alike in found.copies.found:
-        examples = "; ".join(" = ".join(group) for group in alike.examples)
-        rows.append(
-            (
-                words[alike.how],
-                f"{alike.groups:,} groups of {alike.images:,} images, {alike.across_parts:,} across parts of a split, "
-                f"{alike.across_classes:,} across classes" + (f": {examples}" if examples else ""),
-            )
-        )
+        sign = " ~ " if alike.how == "near" else " = "
+        said = f"{alike.groups:,} group{'' if alike.groups == 1 else 's'} of {alike.images:,} images"
+        said += f", {alike.across_parts:,} across parts of a split" if alike.across_parts else ""
+        said += f", {alike.across_classes:,} across classes" if alike.across_classes else ""
+        examples = "; ".join(sign.join(group) for group in alike.examples)
+        rows.append((words[alike.how], f"{said}, such as {examples}" if alike.groups else "none"))
     return "".join(parts) + _table(rows)
 
 
@@ -226,7 +224,7 @@ def _keys(found: Inspection) -> str:
         for one in found.advice
     )
     command = f'<p class="command"><code>{_text(found.command)}</code></p>'
-    return f'{head}<div class="scroll"><table>{rows}</table></div>{command}'
+    return f'{head}<table class="keys">{rows}</table>{command}'
 
 
 def _bold(words: str, is_bold: bool) -> str:
