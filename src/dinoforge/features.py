@@ -13,6 +13,7 @@ from dinoforge.data.bad_images import by_reason
 from dinoforge.data.batch import normalize
 from dinoforge.data.crops import whole
 from dinoforge.data.decode import decode
+from dinoforge.data.duplicates import Fingerprint, fingerprint
 from dinoforge.data.sources import Source, printable
 from dinoforge.data.values import Decoding
 from dinoforge.errors import DataError, ImageError, WeightsError
@@ -57,6 +58,7 @@ class Features:
     images: Tensor | None  # [N, C, size, size] uint8: what the backbone saw, before normalisation
     kept: list[int]
     skipped: list[Skipped]
+    fingerprints: list[Fingerprint] | None = None  # of the images as they were decoded
 
 
 def extract(
@@ -65,11 +67,12 @@ def extract(
     indices: Sequence[int],
     *,
     keep_images: bool = False,
+    fingerprints: bool = False,
     **reading: Unpack[Reading],
 ) -> Features:
     """The cls token of each image, in the order of ``indices``; unreadable images are left out and reported.
 
-    Memory: one batch of images and tokens, and what is returned.
+    Memory: one batch of images and tokens, and what is returned; 2 KiB for a fingerprint.
 
     Args:
         backbone: from float32 images [B, C, H, W] to ``Tokens``; it runs in eval mode, on the ``device`` of
@@ -77,6 +80,7 @@ def extract(
         source: the images.
         indices: which of them.
         keep_images: whether ``Features.images`` is filled.
+        fingerprints: whether ``Features.fingerprints`` are.
         reading: see ``Reading``.
 
     Raises:
@@ -94,10 +98,12 @@ def extract(
     skipped: list[Skipped] = []
     cls: list[Tensor] = []
     kept_images: list[Tensor] = []
+    prints: list[Fingerprint] = []
     with placed(backbone, _device(reading)):
-        for indices_read, batch, unread in _batches(source, indices, reading):
+        for indices_read, batch, unread, batch_prints in _batches(source, indices, reading, fingerprints):
             kept += indices_read
             skipped += unread
+            prints += batch_prints
             if indices_read:
                 cls.append(embed(backbone, batch, **reading))
                 if keep_images:
@@ -105,7 +111,8 @@ def extract(
     if not kept:
         told = by_reason((0, one.name, one.reason) for one in skipped)
         raise DataError(f"none of the {len(indices)} images can be read{': ' * bool(told)}{told}")
-    return Features(torch.cat(cls), torch.cat(kept_images) if keep_images else None, kept, skipped)
+    images = torch.cat(kept_images) if keep_images else None
+    return Features(torch.cat(cls), images, kept, skipped, prints if fingerprints else None)
 
 
 def stream(
@@ -124,7 +131,7 @@ def stream(
         WeightsError: the backbone's output is not finite.
     """
     with placed(backbone, _device(reading)):
-        for kept, batch, skipped in _batches(source, indices, reading):
+        for kept, batch, skipped, _ in _batches(source, indices, reading):
             yield kept, _tokens(backbone, batch, reading) if kept else None, skipped
 
 
@@ -177,17 +184,18 @@ def _forward(backbone: nn.Module, images: Tensor, precision: torch.dtype | None)
 
 
 @dataclass(frozen=True)
-class _Images(Dataset[tuple[int, Tensor | str]]):
-    """Index and image [C, size, size] uint8, or the reason why there is none."""
+class _Images(Dataset[tuple[int, Tensor | str, Fingerprint | None]]):
+    """Index, image [C, size, size] uint8 or the reason why there is none, and fingerprint if wanted."""
 
     source: Source
     indices: Sequence[int]
     reading: Reading
+    fingerprints: bool
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[int, Tensor | str]:
+    def __getitem__(self, position: int) -> tuple[int, Tensor | str, Fingerprint | None]:
         index, reading = self.indices[position], self.reading
         try:
             array = decode(
@@ -195,17 +203,19 @@ class _Images(Dataset[tuple[int, Tensor | str]]):
                 channels=reading["channels"],
                 **decoding_of(reading),
             )
-            return index, whole(array, reading["size"], center_crop=reading.get("center_crop", False))
+            image = whole(array, reading["size"], center_crop=reading.get("center_crop", False))
+            return index, image, fingerprint(array) if self.fingerprints else None
         except ImageError as error:
-            return index, str(error)
+            return index, str(error), None
 
 
 def _batches(
-    source: Source, indices: Sequence[int], reading: Reading
-) -> Iterator[tuple[list[int], Tensor, list[Skipped]]]:
-    """Batch by batch: the images that could be read, their pixels [B, C, size, size] uint8, and the others."""
+    source: Source, indices: Sequence[int], reading: Reading, fingerprints: bool = False
+) -> Iterator[tuple[list[int], Tensor, list[Skipped], list[Fingerprint]]]:
+    """Batch by batch: the images that could be read, their pixels [B, C, size, size] uint8, the others, and, if wanted,
+    the fingerprints of those that could be read."""
     loader = DataLoader(
-        _Images(source, indices, reading),
+        _Images(source, indices, reading, fingerprints),
         batch_size=reading.get("batch_size", 64),
         num_workers=reading.get("num_workers", 0),
         collate_fn=list,
@@ -214,7 +224,8 @@ def _batches(
     )
     none = torch.empty(0, reading["channels"], reading["size"], reading["size"], dtype=torch.uint8)
     for read in loader:
-        images = [image for _, image in read if isinstance(image, Tensor)]
-        kept = [index for index, image in read if isinstance(image, Tensor)]
-        skipped = [Skipped(printable(source.name(i)), reason) for i, reason in read if isinstance(reason, str)]
-        yield kept, torch.stack(images) if images else none, skipped
+        images = [image for _, image, _ in read if isinstance(image, Tensor)]
+        kept = [index for index, image, _ in read if isinstance(image, Tensor)]
+        skipped = [Skipped(printable(source.name(i)), reason) for i, reason, _ in read if isinstance(reason, str)]
+        prints = [one for _, _, one in read if one is not None]
+        yield kept, torch.stack(images) if images else none, skipped, prints

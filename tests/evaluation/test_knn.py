@@ -248,7 +248,7 @@ def test_run_from_folders(colours: Path) -> None:
     result, skipped = run_knn(Brightness(), Constant(), source, source.labels(), **READING)
     assert [s.name for s in skipped] == ["red/5.png"]
     assert json.loads(json.dumps(result)) == result
-    assert list(result) == ["knn", "k", "splits", "n", "shots", "labels_from"]
+    assert list(result) == ["knn", "k", "splits", "n", "shots", "labels_from", "duplicates"]
     assert (result["splits"], result["n"], result["labels_from"]) == (5, 59, "folders")
     assert list(result["knn"]) == ["pixels", "untrained", "trained"]
     for row in result["knn"].values():
@@ -314,6 +314,7 @@ def test_rendered_numbers_are_the_measured_ones() -> None:
         "n": 2624,
         "shots": None,
         "labels_from": "labels.csv",
+        "duplicates": {"exact": 0, "near": 0, "tested": 100, "examples": []},
     }
     table = render(result)
     for part in ("81.2 ± 1.5 %", "70.0 ± 2.0 %", "k = 20", "2,624 images", "labels.csv", "5 stratified splits"):

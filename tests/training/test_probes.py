@@ -186,3 +186,29 @@ def test_labels_of_a_file(flat_classes, tmp_path, capsys):
     with pytest.raises(DataError, match="no label for 1 of 40"):
         dinoforge.train(flat, "small", tmp_path / "other", labels=labels, **PROBED)
     assert not (tmp_path / "other").exists()
+
+
+def test_images_that_are_there_twice_are_told_once(classes, tmp_path, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(classes, images)
+    first = sorted(p for p in images.rglob("*") if p.is_file())[0]
+    shutil.copy(first, first.with_name("twin" + first.suffix))
+    run = tmp_path / "run"
+    dinoforge.train(images, "small", run, **PROBED)
+    said = capsys.readouterr().out
+    assert said.count("2 of its 41 images are like another one (2 equal, 0 nearly), such as ") == 1
+    kept = json.loads((run / "probes.json").read_text())["duplicates"]
+    names = [
+        first.relative_to(images).as_posix(),
+        (first.parent.relative_to(images) / f"twin{first.suffix}").as_posix(),
+    ]
+    assert kept == {"exact": 2, "near": 0, "tested": 41, "examples": [names, names[::-1]]}
+
+
+def test_nothing_is_told_of_images_that_are_all_different(probed):
+    assert json.loads((probed / "probes.json").read_text())["duplicates"] == {
+        "exact": 0,
+        "near": 0,
+        "tested": 40,
+        "examples": [],
+    }

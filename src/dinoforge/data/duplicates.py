@@ -21,6 +21,7 @@ Images that show nothing are no duplicates of each other. Those of one constant 
 their pixels are equal.
 """
 
+import functools
 import hashlib
 import zlib
 from collections.abc import Iterator, Sequence
@@ -76,8 +77,8 @@ def fingerprint(pixels: npt.NDArray[np.uint8]) -> Fingerprint:
     """
     pixels = np.ascontiguousarray(pixels)
     coloured = _shrink(pixels)  # [32, 32, C]
-    grey = coloured.mean(axis=2)
-    is_constant = bool(np.ptp(coloured, axis=(0, 1)).max() < 0.01) and bool((pixels == pixels[:1, :1]).all())
+    grey = coloured @ np.full(pixels.shape[2], 1 / pixels.shape[2], np.float32)  # the mean, which is faster so
+    is_constant = bool((np.abs(coloured - coloured[0, 0]) < 0.01).all() and (pixels == pixels[0, 0]).all())
     small = np.rint(grey * 256).astype("<u2").tobytes()
     if pixels.shape[2] > 1:
         cells = coloured.reshape(_COARSE, _SIDE // _COARSE, _COARSE, _SIDE // _COARSE, -1).mean(axis=(1, 3))
@@ -183,6 +184,7 @@ def _blocks(pixels: slice, block: int) -> slice:
     return slice(pixels.start // block, -(-pixels.stop // block))
 
 
+@functools.lru_cache(maxsize=256)
 def _weights(length: int, block: int) -> Floats:
     """How much of each block of pixels is in each of 32 samples, [32, number of blocks]; a row's sum is 1.
 
@@ -193,7 +195,9 @@ def _weights(length: int, block: int) -> Floats:
     reach = np.clip(edges - (np.arange(_SIDE)[:, None] + 0.5), -_REACH, _REACH) / _REACH  # [32, number of blocks + 1]
     area = np.where(reach < 0, (1 + reach) ** 2 / 2, 1 - (1 - reach) ** 2 / 2)  # of the triangle up to there
     weights = np.diff(area, axis=1)
-    return np.asarray(weights / weights.sum(axis=1, keepdims=True), np.float32)
+    weights = np.asarray(weights / weights.sum(axis=1, keepdims=True), np.float32)
+    weights.flags.writeable = False
+    return weights
 
 
 def _hash(grey: Floats) -> int:
@@ -271,7 +275,7 @@ class _Glance:
             x = _grey(_stack([small[i][: 2 * _SIDE**2] for i in known.tolist()], 2 * _SIDE**2))  # [K, 32, 32]
             self._mean[known] = x.mean(axis=(1, 2))
             self._sd[known] = x.std(axis=(1, 2))
-            cells = x.reshape(-1, _COARSE, step, _COARSE, step).mean(axis=(2, 4)).reshape(len(known), -1)
+            cells = x.reshape(-1, _COARSE, step, _COARSE, step).mean(axis=(2, 4)).reshape(-1, _COARSE**2)
             self._cells[known] = cells - cells.mean(axis=1, keepdims=True)
         self._square = (self._cells**2).mean(axis=1)
 

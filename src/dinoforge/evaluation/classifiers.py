@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from dinoforge.data.sources import Source
 from dinoforge.errors import DataError
+from dinoforge.evaluation.overlap import Duplicates
 from dinoforge.evaluation.protocol import auroc, balanced_accuracy, describe, gather, percent, stratified_splits
 from dinoforge.features import Reading, Skipped
 from dinoforge.models.vit import Tokens, VisionTransformer
@@ -56,6 +57,7 @@ class ClassifierResult(TypedDict):
     n: int  # images in training and test parts together
     shots: int | None  # labelled images of each class; None: the whole training part
     labels_from: str  # "folders", or the name of the labels file
+    duplicates: Duplicates  # test images that are among the training images as well
 
 
 class LastBlocks(nn.Module):
@@ -142,6 +144,7 @@ def run_classifier(
         "n": len(sets.labels),
         "shots": shots,
         "labels_from": labels_from,
+        "duplicates": sets.duplicates,
     }
     return result, sets.skipped
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dinoforge.data.sources import Source
+from dinoforge.evaluation.overlap import Duplicates
 from dinoforge.evaluation.protocol import balanced_accuracy, describe, few_shot, gather, percent
 from dinoforge.features import Reading, Skipped
 
@@ -45,6 +46,7 @@ class KnnResult(TypedDict):
     n: int  # images in training and test parts together
     shots: int | None  # labelled images of each class; None: the whole training part
     labels_from: str  # "folders", or the name of the labels file
+    duplicates: Duplicates  # test images that are among the training images as well
 
 
 def run_knn(
@@ -111,6 +113,7 @@ def run_knn(
         "n": len(sets.labels),
         "shots": shots,
         "labels_from": labels_from,
+        "duplicates": sets.duplicates,
     }
     return result, sets.skipped
 

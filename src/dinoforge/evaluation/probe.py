@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinoforge.data.sources import Source
+from dinoforge.data.sources import Source, printable
 from dinoforge.errors import DataError
+from dinoforge.evaluation import overlap
 from dinoforge.evaluation.knn import knn_predict
 from dinoforge.features import Reading, Skipped, embed, extract
 
@@ -78,6 +79,7 @@ class Probe:
             )
         self._images: Tensor | None = None
         self.skipped: list[Skipped] = []
+        self.duplicates: overlap.Duplicates | None = None  # known when the images are read
         """Images that turned out to be unreadable."""
         everything = repr((self.indices, self.labels.tolist(), sorted(reading.items(), key=str)))
         self.fingerprint = hashlib.sha256(everything.encode()).hexdigest()  # of all that scores depend on but weights
@@ -110,11 +112,14 @@ class Probe:
         """
         if self._images is not None:
             return embed(backbone, self._images, **self.reading), self._images
-        found = extract(backbone, self.source, self.indices, keep_images=True, **self.reading)
+        found = extract(backbone, self.source, self.indices, keep_images=True, fingerprints=True, **self.reading)
         assert found.images is not None
         place = {index: i for i, index in enumerate(self.indices)}
         self.labels = self.labels[[place[index] for index in found.kept]]
         self.indices, self._images, self.skipped = found.kept, found.images, found.skipped
+        everyone = torch.ones(1, len(self.indices), dtype=torch.bool)  # each is told by all others
+        names = [printable(self.source.name(index)) for index in self.indices]
+        self.duplicates = overlap.count(found.fingerprints or [], names, everyone, everyone)
         return found.cls, found.images
 
     def _scores(self, features: Tensor, *, pixels: bool) -> Scores:

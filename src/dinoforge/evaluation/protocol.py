@@ -7,8 +7,10 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from dinoforge.data.sources import Source
+from dinoforge.data.duplicates import Fingerprint
+from dinoforge.data.sources import Source, printable
 from dinoforge.errors import DataError
+from dinoforge.evaluation import overlap
 from dinoforge.features import Reading, Skipped, embed, extract
 
 
@@ -21,6 +23,7 @@ class LabelledSets:
     train: Tensor  # [S, N] bool
     test: Tensor  # [S, N] bool
     skipped: list[Skipped]
+    duplicates: overlap.Duplicates  # between training and test parts
 
 
 def gather(
@@ -44,9 +47,11 @@ def gather(
     rows: dict[str, list[Tensor]] = {"pixels": [], "untrained": [], "trained": []}
     kept_labels: list[list[str]] = []
     skipped: list[Skipped] = []
+    fingerprints: list[Fingerprint] = []
+    names: list[str] = []
     for images, image_labels in parts:
         keep = pixels or untrained is not None
-        features = extract(backbone, images, list(image_labels), keep_images=keep, **reading)
+        features = extract(backbone, images, list(image_labels), keep_images=keep, fingerprints=True, **reading)
         rows["trained"].append(features.cls)
         if features.images is not None and untrained is not None:
             rows["untrained"].append(embed(untrained, features.images, **reading))
@@ -54,14 +59,18 @@ def gather(
             rows["pixels"].append(features.images.flatten(1))
         kept_labels.append([image_labels[i] for i in features.kept])
         skipped += features.skipped
+        fingerprints += features.fingerprints or []
+        names += [printable(images.name(i)) for i in features.kept]
 
-    encoded, train = _plan(kept_labels, n_splits, seed)
+    encoded, everyone = _plan(kept_labels, n_splits, seed)
+    train = everyone if shots is None else few_shot(encoded, everyone, shots, seed)
     return LabelledSets(
         features={name: torch.cat(parts) for name, parts in rows.items() if parts},
         labels=encoded,
-        train=train if shots is None else few_shot(encoded, train, shots, seed),
-        test=~train,
+        train=train,
+        test=~everyone,
         skipped=skipped,
+        duplicates=overlap.count(fingerprints, names, train, ~everyone),
     )
 
 

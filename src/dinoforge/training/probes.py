@@ -39,6 +39,7 @@ class Probes:
         baselines: gives the scores of ``pixels`` and ``untrained``.
         fingerprint: of the images and labels that are measured; baselines of others are measured anew.
         say: tells the user.
+        duplicates: what of the measured images is there twice, once they are read.
     """
 
     def __init__(
@@ -52,9 +53,11 @@ class Probes:
         baselines: Callable[[], dict[str, Scores]],
         fingerprint: str,
         say: Callable[[str], object],
+        duplicates: Callable[[], Mapping[str, Any] | None] = lambda: None,
     ) -> None:
         self.run, self.state, self.plan, self.image, self.say = run, state, plan, image, say
         self._measure, self._baselines, self._fingerprint = measure, baselines, fingerprint
+        self._duplicates = duplicates
         self.settings: Probe = plan.recipe.probe
         self._kept: dict[str, Any] = {}
         if run.probes.exists():
@@ -110,6 +113,7 @@ class Probes:
         if "baselines" not in self._kept:
             self._kept["baselines"] = self._baselines()
         scores = self._measure(backbone)
+        self._tell_duplicates()
         if self.best is None or scores["knn"] > self.best["knn"]:
             self._save_best(backbone, step, scores)
         seconds = round(time.monotonic() - started, 2)
@@ -119,6 +123,21 @@ class Probes:
         self.run.write_summary({"best": self.best, "probe_seconds": total})
         compared = {f"{name}.{method}": v for name, row in self._kept["baselines"].items() for method, v in row.items()}
         return {f"probe.{name}": value for name, value in (scores | compared | {"seconds": seconds}).items()}
+
+    def _tell_duplicates(self) -> None:
+        """Keeps and tells once what of the images is there twice: each is told by all others."""
+        found = self._duplicates()
+        if found is None or self._kept.get("duplicates") is not None:
+            return
+        self._kept["duplicates"] = found
+        if (number := found["exact"] + found["near"]) > 0:
+            one, other = found["examples"][0]
+            are = "is" if number == 1 else "are"
+            self.say(
+                f"probe      {number:,} of its {found['tested']:,} images {are} like another one "
+                f"({found['exact']:,} equal, {found['near']:,} nearly), such as {one} and {other}: each is told by all "
+                "others, so the scores look better than they are"
+            )
 
     def _save_best(self, backbone: VisionTransformer, step: int, scores: Mapping[str, float]) -> None:
         best = {"file": self.run.best.name, "step": step, **scores}

@@ -1,0 +1,75 @@
+"""Test images that are among the training images as well, as they are or nearly: they flatter every score."""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from dinoforge.data import duplicates
+from dinoforge.data.duplicates import Fingerprint
+
+MOST_EXAMPLES = 5
+
+
+class Duplicates(TypedDict):
+    """What of the test parts the training parts hold, summed over the splits; see ``dinoforge.data.duplicates``."""
+
+    exact: int  # test images with the pixels of a training image
+    near: int  # further ones that are nearly equal to one
+    tested: int  # all test images
+    examples: list[list[str]]  # a few pairs: name of a test image, name of a training image that it is like
+
+
+def count(fingerprints: Sequence[Fingerprint], names: Sequence[str], train: Tensor, test: Tensor) -> Duplicates:
+    """Count the test images that are like a training image other than themselves.
+
+    Args:
+        fingerprints: of the N images.
+        names: theirs.
+        train, test: [S, N] bool, the parts of S splits.
+    """
+    n = len(fingerprints)
+    equal, like = _numbered(duplicates.same(fingerprints), n), _numbered(duplicates.groups(fingerprints), n)
+    counted = [0, 0]
+    examples: dict[int, list[str]] = {}
+    for learns, asks in zip(train, test, strict=True):
+        is_equal = asks & _has_other(equal, learns)
+        is_like = asks & _has_other(like, learns) & ~is_equal
+        counted[0] += int(is_equal.sum())
+        counted[1] += int(is_like.sum())
+        for found, group in ((is_equal, equal), (is_like, like)):
+            for image in found.nonzero().flatten().tolist():
+                if len(examples) == MOST_EXAMPLES:
+                    break
+                others = ((group == group[image]) & learns).nonzero().flatten().tolist()
+                examples.setdefault(image, [names[image], names[next(i for i in others if i != image)]])
+    return {"exact": counted[0], "near": counted[1], "tested": int(test.sum()), "examples": list(examples.values())}
+
+
+def describe(found: Duplicates, *, splits: int = 1) -> str | None:
+    """What was found, as a sentence; None where nothing was."""
+    number = found["exact"] + found["near"]
+    if not number:
+        return None
+    is_one = number == 1
+    some, other = found["examples"][0]
+    return (
+        f"{number:,} of {found['tested']:,} test images {'is' if is_one else 'are'} also among the training images"
+        f"{' of their split' if splits > 1 else ''} ({found['exact']:,} equal, {found['near']:,} nearly), such as "
+        f"{some} and {other}: {'it makes' if is_one else 'they make'} the score look better than it is"
+    )
+
+
+def _numbered(groups: Sequence[Sequence[int]], n: int) -> Tensor:
+    """The group of each image, [N] int64; 0 is that of those in none."""
+    numbers = torch.zeros(n, dtype=torch.int64)
+    for number, group in enumerate(groups, 1):
+        numbers[list(group)] = number
+    return numbers
+
+
+def _has_other(groups: Tensor, learns: Tensor) -> Tensor:
+    """Whether another image of an image's group is in the training part, [N] bool."""
+    learning = torch.bincount(groups[learns], minlength=int(groups.max()) + 1)
+    return (groups > 0) & (learning[groups] > learns)
