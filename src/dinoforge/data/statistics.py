@@ -11,9 +11,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from dinoforge.data.decode import MAX_PIXELS, AnImage, decode, describe, raw
+from dinoforge.data.decode import AnImage, decode, describe
 from dinoforge.data.sources import Source
-from dinoforge.data.values import Bool, Decoding, UInt8, missing
+from dinoforge.data.values import Bool, Decoding, UInt8
 from dinoforge.errors import ImageError
 
 ENOUGH = 32
@@ -121,13 +121,17 @@ class PixelStatistics:
     def _add_grids(self, pixels: UInt8, valid: Bool | None, mean: Float) -> None:
         if valid is not None:
             pixels = np.where(valid, pixels, np.rint(mean).astype(np.uint8))
-        height, width, _ = pixels.shape
+            valid = valid.mean(axis=2, dtype=np.float32) >= 0.5  # [H, W]
+        brightness = _brightness(pixels)
+        height, width = brightness.shape
+        if valid is not None:
+            valid = cv2.resize(valid.astype(np.uint8), (width, height), interpolation=cv2.INTER_AREA) > 0
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
         inner = slice(top, top + side), slice(left, left + side)
-        if (whole := _shrunk(pixels)) is not None:
+        if (whole := _shrunk(brightness)) is not None:
             self._whole.add(_grid(whole, valid))
-        if (square := whole if height == width else _shrunk(pixels[inner])) is not None:
+        if (square := whole if height == width else _shrunk(brightness[inner])) is not None:
             self._square.add(_grid(square, None if valid is None else valid[inner]))
             self._stripes.add(_direction(square))
 
@@ -226,17 +230,25 @@ def _counts(pixels: UInt8, valid: Bool | None, channel: int) -> npt.NDArray[np.i
     return np.asarray(np.rint(found.reshape(256)).astype(np.int64))
 
 
-def _shrunk(pixels: UInt8) -> Float | None:
+def _brightness(pixels: UInt8) -> npt.NDArray[np.float32]:
+    """Mean of the channels, levels [H, W]; large images at a fraction of their size, which costs less."""
+    height, width, channels = pixels.shape
+    fraction = max(min(height, width) // (4 * _SIDE), 1)
+    size = -(-width // fraction), -(-height // fraction)
+    brightness = np.zeros(size[::-1], np.float32)
+    for channel in range(channels):
+        levels = np.ascontiguousarray(pixels[:, :, channel])
+        brightness += cv2.resize(levels, size, interpolation=cv2.INTER_AREA) if fraction > 1 else levels
+    return np.asarray(brightness / channels, np.float32)
+
+
+def _shrunk(brightness: npt.NDArray[np.float32]) -> Float | None:
     """Brightness at 64 × 64 pixels, of mean 0 and deviation 1; None for an image of one brightness."""
-    height, width, _ = pixels.shape
-    kind = cv2.INTER_AREA if min(height, width) >= _SIDE else cv2.INTER_LINEAR
-    brightness = np.zeros((_SIDE, _SIDE))
-    for channel in range(pixels.shape[2]):
-        levels = np.ascontiguousarray(pixels[:, :, channel], np.float32)
-        brightness += cv2.resize(levels, (_SIDE, _SIDE), interpolation=kind)
-    brightness -= brightness.mean()
-    deviation = float(brightness.std())
-    return None if deviation < 0.1 * pixels.shape[2] else brightness / deviation
+    kind = cv2.INTER_AREA if min(brightness.shape) >= _SIDE else cv2.INTER_LINEAR
+    small = cv2.resize(brightness, (_SIDE, _SIDE), interpolation=kind).astype(np.float64)
+    small -= small.mean()
+    deviation = float(small.std())
+    return None if deviation < 0.1 else small / deviation
 
 
 def _grid(brightness: Float, valid: Bool | None) -> Float:
@@ -245,8 +257,7 @@ def _grid(brightness: Float, valid: Bool | None) -> Float:
     grid = np.stack([cells.mean(axis=(1, 3)), cells.std(axis=(1, 3))])
     kept = np.ones((_CELLS, _CELLS), bool)
     if valid is not None:
-        share = valid.mean(axis=2, dtype=np.float32)
-        kept = cv2.resize(share, (_CELLS, _CELLS), interpolation=cv2.INTER_AREA) >= 0.5
+        kept = cv2.resize(valid.astype(np.float32), (_CELLS, _CELLS), interpolation=cv2.INTER_AREA) >= 0.5
     if not kept.any():
         return np.zeros(grid.size)
     return np.asarray(((grid - grid[:, kept].mean(axis=1)[:, np.newaxis, np.newaxis]) * kept).reshape(-1))
@@ -301,23 +312,24 @@ def measure(source: Source, channels: int, decoding: Decoding) -> PixelStatistic
     """Mean, deviation and symmetry of the pixels of up to 256 images, as training gets them.
 
     The images are spread evenly, and fewer where they are large: decoding them should take seconds. So large JPEGs are
-    decoded at a half, a quarter or an eighth of their size, as near above 512 pixels as that gets. What has no data
-    counts for nothing.
+    decoded at a half, a quarter or an eighth of their size, as near above 512 pixels as that gets. Other large images
+    are fewer still, but if it takes no more than four times as long, enough to see a symmetry. What has no data counts
+    for nothing.
     """
     statistics = PixelStatistics()
     effort = 0.0
     for index in _spread(spaced(len(source), _MEASURED)):
         try:
             image = source.item(index).image
-            width, height, _ = describe(image, channels)
+            width, height, kind = describe(image, channels)
             reduction = _reduction(image, width, height)
-            if statistics.images and effort >= _EFFORT:
+            if effort >= (_EFFORT if statistics.images > ENOUGH else 4 * _EFFORT):
                 break
-            effort += width * height * channels / 3 / (4 if reduction > 1 else 1)
+            effort += width * height * max(channels / 3, 1) / (4 if reduction > 1 else 1)
             read = partial(decode, image, channels=channels, reduction=reduction)
             pixels = read(**decoding)
             valid = None
-            if _has_gaps(image, channels, decoding):  # where pixels depend on what fills them
+            if _may_have_gaps(kind) or decoding.get("nodata") is not None:  # where pixels depend on what fills them
                 other: Decoding = {**decoding, "fill": 255 - decoding.get("fill", 0)}
                 valid = pixels == read(**other)
             statistics.add(pixels, valid)
@@ -326,13 +338,9 @@ def measure(source: Source, channels: int, decoding: Decoding) -> PixelStatistic
     return statistics
 
 
-def _has_gaps(image: AnImage, channels: int, decoding: Decoding) -> bool:
-    """Whether some pixels may have no data."""
-    if decoding.get("nodata") is not None:
-        return True
-    limit, plane = decoding.get("max_pixels", MAX_PIXELS), decoding.get("plane")
-    found = raw(image, channels=channels, max_pixels=limit, plane=plane)
-    return found is not None and missing(found) is not None
+def _may_have_gaps(kind: str) -> bool:
+    """Whether images of a kind, as ``describe`` names it, may say that some pixels have no data."""
+    return kind.startswith(("float", "F")) or ", nodata " in kind or ", mask" in kind
 
 
 def spaced(length: int, number: int) -> list[int]:
