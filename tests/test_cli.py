@@ -145,7 +145,7 @@ def test_knn_prints_one_line_of_json_and_completes_the_summary(classes, run, cap
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     result = json.loads(out)
-    assert set(result) == {"knn", "k", "splits", "n", "shots", "labels_from"}
+    assert set(result) == {"knn", "k", "splits", "n", "shots", "labels_from", "duplicates"}
     assert set(result["knn"]) == {"pixels", "untrained", "trained"}
     for row in result["knn"].values():
         assert {"mean", "sd", "by_k", "balanced_mean"} <= set(row)
@@ -178,3 +178,62 @@ def test_version(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])
     assert dinoforge.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", ""], "DATA is empty"),
+        (["train", " "], "DATA is empty"),
+        (["train", "d", "--out", ""], "--out is empty"),
+        (["train", "d", "--labels="], "--labels is empty"),
+        (["train", "d", "--recipe", ""], "--recipe is empty"),
+        (["embed", "run", "", "--out", "x.npy"], "DATA is empty"),
+        (["eval", "knn", "", "--data", "d"], "RUN|FILE is empty"),
+        (["eval", "knn", "run", "--data", ""], "--data is empty"),
+        (["report", "run", ""], "RUN is empty"),
+        (["export", "run", "--to", "timm", "--out", ""], "--out is empty"),
+        (["doctor", ""], "RUN is empty"),
+        (["bench", "d", "--seconds", "-1"], "expected a number above 0"),
+        (["bench", "d", "--seconds", "nan"], "expected a number above 0"),
+        (["plan", "--images", "-5", "--gpus", "8xH100"], "expected at least 1"),
+        (["submit", "d", "--local", "--out", "x", "--nodes", "-1"], "expected at least 1"),
+        (["train", "d", "--recpie", "small"], "did you mean --recipe?"),
+        (["train", "d", "--steps", "100"], "did you mean train.steps=VALUE?"),
+        (["train", "d", "--batch-size", "8"], "did you mean train.batch_size=VALUE?"),
+        (["doctor", "r", "--jsn"], "did you mean --json?"),
+    ],
+)
+def test_mistakes_name_the_argument_and_the_way_out(arguments, named, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_home_is_expanded_where_shells_leave_it(classes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").symlink_to(classes)
+    assert main(["train", "~/data", "--out=~/run", *SMALL]) == 0
+    assert main(["train", "~/data", "--out=~/second", "init.weights=~/run", *SMALL]) == 0
+    assert (tmp_path / "run" / "teacher.safetensors").exists()
+    dinoforge.embed("~/run", "~/data")
+
+
+@pytest.mark.parametrize("size", ["", " "])
+def test_an_empty_environment_is_none(size, classes, monkeypatch, capsys):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, size)
+    assert main(["train", str(classes), "--dry-run", *SMALL]) == 0
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert main(["train", str(classes), "--dry-run", *SMALL]) == 2
+    assert "WORLD_SIZE='two': expected a number" in capsys.readouterr().err
+
+
+def test_the_nearest_sizes_are_named(run, classes, tmp_path, capsys):
+    assert main(["embed", str(run), str(classes), "--out", str(tmp_path / "x.npy"), "eval.size=37"]) == 2
+    assert "the nearest that is, is 40" in capsys.readouterr().err
+    assert main(["export", str(run), "--to", "onnx", "--out", str(tmp_path / "x.onnx"), "--size", "37", "50"]) == 2
+    assert "the nearest that is, is 40 × 48" in capsys.readouterr().err
+    assert main(["train", str(classes), "--dry-run", *SMALL, "train.batch_size=3200"]) == 2
+    assert "set train.batch_size to" in capsys.readouterr().err

@@ -572,3 +572,77 @@ def test_the_schema_is_read_without_torch():
     code = "import sys, dinoforge.config as c; c.load_recipe('small', ['train.steps=5']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+# YAML 1.2, and what a shell leaves empty
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("train.steps=010", "train.steps", 10),
+        ("train.seed=0x10", "train.seed", 16),
+        ("train.steps=1_000", "train.steps", 1000),
+        ("optim.base_lr=1e-3", "optim.base_lr", 0.001),
+        ("init.weights=2026-11-29", "init.weights", "2026-11-29"),
+        ("init.weights=010", "init.weights", "010"),
+        ("init.weights=no", "init.weights", "no"),
+        ("init.weights='null'", "init.weights", "null"),
+        ("init.weights=null", "init.weights", None),
+        ("data.plane=3", "data.plane", "3"),
+        ("data.mean=0.5,0.4,0.3", "data.mean", (0.5, 0.4, 0.3)),
+        ("data.range=-1,2.5e3", "data.range", (-1.0, 2500.0)),
+        ("data.reduced_decode=yes", "data.reduced_decode", True),
+        ("data.reduced_decode=off", "data.reduced_decode", False),
+    ],
+)
+def test_values_are_what_they_look_like(text, key, value):
+    assert flatten(load_recipe("small", [text])[0])[key] == value
+
+
+@pytest.mark.parametrize("text", ["train.steps=1:30", "train.steps=2026-11-29", "train.seed=1:30:00"])
+def test_what_looks_like_no_number_is_none(text):
+    with pytest.raises(RecipeError, match="expected a whole number"):
+        load_recipe("small", [text])
+
+
+@pytest.mark.parametrize("text", ["init.weights=", "train.steps=", "train.steps= ", "data.mean=", "train.seed="])
+def test_an_empty_value_is_refused_by_name(text):
+    key = text.partition("=")[0]
+    with pytest.raises(RecipeError, match=rf"{key} has no value .*write {key}=null"):
+        load_recipe("small", [text])
+    with pytest.raises(RecipeError, match=f"{key} has no value"):
+        load_recipe("small", {key: ""})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty"),
+        ("# nothing yet\n", "is empty"),
+        ("train:\n  steps: 5\n  steps: 6\n", "steps stands there a second time"),
+        (
+            "train:\n  steps: 5\ncrops:\n  global_crops_size: 96\ntrain:\n  seed: 1\n",
+            "train stands there a second time",
+        ),
+        ("train:\n  steps:\n", "train.steps has no value"),
+        ("train:\n  steps: 1:30\n", "expected a whole number, got '1:30'"),
+    ],
+)
+def test_files_that_say_less_than_it_seems(text, words, file):
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(file(text))
+
+
+def test_a_file_with_leading_zeros_and_an_empty_section(file):
+    recipe, _ = load_recipe(file("train:\n  steps: 0100\n  seed: 08\noptim:\n"))
+    assert (recipe.train.steps, recipe.train.seed) == (100, 8)
+    assert load_recipe(file("{}"))[0] == load_recipe("dinov2")[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["1e3", "010", "no", "2026-11-29", "1:30", "null", "~", "0x10", "true", "a: b", "#", "é"]
+)
+def test_text_that_looks_like_something_else_comes_back(text, file):
+    recipe, _ = load_recipe("small", {"init.weights": text})
+    assert load_recipe(file(dump(recipe)))[0] == recipe

@@ -45,8 +45,8 @@ from dinoforge.data.survey import MeasuredRange, measure_range
 from dinoforge.data.values import plane_of
 from dinoforge.diagnosis import Finding, diagnose
 from dinoforge.errors import DataError, DinoforgeError, ImageError, RecipeError, RunError, WeightsError
-from dinoforge.evaluation.classifiers import ClassifierResult, Method, run_classifier
 from dinoforge.evaluation import overlap
+from dinoforge.evaluation.classifiers import ClassifierResult, Method, run_classifier
 from dinoforge.evaluation.knn import KnnResult, run_knn
 from dinoforge.evaluation.probe import Probe
 from dinoforge.export import make as exports
@@ -184,7 +184,7 @@ def _train_together(
     if out is None:
         recipe_name = "custom" if isinstance(recipe, Recipe) else Path(recipe).stem
         out = Path("runs", f"{Path(os.path.abspath(data_name)).name}-{recipe_name}")
-    run = RunDirectory(Path(out))
+    run = RunDirectory(Path(out).expanduser())
     choices: dict[str, auto.Choice] = {}
     if recipe == "auto":
         source = _source_for_auto(images, keys)
@@ -850,7 +850,7 @@ def load(path: str | Path, **given: Any) -> weights.Backbone:
     Raises:
         WeightsError: there is none, it cannot be read, or it says otherwise.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir() and (file := RunDirectory(path).teacher).exists():
         path = file
     return weights.load_backbone(path, given)
@@ -1420,7 +1420,10 @@ def _reading(
     """How images are shown to a backbone with patches of that side, and where it computes."""
     size = settings.size or image.size
     if size % patch:
-        raise RecipeError(f"eval.size={size} is not a multiple of the patch size {patch}")
+        near = max(patch, round(size / patch) * patch)
+        raise RecipeError(
+            f"eval.size={size} is not a multiple of the patch size {patch}: the nearest that is, is {near}"
+        )
     return features.Reading(
         size=size,
         channels=image.in_chans,

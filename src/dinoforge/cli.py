@@ -1,13 +1,15 @@
 """The command line. Imports nothing heavy before it knows that there is work."""
 
 import argparse
+import difflib
 import json
+import math
 import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -31,13 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
+    takes_keys = hasattr(options, "keys")
     for text in rest:
-        if text.startswith("-") or "=" not in text:
-            options.parser.error(f"unrecognized argument {text!r}: expected an option of this command or key=value")
-    if hasattr(options, "keys"):
+        if text.startswith("-") or "=" not in text or not takes_keys:
+            options.parser.error(_unrecognized(text, options.parser, takes_keys=takes_keys))
+    if takes_keys:
         options.keys = [*options.keys, *rest]
-    elif rest:
-        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    _require_values(options)
     try:
         return int(options.run(options))
     except DinoforgeError as error:
@@ -47,12 +49,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _EXIT_SIGNALS["SIGINT"]
 
 
+def _unrecognized(text: str, parser: argparse.ArgumentParser, *, takes_keys: bool) -> str:
+    """What is wrong with an argument that no option takes, and which is nearest to it."""
+    expected = "an option of this command" + (" or key=value" if takes_keys else "")
+    name = text.partition("=")[0]
+    options = [option for action in parser._actions for option in action.option_strings]
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.7)
+    if not near and takes_keys:
+        from dinoforge.config import nearest_keys
+
+        near = [f"{key}=VALUE" for key in nearest_keys(name.lstrip("-").replace("-", "_"))]
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    return f"unrecognized argument {text!r}{hint}: expected {expected}"
+
+
+def _require_values(options: argparse.Namespace) -> None:
+    """Refuse empty arguments, as when a shell's variable is not set; expand ~, which shells leave in --out=~/run."""
+    named = {action.dest: action for action in options.parser._actions}
+    for dest, value in vars(options).items():
+        several = value if isinstance(value, list) else [value]
+        if dest in named and any(isinstance(text, str) and not text.strip() for text in several):
+            action = named[dest]
+            what = action.option_strings[-1] if action.option_strings else str(action.metavar or dest)
+            options.parser.error(f"{what} is empty, as when a variable of the shell is not set: give a value")
+        if dest in named and dest != "keys" and isinstance(value, str | list):
+            expanded = [os.path.expanduser(text) if isinstance(text, str) else text for text in several]
+            setattr(options, dest, expanded if isinstance(value, list) else expanded[0])
+
+
+def _from(least: int) -> Callable[[str], int]:
+    """A type of arguments: whole numbers of at least so many."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, got {value}")
+        return value
+
+    return number
+
+
+def _above_zero(text: str) -> float:
+    """A type of arguments: finite numbers above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
 def _print_error(error: DinoforgeError) -> None:
     """Prints an error that all ranks have once, and one that perhaps only this rank has; or has the launcher do it."""
     record_failure(error)
     if has_launcher():
         return
-    rank = os.environ.get("RANK", "0") if _is_rank() else "0"
+    rank = os.environ.get("RANK", "").strip() or "0" if _is_rank() else "0"
     if rank == "0":
         print(f"error: {error}", file=sys.stderr)
     elif is_of_one_rank(error):
@@ -61,7 +117,7 @@ def _print_error(error: DinoforgeError) -> None:
 
 def _is_rank() -> bool:
     """Whether torchrun or another launcher started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return os.environ.get("WORLD_SIZE", "").strip() not in ("", "1")
 
 
 def run() -> NoReturn:
@@ -115,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--nproc", metavar="N|auto", help="train on N ranks of this machine; auto: one for each GPU")
     train.add_argument(
         "--restarts",
-        type=int,
+        type=_from(0),
         default=3,
         metavar="N",
         help="with --nproc: new starts after a rank has died; default: 3",
@@ -133,8 +189,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("data", metavar="DATA", help="folder of images, walked recursively")
     inspect.add_argument("--labels", metavar="FILE.csv", help="file name, label; default: names of sub-folders")
     inspect.add_argument("--report", metavar="FILE.html", help="write a page, with crops as the network sees them")
-    inspect.add_argument("--images", type=int, default=1024, metavar="N", help="looked at, at most; default: 1024")
-    inspect.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of looking; default: 10")
+    inspect.add_argument("--images", type=_from(1), default=1024, metavar="N", help="looked at, at most; default: 1024")
+    inspect.add_argument("--seconds", type=_above_zero, default=10.0, metavar="S", help="of looking; default: 10")
     inspect.add_argument("--json", action="store_true", help="print one line of JSON")
     _add_keys(inspect, "recipe keys, such as data.range=[0,4095]")
     inspect.set_defaults(run=_inspect, parser=inspect)
@@ -153,11 +209,11 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--recipe", default="small", metavar="NAME|FILE", help="default: small; see docs/recipes.md")
     submit.add_argument("--out", required=True, metavar="RUN", help="run directory that all machines see")
     submit.add_argument("--labels", metavar="FILE.csv", help="as for train")
-    submit.add_argument("--nodes", type=int, default=1, metavar="N", help="machines; default: 1")
-    submit.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="and as many ranks; default: 0")
-    submit.add_argument("--ranks-per-node", type=int, metavar="N", help="default: --gpus-per-node, or 1 without GPUs")
-    submit.add_argument("--cpus-per-rank", type=int, default=8, metavar="N", help="default: 8")
-    submit.add_argument("--minutes", type=int, default=24 * 60, metavar="N", help="time limit of a job; default: a day")
+    submit.add_argument("--nodes", type=_from(1), default=1, metavar="N", help="machines; default: 1")
+    submit.add_argument("--gpus-per-node", type=_from(0), default=0, metavar="N", help="and as many ranks; default: 0")
+    submit.add_argument("--ranks-per-node", type=_from(1), metavar="N", help="default: one for each GPU, or 1")
+    submit.add_argument("--cpus-per-rank", type=_from(1), default=8, metavar="N", help="default: 8")
+    submit.add_argument("--minutes", type=_from(1), default=24 * 60, metavar="N", help="of a job; default: a day")
     submit.add_argument("--partition", metavar="NAME", help="of Slurm")
     _add_keys(submit, "recipe keys, such as train.batch_size=1024")
     submit.set_defaults(run=_submit, parser=submit)
@@ -185,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("data", metavar="DATA", help="folder of images, walked recursively")
     bench.add_argument("--recipe", default="small", metavar="NAME|FILE", help="default: small; see docs/recipes.md")
-    bench.add_argument("--seconds", type=float, default=10.0, help="for each of three measurements; default: 10")
+    bench.add_argument("--seconds", type=_above_zero, default=10.0, help="for each of three measurements; default: 10")
     bench.add_argument("--json", action="store_true", help="print one line of JSON")
     _add_keys(bench, "recipe keys, such as data.reduced_decode=true")
     bench.set_defaults(run=_bench, parser=bench)
@@ -198,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: dinoforge explain --recipe dinov2 --step last optim.layerwise_decay=0.8",
     )
     explain.add_argument("--recipe", default="small", metavar="NAME|FILE", help="default: small; see docs/recipes.md")
-    explain.add_argument("--images", type=int, metavar="N", help="images in the data; default: as many as ImageNet-1k")
+    explain.add_argument("--images", type=int, metavar="N", help="images in the data; default: ImageNet-1k's")
     explain.add_argument("--batch", type=int, metavar="B", help="images in a step; default: the recipe's")
     explain.add_argument("--step", type=_step, default=0, metavar="N", help="a step from 0, or last; default: 0")
     explain.add_argument("--plot", metavar="FILE", help="draw the schedules to a .png or .svg file")
@@ -215,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: dinoforge plan --recipe dinov2 --images 1281167 --gpus 8xH100",
     )
     plan.add_argument("--recipe", default="small", metavar="NAME|FILE", help="default: small; see docs/recipes.md")
-    plan.add_argument("--images", type=int, required=True, metavar="N", help="images in the data")
+    plan.add_argument("--images", type=_from(1), required=True, metavar="N", help="images in the data")
     plan.add_argument("--gpus", required=True, metavar="NxDEVICE", help="such as 8xH100")
     plan.add_argument(
         "--utilisation", type=float, default=0.35, metavar="SHARE", help="of the peak that is reached; default: 0.35"
@@ -260,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--labels", metavar="FILE.csv", help="file name, label; default: names of sub-folders")
     report.add_argument("--figures", metavar="DIR", help="also write each figure of one run, as PNG and SVG")
     report.add_argument(
-        "--channels", type=int, nargs="+", metavar="N", help="shown as red, green, blue, or one as grey; from 0"
+        "--channels", type=_from(0), nargs="+", metavar="N", help="shown as red, green, blue, or one as grey; from 0"
     )
     report.add_argument("--device", default="auto", metavar="NAME", help="of the network: cuda:N, mps or cpu")
     report.add_argument("--open", action="store_true", help="open the page in the browser")
@@ -292,7 +348,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("model", metavar="RUN|FILE", help="run directory or weights file")
     export.add_argument("--to", required=True, choices=("safetensors", "official", "timm", "hf", "onnx"))
     export.add_argument("--out", required=True, metavar="PATH", help="file, or folder for hf; must not be there yet")
-    export.add_argument("--size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width, of images")
+    export.add_argument(
+        "--size", type=_from(1), nargs="+", metavar="PIXELS", help="side, or height and width"
+    )
     export.add_argument("--bake", action="store_true", help="make position embeddings for --size alone")
     _add_keys(export, "what a foreign file cannot say, such as student.num_heads=6")
     export.set_defaults(run=_export, parser=export)
@@ -332,7 +390,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         method.add_argument("--labels", metavar="FILE.csv", help="file name, label; default: names of sub-folders")
         method.add_argument(
-            "--shots", type=int, metavar="N", help="at most N labelled images of each class; default: all"
+            "--shots", type=_from(2), metavar="N", help="at most N labelled images of each class; default: all"
         )
         method.add_argument("--json", action="store_true", help="print one line of JSON")
         _add_keys(method, "eval.size=N, eval.crop=true, device=cpu, precision=fp32, student.num_heads=N")

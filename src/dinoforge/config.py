@@ -405,7 +405,7 @@ def base_of(recipe: str | Path | Recipe) -> str:
         return "dinov2"
     if str(recipe) in recipe_names():
         return str(recipe)
-    return str((yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}).get("base", "dinov2"))
+    return str(_read_yaml(Path(recipe).read_text(encoding="utf-8"), Path(recipe)).get("base", "dinov2"))
 
 
 def converted(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -434,7 +434,7 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML that ``load_recipe`` reads back to an equal recipe."""
     plain = dataclasses.asdict(recipe, dict_factory=lambda items: {k: _plain(v) for k, v in items})
-    return yaml.safe_dump(plain, sort_keys=False)
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False)
 
 
 def differences(a: Recipe, b: Recipe, *, ignore: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
@@ -471,24 +471,81 @@ def _layers(recipe: str | Path) -> list[dict[str, Any]]:
         raise RecipeError(
             f"no recipe {str(recipe)!r}{hint}: expected a YAML file or one of {', '.join(recipe_names())}"
         )
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: expected sections with keys, got {type(values).__name__}")
+    values = _read_yaml(text, path)
     base = values.pop("base", None)
     if base is not None and base not in recipe_names():
         raise RecipeError(f"{path}: base must be one of {', '.join(recipe_names())}, got {base!r}")
     return (_layers(base) if base else []) + [_flat_layer(values)]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's values: 010 is ten, 1:30, yes and 2026-11-29 are text; what is left empty is not null but text.
+
+    Raises:
+        yaml.YAMLError: also for a key that stands twice.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)
+            if name in seen:
+                raise yaml.MarkedYAMLError(None, None, f"{name} stands there a second time", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        text = str(self.construct_scalar(node)).replace("_", "")
+        return int(text, 0 if text.lstrip("+-").lower().startswith(("0x", "0o", "0b")) else 10)
+
+
+_SCALARS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "null": (r"~|null|Null|NULL", "~nN"),
+    "int": (r"[-+]?(?:[0-9][0-9_]*|0x[0-9a-fA-F]+|0o[0-7]+|0b[01]+)", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+"""Tag -> what a scalar of it looks like, and the characters that it begins with."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what ``_Loader`` would take for something else than text."""
+
+
+_Loader.yaml_implicit_resolvers, _Dumper.yaml_implicit_resolvers = {}, {}
+for _tag, (_form, _starts) in _SCALARS.items():
+    for _yaml in (_Loader, _Dumper):
+        _yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_form})$"), list(_starts))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
+
+
+def _read_yaml(text: str, path: Path) -> dict[str, Any]:
+    """The sections of a recipe file.
+
+    Raises:
+        RecipeError: It is no YAML, has a key twice, or says nothing.
+    """
+    try:
+        values = yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    if values is None or values == "":
+        raise RecipeError(
+            f"{path} is empty: expected sections with keys, base with the name of a recipe, or {{}} for the defaults"
+        )
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: expected sections with keys, got {type(values).__name__}")
+    return values
+
+
 def _flat_layer(values: Mapping[Any, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if name in _SECTIONS:
-            if value is not None and not isinstance(value, Mapping):
+            if value not in (None, "") and not isinstance(value, Mapping):
                 raise RecipeError(f"{name} is a section with keys, got {value!r}")
             flat |= {f"{name}.{key}": v for key, v in (value or {}).items()}
         else:
@@ -497,14 +554,29 @@ def _flat_layer(values: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Reads ``section.key=value``; the value is YAML."""
+    """Reads ``section.key=value``; the value is YAML, or a list as ``0.5,0.5,0.5``; a key of text takes it as it is."""
     key, equals, value = text.partition("=")
-    if not equals or not key.strip():
+    key, value = key.strip(), value.strip()
+    if not equals or not key:
         raise RecipeError(f"expected key=value, such as train.steps=1000, got {text!r}")
+    if not value:
+        raise RecipeError(
+            f"{key} has no value in {text!r}, as when a shell's variable is not set: give one, or write {key}=null "
+            "where there is to be none"
+        )
+    if _is_text(key) and value[0] not in "'\"" and value not in ("null", "~"):
+        return key, value
     try:
-        return key.strip(), yaml.safe_load(value)
+        found = yaml.load(value, _Loader)  # a SafeLoader
+        if isinstance(found, str) and "," in value and value[0] not in "'\"":
+            found = yaml.load(f"[{value}]", _Loader)
     except yaml.YAMLError:
-        return key.strip(), value
+        return key, value
+    return key, found
+
+
+def _is_text(key: str) -> bool:
+    return str in (_TYPES.get(key), *typing.get_args(_TYPES.get(key)))
 
 
 def _merge(values: dict[str, Any], layer: Mapping[str, Any]) -> dict[str, str]:
@@ -538,13 +610,23 @@ def _keys_of(section: str) -> list[str]:
     return [f.name for f in dataclasses.fields(_SECTIONS[section])]
 
 
+def nearest_keys(word: str) -> list[str]:
+    """Up to three keys of recipes that a word is near to."""
+    return _near(word, list(_TYPES))
+
+
 def _nearest(word: str, words: list[str]) -> str:
+    near = _near(word, words)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def _near(word: str, words: list[str]) -> list[str]:
     last = word.split(".")[-1]
     same_ending = [w for w in words if w.split(".")[-1] == last]
     endings = {w.split(".")[-1]: w for w in reversed(words)}
     near = same_ending or difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     near = near or [endings[e] for e in difflib.get_close_matches(last, list(endings), n=1, cutoff=0.6)]
-    return f" (did you mean {' or '.join(near[:3])}?)" if near else ""
+    return near[:3]
 
 
 def _build(values: Mapping[str, Any]) -> Recipe:
@@ -561,6 +643,8 @@ def _build(values: Mapping[str, Any]) -> Recipe:
 
 def _convert(key: str, value: Any, hint: Any) -> Any:
     """``value`` as the type of ``key``, or an error that says what was expected."""
+    if isinstance(value, str) and not value.strip():
+        raise RecipeError(f"{key} has no value: give one, or write null where there is to be none")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None:
@@ -592,6 +676,8 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             value = int(float(value)) if float(value).is_integer() else value
         except ValueError:
             pass  # told below, with the value as given
+    if hint is bool and isinstance(value, str):
+        value = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
     if type(value) is not hint:
         expected = {int: "a whole number", bool: "true or false", str: "text"}[hint]
         raise RecipeError(f"{key}: expected {expected}, got {value!r}")

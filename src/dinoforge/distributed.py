@@ -22,7 +22,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from dinoforge.errors import DinoforgeError, LostRankError, RecipeError, has_launcher, record_failure
+from dinoforge.errors import DinoforgeError, LostRankError, RecipeError, RunError, has_launcher, record_failure
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -275,22 +275,33 @@ def _agreed_name(store: Store, rank: int, world_size: int, patience: timedelta) 
 
 def launched_world_size() -> int:
     """How many ranks were started, before they know each other."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _from_launcher("WORLD_SIZE", 1)
 
 
 def launched_rank() -> int:
     """This rank's number, before the ranks know each other."""
-    return int(os.environ.get("RANK", "0")) if launched_world_size() > 1 else 0
+    return _from_launcher("RANK", 0) if launched_world_size() > 1 else 0
 
 
 def local_rank() -> int:
     """This rank's number among those of this machine."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if launched_world_size() > 1 else 0
+    return _from_launcher("LOCAL_RANK", 0) if launched_world_size() > 1 else 0
 
 
 def local_world_size() -> int:
     """How many ranks share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched_world_size() > 1 else 1
+    return _from_launcher("LOCAL_WORLD_SIZE", 1) if launched_world_size() > 1 else 1
+
+
+def _from_launcher(name: str, default: int) -> int:
+    """A number that torchrun or another launcher puts into the environment; what is empty counts as not set."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise RunError(f"the environment says {name}={text!r}: expected a number, as torchrun sets it") from None
 
 
 def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:

@@ -283,3 +283,30 @@ def test_why_data_have_no_labels_is_said(items: object, said: str) -> None:
     found = labels_of(open_source(items))
     assert found.values is None
     assert found.said == said
+
+
+def test_an_array_without_a_length_is_a_sequence() -> None:
+    class Array:  # as zarr's, whose len() raises
+        shape = (3, 4, 5, 3)
+
+        def __getitem__(self, index: int) -> np.ndarray:
+            return np.full(self.shape[1:], index, np.uint8)
+
+    source = open_source(Array())
+    assert len(source) == 3
+    assert isinstance(source.item(2).image, np.ndarray)
+    Array.shape = ()
+    with pytest.raises(DataError, match="got Array"):
+        open_source(Array())
+
+
+@pytest.mark.parametrize("path", ["", " "])
+def test_an_empty_path_is_not_the_current_folder(path: str) -> None:
+    with pytest.raises(DataError, match="the path is empty"):
+        open_source(path)
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    assert len(open_source("~")) == 1

@@ -88,7 +88,9 @@ def open_source(data: object) -> Source:
         DataError: `data` is none of these, or holds no images.
     """
     if isinstance(data, str | os.PathLike):
-        return FolderSource(data)
+        if not os.fspath(data).strip():
+            raise DataError("data: the path is empty, as when a variable is not set: expected a folder")
+        return FolderSource(Path(data).expanduser())
     if isinstance(data, Source):
         return data
     return SequenceSource(data)
@@ -172,16 +174,18 @@ class SequenceSource:
     """
 
     def __init__(self, items: Any) -> None:
-        if isinstance(items, Mapping) or not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
+        # Zarr's arrays have a shape and no length.
+        has_length = hasattr(items, "__len__") or (isinstance(getattr(items, "shape", None), tuple) and items.shape)
+        if isinstance(items, Mapping) or not (has_length and hasattr(items, "__getitem__")):
             raise DataError(
                 f"data: expected a folder, or an object with __len__ and items by position, got {type(items).__name__}"
             )
-        if len(items) == 0:
-            raise DataError(f"data: the {type(items).__name__} is empty")
         self._items = items
+        if len(self) == 0:
+            raise DataError(f"data: the {type(items).__name__} is empty")
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._items) if hasattr(self._items, "__len__") else int(self._items.shape[0])
 
     def name(self, index: int) -> str:
         """The path where a list of paths says so, else ``item 17``."""

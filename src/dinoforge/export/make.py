@@ -78,7 +78,11 @@ def make(
         raise ExportError(f"{out}: expected a file name that ends in {' or '.join(target.suffixes)}")
     patch, native = backbone.network.patch_size, native_size(backbone)
     if size and (min(size) < patch or any(side % patch for side in size)):
-        raise ExportError(f"size {_written(size)} is not a multiple of the patch size {patch}")
+        near = tuple(max(patch, round(side / patch) * patch) for side in size)
+        raise ExportError(
+            f"size {_written(size)} is not a multiple of the patch size {patch}: the nearest that is, is "
+            f"{_written((near[0], near[1]))}"
+        )
     content = make_content(backbone)
     if bake or target.rule(content) is None:
         content = make_content(backbone, fixed=size or native)

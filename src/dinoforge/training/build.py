@@ -264,8 +264,12 @@ def run_length(recipe: Recipe, *, images: int, world_size: int = 1) -> RunLength
     batch_size = recipe.train.batch_size_per_gpu * parts
     if batch_size > images:
         raise RecipeError(
-            f"the batch of {batch_size} images is larger than the data ({images} images): "
-            f"set train.batch_size_per_gpu to {max(images // parts, 1)} or less"
+            f"the batch of {batch_size} images is larger than the data ({images} images): set "
+            + (
+                f"train.batch_size_per_gpu to {max(images // parts, 1)} or less"
+                if recipe.train.batch_size is None  # or else it wins
+                else f"train.batch_size to {max(images // parts, 1) * parts} or less"
+            )
             + (f", on {images} ranks or fewer" if images < parts else "")
         )
     if recipe.train.steps is not None:

@@ -1,8 +1,8 @@
 """One process at a time writes a run.
 
-``RUN/.lock`` names the process that does, and changes every few seconds as long as it lives. A second one is refused; a
-lock whose holder is gone is told and taken. No lock of the file system is needed, which network disks often lack: making
-a file that must not be there yet, and renaming, work on all of them.
+``RUN/.lock`` names the process that does, and changes every few seconds as long as it lives. A second one is refused;
+a lock whose holder is gone is told and taken. No lock of the file system is needed, which network disks often lack:
+making a file that must not be there yet, and renaming, work on all of them.
 """
 
 import json
