@@ -14,6 +14,7 @@ from PIL import Image
 
 from dinoforge.api import auto_recipe, train
 from dinoforge.config import Data, flatten, load_recipe
+from dinoforge.data import channels as channels_room
 from dinoforge.data import statistics
 from dinoforge.data.loader import DataSummary, make_loader
 from dinoforge.data.sources import open_source
@@ -38,6 +39,7 @@ def recipe_of(facts, **keys):
     side=st.integers(1, 5000),
     channels=st.sampled_from((1, 3, 4, 13)),
     device=st.sampled_from(("cpu", "mps", "cuda", "cuda:1")),
+    measured=st.none() | st.tuples(st.floats(0, 1), st.floats(0, 0.5), st.booleans()),
     keys=st.sampled_from(
         (
             {},
@@ -53,13 +55,19 @@ def recipe_of(facts, **keys):
         )
     ),
 )
-def test_the_recipe_is_valid_for_all_images(images, side, channels, device, keys):
-    recipe = recipe_of(auto.Facts(images, side, channels, device), **keys)
+def test_the_recipe_is_valid_for_all_images(images, side, channels, device, measured, keys):
+    pixels = None
+    if measured is not None:
+        mean, std, alike = measured
+        pixels = auto.Pixels((mean,) * channels, (std,) * channels, 99, "", Symmetry(alike, alike, alike, "so"))
+    recipe = recipe_of(auto.Facts(images, side, channels, device, pixels=pixels), **keys)
     length = run_length(recipe, images=images)
     build_schedules(recipe, length)
     width, _, heads = vit_size(recipe)
     assert width % heads == 0
     assert recipe.student.in_chans == channels
+    assert len(recipe.data.mean) in (1, channels)
+    assert min(recipe.data.std) >= 0.02
     assert recipe.teacher.momentum_teacher <= recipe.teacher.final_momentum_teacher <= 1
     assert recipe.teacher.warmup_teacher_temp <= recipe.teacher.teacher_temp
 
@@ -443,11 +451,25 @@ def test_large_jpegs_are_measured_small_and_large_images_seldom(tmp_path, monkey
     assert auto.measure(open_source(whole), 3, {}).images == 2  # enough, at least
     found = auto.look(source, 3, {})
     assert (found.widths, found.heights, found.modes) == ((1600, 1600), (1100, 1100), (("RGB", 9),))
+    assert auto.channels_of(source).reason.startswith("as all 9 ")
+
+
+def test_few_files_are_read_where_they_are_stacks_of_many_planes(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    keys = {"metadata": {"axes": "ZYX"}, "ome": True}
+    stacks = write_tiffs(tmp_path / "x", 8, lambda i: levels(texture(rng, 30)).transpose(2, 0, 1), **keys)
+    source = open_source(stacks)
+    size = (stacks / "000.tif").stat().st_size
+    assert size > 4 * 64 * 64 * 4
+    monkeypatch.setattr(statistics, "_EFFORT", size / 4)  # 4 times that until there are enough to tell an up
+    assert auto.measure(source, 1, {}).images == 4
+    monkeypatch.setattr(channels_room, "_BYTES", 2.5 * size)
+    assert auto.channels_of(source) == auto.Channels(1, "as all 3 images that were looked at")
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 64, 100, 256])
 def test_every_beginning_of_the_order_is_spread_over_all(count):
-    order = statistics._spread(range(count))
+    order = statistics.spread(range(count))
     assert sorted(order) == list(range(count))
     for number in (2, 4, 8, 16, 32):
         if number <= count:

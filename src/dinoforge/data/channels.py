@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from dinoforge.data.decode import AnImage, channels_said, describe, raw
 from dinoforge.data.sources import Source
-from dinoforge.data.statistics import spaced
+from dinoforge.data.statistics import bytes_of, spaced, spread
 from dinoforge.errors import ImageError
 
 _HEADERS = 64  # images that are looked at
 _BANDS = 4  # of those, in which the last band is looked at, where it may be no more than a mask
+_BYTES = 2e9  # of files that are read for it
 _GREY = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"))
 
 
@@ -56,9 +57,13 @@ def channels_of(source: Source) -> Channels:
     """
     kinds: Counter[str] = Counter()
     beside: dict[str, list[Has]] = {}  # of kinds with a band that may be no channel
-    for index in spaced(len(source), _HEADERS):
+    size = 0
+    for index in spread(spaced(len(source), _HEADERS)):
+        if size > _BYTES:
+            break
         try:
             image = source.item(index).image
+            size += bytes_of(image)
             kind = describe(image)[2]
             if has_of(kind).channels in (2, 4) and len(found := beside.setdefault(kind, [])) < _BANDS:
                 found.append(_last_band(image, has_of(kind)))

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dinoforge.data.decode import AnImage, decode, describe
-from dinoforge.data.sources import Source
+from dinoforge.data.sources import OnePlane, Source
 from dinoforge.data.values import Bool, Decoding, UInt8
 from dinoforge.errors import ImageError
 
@@ -318,14 +318,15 @@ def measure(source: Source, channels: int, decoding: Decoding) -> PixelStatistic
     """
     statistics = PixelStatistics()
     effort = 0.0
-    for index in _spread(spaced(len(source), _MEASURED)):
+    for index in spread(spaced(len(source), _MEASURED)):
         try:
             image = source.item(index).image
             width, height, kind = describe(image, channels)
             reduction = _reduction(image, width, height)
             if effort >= (_EFFORT if statistics.images > ENOUGH else 4 * _EFFORT):
                 break
-            effort += width * height * max(channels / 3, 1) / (4 if reduction > 1 else 1)
+            decoded = width * height * max(channels / 3, 1) / (4 if reduction > 1 else 1)
+            effort += max(decoded, bytes_of(image) / 4)  # a stack takes long to be read, whatever is taken of it
             read = partial(decode, image, channels=channels, reduction=reduction)
             pixels = read(**decoding)
             valid = None
@@ -343,13 +344,19 @@ def _may_have_gaps(kind: str) -> bool:
     return kind.startswith(("float", "F")) or ", nodata " in kind or ", mask" in kind
 
 
+def bytes_of(image: AnImage) -> int:
+    """Bytes of the file of an image; 0 where there is none."""
+    data = image.image if isinstance(image, OnePlane) else image
+    return len(data) if isinstance(data, bytes) else 0
+
+
 def spaced(length: int, number: int) -> list[int]:
     """Up to so many places among so many, evenly spaced, with both ends."""
     places: list[int] = np.unique(np.linspace(0, length - 1, number).round().astype(int)).tolist()
     return places
 
 
-def _spread(places: Sequence[int]) -> list[int]:
+def spread(places: Sequence[int]) -> list[int]:
     """The places in an order whose every beginning is spread over all: by the bits of their numbers, backwards."""
     bits = max(len(places) - 1, 1).bit_length()
     return [places[i] for i in sorted(range(len(places)), key=lambda i: f"{i:0{bits}b}"[::-1])]
