@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -299,6 +300,18 @@ def test_stuck_storage_is_told_as_such() -> None:
     stuck = training_data(open_source(Slow(1.0)), batch_size=2)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"no batch came within 0\.2 s"):
         next(make_loader(stuck, start_step=0, end_step=1, num_workers=1, timeout=0.2))
+
+
+def test_opencv_threads_of_this_process_do_not_stop_workers() -> None:
+    """Looking at large images starts them; after a fork, whoever changes their number would wait for ever."""
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(4)
+    try:
+        cv2.resize(np.zeros((4000, 4000, 3), np.uint8), (5000, 5000), interpolation=cv2.INTER_CUBIC)
+        batch = next(make_loader(training_data(), start_step=0, end_step=1, num_workers=1, timeout=20))
+        assert_equal(batch, next(make_loader(training_data(), start_step=0, end_step=1, num_workers=0)))
+    finally:
+        cv2.setNumThreads(before)
 
 
 # --- bad images ------------------------------------------------------------------------------------------------------

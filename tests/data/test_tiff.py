@@ -1,6 +1,7 @@
 """TIFFs of rasters and microscopes: the values that must come out, of files made here."""
 
 import contextlib
+import gc
 import io
 import itertools
 import subprocess
@@ -13,6 +14,7 @@ import tifffile
 from PIL import Image
 
 from dinoforge.data.decode import channels_said, decode, describe
+from dinoforge.data.looks import look
 from dinoforge.errors import ImageError
 
 RNG = np.random.default_rng(0)
@@ -457,3 +459,20 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     with contextlib.suppress(ImageError):
         decode(bytes(data), channels=None)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_is_let_go_when_it_has_been_read() -> None:
+    """tifffile's objects refer to each other, and would keep it until Python collects them."""
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, np.zeros((5, 64, 64), np.uint16), ome=True, metadata={"axes": "CYX"}, compression="zlib")
+    data = stream.getvalue()
+    gc.collect()
+    gc.disable()
+    try:
+        before = sys.getrefcount(data)
+        decode(data, channels=5)
+        describe(data)
+        look(data, channels=5)
+        assert sys.getrefcount(data) == before
+    finally:
+        gc.enable()

@@ -31,10 +31,11 @@ Depth: 8-bit values are not rescaled. Deeper ones are, by the rule `sixteen_bit`
 
 import functools
 import io
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +44,7 @@ from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from dinoforge.data import formats, jpeg, kinds, tiff
 from dinoforge.data.sources import OnePlane, RawImage
-from dinoforge.data.values import Samples, Scaling, check_size, to_levels
+from dinoforge.data.values import BLOCK, Decoding, Samples, Scaling, check_size, to_levels
 from dinoforge.errors import ImageError
 
 MAX_PIXELS = 178_956_970
@@ -198,7 +199,13 @@ def count_planes(image: AnImage | BinaryIO, channels: int | None = None) -> tupl
         return _frames(image)
     if isinstance(image, OnePlane | np.ndarray | torch.Tensor):
         return 1, ""
-    file = io.BytesIO(image) if isinstance(image, bytes) else image
+    if isinstance(image, bytes):
+        with io.BytesIO(image) as file:
+            return _count_planes(file, channels)
+    return _count_planes(image, channels)
+
+
+def _count_planes(file: BinaryIO, channels: int | None) -> tuple[int, str]:
     head = file.read(4096)
     with _reading(max_pixels=None, data=head):
         if tiff.is_tiff(head):
@@ -207,6 +214,89 @@ def count_planes(image: AnImage | BinaryIO, channels: int | None = None) -> tupl
             return 1, ""
         file.seek(0)
         return _frames(Image.open(file, formats=_formats()))
+
+
+def working_bytes(image: AnImage, *, channels: int | None, decoding: Decoding | None = None, reduction: int = 1) -> int:
+    """Estimate from its header what decoding an image takes at its peak, with its encoded bytes, beside the process.
+
+    Args:
+        image, channels, reduction: As for `decode`.
+        decoding: Its further keywords.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ImageError: Not an image, or with a damaged header.
+    """
+    keys = decoding or Decoding()
+    plane = image.number if isinstance(image, OnePlane) else keys.get("plane")
+    whole = image.image if isinstance(image, OnePlane) else image
+    if isinstance(whole, Image.Image):
+        whole = _file_behind(whole)
+    if not isinstance(whole, bytes | Image.Image):
+        values = _as_array(whole)
+        planar = np.moveaxis(values, -1, 0).flags.c_contiguous
+        return values.nbytes + _of_levels(values.dtype, values.size, values.shape[2], planar, channels, keys)
+    data = whole if isinstance(whole, bytes) else b""
+    with _reading(max_pixels=None, data=data):
+        if tiff.is_tiff(data):
+            stored = tiff.stored(data, channels, None if plane == "each" else plane)
+            if stored is not None:
+                levels = _of_levels(stored.dtype, stored.count, stored.channels, stored.planar, channels, keys)
+                return len(data) + max(stored.peak, stored.held + levels)
+        elif data and (head := formats.describe(data, channels)):
+            bands = channels_said(head[2])
+            if bands is None:  # HEIC and JPEG XL, whose decoders keep all of a picture in types of their own
+                return len(data) + head[0] * head[1] * (channels or 3) * _OF_DECODERS
+            dtype = np.dtype(head[2].partition(" x")[0])
+            count = head[0] * head[1] * bands
+            own = count * (_OF_JPEG_2000 if kinds.kind_of(data[:4096]) is kinds.JPEG_2000 else 0)
+            levels = _of_levels(dtype, count, bands, False, channels, keys)
+            return len(data) + count * dtype.itemsize + max(own, levels)
+        elif data and formats.is_deep_png(data):
+            width, height = struct.unpack_from(">II", data, 16)
+            bands = {0: 1, 2: 3, 4: 2, 6: 4}[data[25]]
+            count = int(width * height * bands)
+            return len(data) + 2 * count + _of_levels(np.dtype(np.uint16), count, bands, False, channels, keys)
+        picture = _open(whole) if isinstance(whole, bytes) else whole
+        width, height = picture.size
+        if picture.format in ("JPEG", "MPO"):
+            scale: int = max(n for n in (1, 2, 4, 8) if n <= reduction)
+            width, height = -(-width // scale), -(-height // scale)
+        return len(data) + width * height * _of_picture(picture, channels, keys)
+
+
+_OF_JPEG_2000 = 4  # bytes of each value that its decoder takes beside these
+_OF_DECODERS = 5  # likewise of others, with the values
+
+
+def _of_picture(picture: Image.Image, channels: int | None, keys: Decoding) -> int:
+    """Bytes of a pixel that reading a picture with Pillow takes: it keeps three and four bands in four bytes."""
+    own = {"L": 1, "P": 1, "1": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}.get(picture.mode, 4)
+    own += {"WEBP": 8, "AVIF": 8, "GIF": 4}.get(str(picture.format), 0)
+    if picture.mode.startswith("I") or picture.mode == "F":
+        size = 2 if picture.mode.startswith("I;16") else 4
+        dtype = np.dtype({"F": np.float32, "I": np.int32}.get(picture.mode, np.uint16))
+        return max(own + 2 * size, own + size + _of_levels(dtype, 1, 1, False, channels, keys))
+    bands = 1 if picture.mode in ("1", "L") else 3
+    alpha = picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info
+    wanted = channels if channels is not None else bands + alpha
+    is_wanted = picture.mode == {1: "L", 3: "RGB"}.get(wanted) and not alpha
+    laid = 0 if is_wanted else (1 if wanted == 1 else 4)  # converted, beside the first
+    return own + laid + 2 * wanted  # Pillow's bytes are put together of parts
+
+
+def _of_levels(dtype: np.dtype[Any], count: int, have: int, planar: bool, channels: int | None, keys: Decoding) -> int:
+    """Bytes that it takes to make levels of values, beside these."""
+    levels = count * (2 if planar and have > 1 else 1)
+    if dtype.kind == "f" or keys.get("nodata") is not None:
+        levels += count  # where there is no data
+    if dtype not in (np.uint8, np.uint16):
+        levels += min(16 * count, BLOCK * 24)
+    if channels is not None and channels != have and channels in (1, 3):
+        levels += count // have * (8 + 2 * channels)
+    return levels
 
 
 def may_move(head: bytes) -> bool:

@@ -12,10 +12,9 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,8 +32,10 @@ from dinoforge.data.crops import CropParameters, MultiCrop, on_reduced, reductio
 from dinoforge.data.decode import decode, describe
 from dinoforge.data.photometry import Photometry
 from dinoforge.data.sources import Source, printable
+from dinoforge.data.summary import DataSummary as DataSummary
+from dinoforge.data.summary import inspect as inspect
 from dinoforge.data.values import Decoding
-from dinoforge.errors import DataError, ImageError, WorkerError
+from dinoforge.errors import ImageError, WorkerError
 
 MAX_ATTEMPTS = 10
 """Images tried for one position before the batch is given up."""
@@ -272,7 +273,7 @@ def make_loader(
         worker_init_fn=partial(_start_worker, whereabouts=whereabouts),
         generator=torch.Generator(),  # or else torch would draw from the global generator
     )
-    with _same_sigchld_handler():
+    with _same_sigchld_handler(), _no_opencv_threads():
         batches = iter(loader)
     return _checked(batches, timeout, data.source, whereabouts)
 
@@ -402,11 +403,22 @@ def _one_thread() -> Iterator[None]:
     """Compute as a worker does: sums over many threads may round differently, and the stream would depend on it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)  # nothing else in this package uses OpenCV; its threads do not survive a fork
+    cv2.setNumThreads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _no_opencv_threads() -> Iterator[None]:
+    """End OpenCV's threads before a fork: a worker would wait for them for ever, and they do not survive it."""
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)
 
 
 @contextmanager
@@ -423,75 +435,3 @@ def _same_sigchld_handler() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGCHLD, handler)
-
-
-@dataclass(frozen=True)
-class DataSummary:
-    """What a look at a few images tells about a source.
-
-    Args:
-        count: Images in the source.
-        sampled: Images that were looked at.
-        widths, heights: Smallest and largest, pixels, of those that could be read.
-        modes: Kinds of pixels before decoding and their number, most frequent first, e.g. ``(("RGB", 15), ("L", 1))``.
-        values: Smallest and largest pixel value after decoding, over all of them.
-        failures: Index, printable name and reason of those that could not be read.
-        left_out: Kinds of other files beside the images, in words, and their number.
-    """
-
-    count: int
-    sampled: int
-    widths: tuple[int, int]
-    heights: tuple[int, int]
-    modes: tuple[tuple[str, int], ...]
-    values: tuple[int, int]
-    failures: tuple[Skipped, ...]
-    left_out: Mapping[str, int] = field(default_factory=dict)
-
-
-def inspect(
-    source: Source,
-    *,
-    channels: int = 3,
-    decoding: Decoding | None = None,
-    samples: int = 16,
-) -> DataSummary:
-    """Decode a few evenly spaced images, before any work starts.
-
-    Args:
-        source: The images.
-        channels: Wanted.
-        decoding: Further keywords of `decode`.
-        samples: Images to look at.
-
-    Raises:
-        DataError: None of them can be read.
-    """
-    shapes: list[tuple[int, ...]] = []
-    modes: Counter[str] = Counter()
-    values: list[int] = []
-    failures: list[Skipped] = []
-    indices = np.unique(np.linspace(0, len(source) - 1, samples).round().astype(int)).tolist()
-    for index in indices:
-        try:
-            image = source.item(index).image
-            pixels = decode(image, channels=channels, **(decoding or Decoding()))
-            modes[describe(image)[2]] += 1
-        except ImageError as error:
-            failures.append((index, printable(source.name(index)), str(error)))
-            continue
-        shapes.append(pixels.shape)
-        values += [int(pixels.min()), int(pixels.max())]
-    if not shapes:
-        raise DataError(f"none of {len(indices)} images that were tried could be read: {by_reason(failures)}")
-    heights, widths, _ = zip(*shapes, strict=True)
-    return DataSummary(
-        count=len(source),
-        sampled=len(indices),
-        widths=(min(widths), max(widths)),
-        heights=(min(heights), max(heights)),
-        modes=tuple(modes.most_common()),
-        values=(min(values), max(values)),
-        failures=tuple(failures),
-        left_out=dict(getattr(source, "left_out", {})),
-    )

@@ -192,7 +192,7 @@ def _has_exif(picture: Image.Image) -> bool:
 def _of_tiff(data: bytes) -> Header:
     import tifffile  # not before it is needed
 
-    with tifffile.TiffFile(io.BytesIO(data), _multifile=False) as file:
+    with io.BytesIO(data) as stream, tifffile.TiffFile(stream, _multifile=False) as file:
         page = file.pages.first
         profile, orientation = page.tags.get(_ICC_PROFILE), page.tags.get(_ORIENTATION)
         return Header(

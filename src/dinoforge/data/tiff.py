@@ -101,6 +101,27 @@ def describe(data: bytes, channels: int | None = None) -> tuple[int, int, str] |
         return width, height, _kind(found)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Values as `read` gives them.
+
+    Args:
+        dtype: Their type.
+        count: Their number.
+        channels: Channels that they have.
+        planar: Whether they lie channel by channel.
+        held: Bytes that they take, beside those of the file.
+        peak: Bytes that reading them takes at most.
+    """
+
+    dtype: np.dtype[Any]
+    count: int
+    channels: int
+    planar: bool
+    held: int
+    peak: int
+
+
 def count_planes(file: BinaryIO, channels: int | None = None) -> tuple[int, str]:
     """Count the planes of an open TIFF from its headers: along z, time, pages and unknown axes.
 
@@ -131,6 +152,42 @@ def count_quickly(file: BinaryIO, channels: int | None = None) -> tuple[int, str
         return 1, ""
     pages = _equal_pages(data)
     return (pages, "page") if pages is not None and pages > 1 and pages != channels else None
+
+
+def stored(data: bytes, channels: int | None, plane: Plane) -> Stored | None:
+    """Tell from the headers what `read` will hold in memory; None for a picture that Pillow reads.
+
+    Raises:
+        ImageError: No image in it.
+    """
+    head = _first_directory(data)
+    if head is not None and head.plain and not head.more:
+        return None
+    with _opened(data) as file:
+        found = _find(file, head, channels)
+        if found.for_pillow and plane in (None, 0):
+            return None
+        key, series = found.key, found.pages
+        dtype = np.dtype(key.dtype)
+        size = key.imagewidth * key.imagelength * found.channels * dtype.itemsize
+        planar = int(key.planarconfig) == 2 or any(found.axes[i] != "S" for i in found.channel_axes)
+        lies_there = key.is_contiguous if series is None else series.dataoffset is not None
+        if lies_there and dtype.newbyteorder(key.parent.byteorder).isnative:
+            held = peak = 0
+        elif lies_there or series is None:
+            held = peak = size
+        elif math.prod(found.shape[: len(found.shape) - len(key.shape)]) == len(series):
+            held, peak = size, 2 * size  # pages, and then all in one array
+        else:
+            held = peak = math.prod(found.shape) * dtype.itemsize  # every plane
+        if plane == "max" and found.planes > 1:
+            held, peak = size, max(peak, held) + 2 * size
+        if int(key.photometric) == _WHITE_IS_ZERO:
+            held, peak = size, max(peak, held + size)
+        if int(key.photometric) in (_PALETTE, _SEPARATED):
+            pixels = key.imagewidth * key.imagelength
+            return Stored(np.dtype(np.uint8), 3 * pixels, 3, planar, 3 * pixels, max(peak, held + 14 * pixels))
+        return Stored(dtype, size // dtype.itemsize, found.channels, planar, held, peak)
 
 
 def _along(found: "_Found") -> tuple[int, str]:
@@ -281,13 +338,15 @@ def _opened(data: bytes | BinaryIO) -> "Iterator[TiffFile]":
     logger = logging.getLogger("tifffile")
     before = logger.disabled
     logger.disabled = True  # what matters is raised
+    stream = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
         # Not _multifile: no file leads to another one.
-        stream = io.BytesIO(data) if isinstance(data, bytes) else data
         with tifffile.TiffFile(stream, _multifile=False) as file:
             yield file
     finally:
         logger.disabled = before
+        if isinstance(data, bytes):
+            stream.close()  # tifffile's objects refer to each other, and would keep the file until they are collected
 
 
 @dataclass(frozen=True)

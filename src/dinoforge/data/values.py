@@ -12,6 +12,9 @@ import numpy.typing as npt
 
 from dinoforge.errors import ImageError
 
+BLOCK = 2**18
+"""Values that are doubles at once while they become levels."""
+
 UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 Pair = tuple[float, float]
@@ -269,6 +272,14 @@ def _linear(values: npt.NDArray[Any], low: float, high: float) -> UInt8:
     """0 for `low`, 255 for `high`, in between to the nearest level, beyond clipped; NaN gives any level."""
     if values.dtype in (np.uint8, np.uint16):
         return _look_up(values, _table(values.dtype.str, low, high))
+    levels = np.empty(values.shape, np.uint8)
+    rows = max(1, BLOCK * len(values) // max(values.size, 1))
+    for start in range(0, len(values), rows):  # doubles take eight times the memory
+        levels[start : start + rows] = _linear_doubles(values[start : start + rows], low, high)
+    return levels
+
+
+def _linear_doubles(values: npt.NDArray[Any], low: float, high: float) -> UInt8:
     scaled = values.astype(np.float64)
     if not math.isfinite(high - low):  # the extremes of a double
         scaled, low, high = scaled / 4, low / 4, high / 4
