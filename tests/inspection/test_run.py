@@ -9,8 +9,11 @@ import pytest
 from PIL import Image
 
 import dinoforge
-from dinoforge.data.sources import FolderSource
+from dinoforge.data.decode import working_bytes
+from dinoforge.data.sources import FolderSource, Item
+from dinoforge.errors import ImageError
 from dinoforge.inspection import passing
+from dinoforge.inspection import run as inspections
 
 from . import troubled as made
 
@@ -245,3 +248,64 @@ def test_the_advised_command_is_one_that_runs(tmp_path, inspect):
     program, *arguments = command.split()
     assert program == "dinoforge"
     assert dinoforge.cli.main([*arguments, "--dry-run"]) == 0
+
+
+class Slow:
+    """A source that tells which of its images it was asked for, and takes its time."""
+
+    def __init__(self, count: int, seconds: float) -> None:
+        self.count, self.seconds = count, seconds
+        self.asked: list[int] = []
+
+    def __len__(self):
+        return self.count
+
+    def item(self, index):
+        time.sleep(self.seconds)
+        self.asked.append(index)
+        return Item(made.ramp(0, 3000, np.uint16, index), self.name(index))
+
+    def name(self, index):
+        return f"image {index}"
+
+    def labels(self):
+        return None
+
+    def fingerprint(self):
+        return "slow"
+
+
+def test_slow_images_are_measured_by_a_few_that_are_spread():
+    source = Slow(1000, 0.0)
+    few = inspections._Few(source, asked=64, seconds=1.0, each=0.1)
+    assert [few.name(index) for index in range(len(few))] == [
+        f"image {place}" for place in np.linspace(0, 999, 10).round().astype(int)
+    ]
+    assert len(inspections._Few(source, asked=64, seconds=1.0, each=0.001)) == 1000
+    assert len(inspections._Few(source, asked=64, seconds=1.0, each=99.0)) == 2
+
+
+def test_time_that_is_up_leaves_two_images():
+    few = inspections._Few(Slow(10, 0.05), asked=64, seconds=0.01, each=1e-6)
+    few.item(0)
+    few.item(1)
+    with pytest.raises(ImageError, match="time is up"):
+        few.item(2)
+
+
+def test_slow_images_still_have_a_range():
+    source = Slow(500, 0.03)
+    told = dinoforge.inspect(source, seconds=0.5)
+    assert told.values[0].channels[0].white == 4095
+    assert told.sampling.time_was_up
+    assert 1 <= told.sampling.images < 30
+    assert len(source.asked) < 60
+
+
+def test_reading_costs_what_decoding_is_estimated_to_take(twelve_bits, inspect):
+    cost = found(inspect, twelve_bits)["cost"]
+    data = (twelve_bits / "000.tif").read_bytes()
+    decoding = {"value_range": (0.0, 4095.0)}
+    assert cost["peak_bytes"]["value"] == working_bytes(data, channels=1, decoding=decoding)
+    assert cost["median_seconds"] <= cost["slowest"]["value"]
+    assert cost["images_per_second"] > 1

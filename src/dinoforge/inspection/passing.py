@@ -3,12 +3,14 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from dinoforge.data import statistics
+from dinoforge.data.decode import working_bytes
 from dinoforge.data.duplicates import Fingerprint, fingerprint
 from dinoforge.data.kinds import EMPTY, IMAGE_EXTENSIONS, extension, kind_of
 from dinoforge.data.looks import Look, look
@@ -68,9 +70,10 @@ class Pass:
             self.unread.append(_unread(index, self.source.name(index), image, str(error)))
             return
         gone = self.gathered.add(found.samples)
-        taken = found.size + found.samples.values.nbytes + (0 if found.pixels is None else found.pixels.nbytes)
-        if taken > self.peak.value:
-            self.peak = Extreme(printable(self.source.name(index)), taken)
+        with suppress(ImageError):  # that training refuses: it takes nothing
+            taken = working_bytes(image, channels=self.channels, decoding=self.decoding)
+            if taken > self.peak.value:
+                self.peak = Extreme(printable(self.source.name(index)), taken)
         seconds = fetched + found.seconds
         one = seen(index, self.source.name(index), name, found, gone, seconds=seconds, channels=self.channels)
         self.seen.append(one)

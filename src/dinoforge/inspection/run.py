@@ -3,19 +3,23 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dinoforge.config import Recipe, converted, load_recipe
 from dinoforge.data import duplicates
 from dinoforge.data.channels import Channels, channels_of
+from dinoforge.data.decode import raw
 from dinoforge.data.kinds import extension
 from dinoforge.data.labels import Labels, label_table, labels_of
 from dinoforge.data.names import printable
 from dinoforge.data.planes import taken_apart
 from dinoforge.data.sources import FolderSource, Item, Source, open_source
+from dinoforge.data.statistics import spaced
 from dinoforge.data.survey import MeasuredRange, measure_range
 from dinoforge.data.values import plane_of
 from dinoforge.errors import DataError, ImageError
@@ -30,7 +34,9 @@ from dinoforge.training.device import resolve_device
 IMAGES, SECONDS = 1024, 10.0
 """By default so many images are looked at, in so many seconds."""
 
-_FOR_FILES, _FOR_RANGE, _FOR_CROPS = 0.3, 0.2, 0.2  # shares of the seconds
+_FOR_CHANNELS, _FOR_RANGE, _FOR_FILES, _FOR_CROPS = 0.05, 0.15, 0.3, 0.2  # shares of the seconds
+_HEADERS, _DEEP = 64, 64  # images that are asked for the number of channels, and for the range
+_AT_LEAST = 2  # of them, whatever the time
 _SHEETS = 12  # images whose crops are shown
 _SHOWN = 256  # pixels along the longer side of a shown image
 _EXAMPLES = 5
@@ -134,11 +140,13 @@ def _looked_at(data: Any, keys: Mapping[str, Any], images: int, seconds: float, 
     said = converted(dict(keys))
     files = open_source(data)
     start = time.monotonic()
-    quick = start + seconds * _FOR_RANGE
+    each = _seconds_of_one(files)
     given = said.get("student.in_chans")
-    why = Channels(given, "as given") if given else channels_of(_Quick(files, quick))
+    why = Channels(given, "as given") if given else channels_of(_Few(files, _HEADERS, seconds * _FOR_CHANNELS, each))
     source = taken_apart(files, said.get("data.plane"), why.count)
-    base, measured = _with_range(said, why.count, source, quick)
+    base, measured = _with_range(
+        said, source, partial(_Few, asked=_DEEP, seconds=seconds * _FOR_RANGE, each=each), why.count
+    )
     same_files: list[copies.Group] = []
     compared, total = 0, None
     if isinstance(files, FolderSource):
@@ -170,7 +178,7 @@ def _facts(looked: _Looked, labels: LabelsFound, found: Copies, names: "_Names",
 
 
 def _with_range(
-    said: Mapping[str, Any], channels: int, source: Source, deadline: float
+    said: Mapping[str, Any], source: Source, few: Callable[[Source], Source], channels: int
 ) -> tuple[Recipe, MeasuredRange | None]:
     """How values become pixels, with the range that a run would measure where the keys give none."""
     of_values = {key: value for key, value in said.items() if key in _OF_VALUES}
@@ -178,7 +186,7 @@ def _with_range(
     if base.data.range is not None or base.data.sixteen_bit == "minmax":
         return base, None
     measured = measure_range(
-        _Quick(source, deadline),
+        few(source),
         channels=channels,
         max_pixels=base.data.max_pixels,
         nodata=base.data.nodata,
@@ -192,28 +200,50 @@ def _with_range(
 _OF_VALUES = tuple(f"data.{key}" for key in ("range", "sixteen_bit", "nodata", "fill", "plane", "max_pixels"))
 
 
-class _Quick:
-    """A source that has no more images when time is up: as if they could not be read."""
+def _seconds_of_one(source: Source) -> float:
+    """How long it takes to read the values of an image."""
+    start = time.monotonic()
+    with suppress(ImageError):  # told when it is its turn
+        raw(source.item(len(source) // 2).image)
+    return time.monotonic() - start
 
-    def __init__(self, source: Source, deadline: float) -> None:
-        self._source, self._deadline = source, deadline
+
+class _Few:
+    """As many evenly spaced images of a source as can be read in time, where it would be asked for more.
+
+    Args:
+        source: The images.
+        asked: Images that it would be asked for.
+        seconds: That these may take; beyond twice as much, images are as if they could not be read.
+        each: Seconds that one takes.
+    """
+
+    def __init__(self, source: Source, asked: int, seconds: float, each: float) -> None:
+        self._source = source
+        self._deadline = time.monotonic() + 2 * seconds
+        number = int(seconds / max(each, 1e-6))
+        few = number < min(asked, len(source))
+        self._places = spaced(len(source), max(number, _AT_LEAST)) if few else range(len(source))
+        self._read = 0
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._places)
 
     def item(self, index: int) -> Item:
-        if time.monotonic() > self._deadline:
+        self._read += 1
+        if self._read > _AT_LEAST and time.monotonic() > self._deadline:
             raise ImageError("time is up")
-        return self._source.item(index)
+        return self._source.item(self._places[index])
 
     def name(self, index: int) -> str:
-        return self._source.name(index)
+        return self._source.name(self._places[index])
 
     def labels(self) -> list[str | None] | None:
-        return self._source.labels()
+        labels = self._source.labels()
+        return None if labels is None else [labels[place] for place in self._places]
 
     def fingerprint(self) -> str:
-        return self._source.fingerprint()
+        return f"{len(self)} of {self._source.fingerprint()}"
 
 
 def _choices(
