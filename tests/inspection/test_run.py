@@ -309,3 +309,16 @@ def test_reading_costs_what_decoding_is_estimated_to_take(twelve_bits, inspect):
     assert cost["peak_bytes"]["value"] == working_bytes(data, channels=1, decoding=decoding)
     assert cost["median_seconds"] <= cost["slowest"]["value"]
     assert cost["images_per_second"] > 1
+
+
+def test_no_data_counts_in_no_mean(tmp_path, inspect):
+    for number in range(12):
+        values = np.full((64, 64), 2000, np.int16)
+        values[:, ::2] = 1000
+        values[:32] = -9999
+        (tmp_path / f"{number:02}.tif").write_bytes(made.tiff(values, extratags=[(42113, 2, 6, "-9999", True)]))
+    told = found(inspect, tmp_path, "data.range=[0,2550]", *GREY)
+    assert told["no_data"] == 0.5
+    assert told["pixels"]["mean"] == [pytest.approx(150 / 255)]
+    (channel,) = told["values"][0]["channels"]
+    assert (channel["min"], channel["max"]) == (1000, 2000)

@@ -235,3 +235,61 @@ def test_ordinary_values_are_not_suspected(tmp_path, inspect):
         (tmp_path / f"{number:02}.tif").write_bytes(made.tiff(values))
     found = json.loads(inspect(tmp_path, "--json")[1])
     assert "suspected_nodata" not in {one["code"] for one in found["troubles"]}
+
+
+def codes_of(inspect, folder, *keys):
+    return {one["code"]: one for one in json.loads(inspect(folder, "--json", *keys)[1])["troubles"]}
+
+
+def test_values_outside_what_full_takes(tmp_path, inspect):
+    for number in range(12):
+        (tmp_path / f"{number:02}.tif").write_bytes(made.tiff(made.ramp(-1000, 2000, np.int16, number)))
+    outside = codes_of(inspect, tmp_path)["outside_range"]
+    assert "values from -1,000 to 2,000 lie outside what data.sixteen_bit=full takes" in outside["said"]
+    assert "measured, is used instead" in outside["said"]
+    assert not outside["serious"]
+
+
+def test_hot_pixels_are_serious_where_each_image_has_its_own_range(tmp_path, inspect):
+    for number in range(12):
+        values = made.ramp(0, 3000, np.uint16, number)
+        values[5, 5] = 65000
+        (tmp_path / f"{number:02}.tif").write_bytes(made.tiff(values))
+    keys = ["student.in_chans=1", "data.mean=0.5", "data.std=0.25"]
+    hot = codes_of(inspect, tmp_path, *keys)["hot_pixels"]
+    assert "a few values reach 65,000" in hot["said"]
+    assert not hot["serious"]
+    assert codes_of(inspect, tmp_path, *keys, "data.sixteen_bit=minmax")["hot_pixels"]["serious"]
+
+
+def test_transparency_without_a_picture_is_dropped(tmp_path, inspect):
+    for number in range(4):
+        pixels = np.dstack([made.picture(number), np.zeros((64, 64), np.uint8)])
+        (tmp_path / f"{number}.png").write_bytes(made.encoded(pixels, "PNG"))
+    found = codes_of(inspect, tmp_path)
+    assert found["alpha_dropped"]["images"] == 4
+    assert "laid_over_white" not in found
+
+
+def test_opaque_images_with_an_alpha_channel_are_no_trouble(tmp_path, inspect):
+    for number in range(4):
+        pixels = np.dstack([made.picture(number), np.full((64, 64), 255, np.uint8)])
+        (tmp_path / f"{number}.png").write_bytes(made.encoded(pixels, "PNG"))
+    assert set(codes_of(inspect, tmp_path)) == {"no_labels"}
+
+
+def test_huge_images_are_advised_to_be_cut(tmp_path, inspect):
+    Image.new("1", (5100, 5100)).save(tmp_path / "huge.png")
+    huge = codes_of(inspect, tmp_path)["huge"]
+    assert huge["examples"] == ["huge.png"]
+    assert "tiles" in huge["way"]
+
+
+def test_good_images_are_no_trouble(tmp_path, inspect):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(20):
+            content = made.encoded(made.picture(number + 20 * (name == "dog")), "JPEG")
+            (tmp_path / name / f"{number}.jpg").write_bytes(content)
+    assert codes_of(inspect, tmp_path) == {}
+    assert "Nothing is wrong with what was looked at." in inspect(tmp_path)[1]
