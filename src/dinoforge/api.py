@@ -819,7 +819,8 @@ def _with_range(recipe: Recipe, source: Source, run: RunDirectory | None = None)
 
 def _plan(recipe: Recipe, source: Source) -> plans.Plan:
     image = build.image_input(recipe)
-    summary = look_at_some(source, channels=image.in_chans, decoding=image.decoding)
+    reduction = partial(build.least_reduction, recipe)
+    summary = look_at_some(source, channels=image.in_chans, decoding=image.decoding, reduction=reduction)
     return plans.make_plan(recipe, summary)
 
 

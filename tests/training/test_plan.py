@@ -4,12 +4,15 @@ import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import tifffile
 import torch
+from PIL import Image
 
 from dinoforge import api, distributed
 from dinoforge.config import load_recipe
-from dinoforge.data.loader import DataSummary
+from dinoforge.data.summary import DataSummary, Depth
 from dinoforge.errors import RecipeError
 from dinoforge.training import bench, build
 from dinoforge.training import device as devices
@@ -114,7 +117,7 @@ def test_what_a_device_has_free_stands_beside_the_estimate(machine):
     assert re.fullmatch(r"about 0\.\d GiB \(.*\) of 7\.5 GiB that are free", said(plan_of(), "memory"))
     machine(gpus=0, free_gib=3.5)
     plan = plan_of(device="cpu")
-    assert re.fullmatch(r"about 0\.\d GiB \(.*\) of 3\.5 GiB that are free", said(plan, "memory"))
+    assert re.fullmatch(r"about 1\.\d GiB \(.*\) of 3\.5 GiB that are free", said(plan, "memory"))
     assert said(replace(plan, free=None), "memory").endswith(")")
 
 
@@ -135,7 +138,8 @@ def test_what_a_device_has_free_stands_beside_the_estimate(machine):
 def test_more_than_is_free_is_noted_with_what_takes_less(machine, gpus, ranks, keys, named):
     machine(gpus=gpus, ranks=ranks, free_gib=1.25)
     plan = plan_of("dinov2", **keys)
-    (note,) = plan.notes
+    note, of_reading = plan.notes  # as little is free of main memory, and many workers have batches ready
+    assert re.match(r"may run out of main memory: (15|7) processes that read images take about ", of_reading)
     needed = sum(plan.memory.values()) / GIB
     where = plan.device
     assert note.startswith(
@@ -292,3 +296,133 @@ def test_a_batch_is_replayed_in_the_precision_that_it_had(monkeypatch, key, step
     run = SimpleNamespace(info=lambda: {"starts": starts})
     recipe = load_recipe("small", {"precision": key})[0]
     assert api._precision_of(run, recipe, step, CPU) is precision
+
+
+# What the look at some images found
+
+
+def plan_on(data: DataSummary, **keys: object) -> Plan:
+    given = TINY | {"precision": "auto"} | {k.replace("__", "."): v for k, v in keys.items()}
+    return make_plan(load_recipe("small", given)[0], data)
+
+
+PLAIN = replace(DATA, depths={"uint8": Depth(16, 0, 255, 255)})
+
+
+def test_nothing_is_said_of_plain_images(machine):
+    machine(gpus=0)
+    assert [name for name, _ in lines(plan_on(PLAIN, device="cpu"))] == [
+        *("data", "crops", "model", "losses", "run", "compute", "memory", "out"),
+    ]
+
+
+def test_the_first_bad_image_is_named_with_its_reason(machine):
+    machine(gpus=0)
+    bad = ((3, "a/b.tif", "truncated: 1 of 2 strips"), (9, "c.tif", "empty file"))
+    assert said(plan_on(replace(PLAIN, failures=bad[:1])), "bad") == (
+        "1 of 16 images looked at cannot be read: a/b.tif: truncated: 1 of 2 strips"
+    )
+    assert said(plan_on(replace(PLAIN, failures=bad)), "bad") == (
+        "2 of 16 images looked at cannot be read, such as a/b.tif: truncated: 1 of 2 strips"
+    )
+
+
+@pytest.mark.parametrize(
+    ("plane", "taken"),
+    [
+        (None, "the first of 12 to 40 is taken; data.plane=each, max or a number from 0 takes others"),
+        ("max", "the brightest value of all 12 to 40 is taken"),
+        ("3", "number 3 of 12 to 40 is taken"),
+    ],
+)
+def test_planes_are_said_and_which_is_taken(machine, plane, taken):
+    machine(gpus=0)
+    data = replace(PLAIN, planes=((12, "z"), (40, "z, t")))
+    assert said(plan_on(data, data__plane=plane), "planes") == (
+        f"2 of 16 files looked at have several planes (z, z, t): {taken}"
+    )
+    apart = replace(data, apart="each is an image: 52 in 2 files")
+    assert said(plan_on(apart, data__plane="each"), "planes") == "each is an image: 52 in 2 files"
+
+
+def test_transparency_profiles_and_rotation_are_said(machine):
+    machine(gpus=0)
+    plan = plan_on(replace(PLAIN, transparent=2, profiles={"Adobe RGB (1998)": 3, "Display P3": 1}, turned=5))
+    assert said(plan, "alpha") == "2 of 16 images looked at have transparency, which is laid over white"
+    assert said(plan, "colours") == (
+        "4 of 16 images looked at have a colour profile that is not applied: Adobe RGB (1998) (3), Display P3 (1)"
+    )
+    assert said(plan, "turned") == "5 of 16 images looked at are turned as their EXIF orientation says"
+
+
+@pytest.mark.parametrize(
+    ("keys", "rule"),
+    [
+        ({"data__range": [0, 4095]}, "8-bit values stay as they are, others get data.range=[0,4095]"),
+        ({"data__range": [0, 200]}, "data.range=[0,200] is applied to all"),
+        ({"data__sixteen_bit": "minmax"}, "8-bit values stay as they are, others get each image's own range"),
+        ({}, "8-bit values stay as they are, others get the range of their type"),
+    ],
+)
+def test_mixed_depths_are_said_with_the_rule_of_each(machine, keys, rule):
+    machine(gpus=0)
+    mixed = replace(PLAIN, depths={"uint8": Depth(4, 0, 255, 255), "uint16": Depth(12, 0, 65000, 65535)})
+    assert said(plan_on(mixed, **keys), "depths").startswith(f"images looked at are 12 uint16, 4 uint8: {rule}")
+
+
+@pytest.mark.parametrize(
+    ("depth", "keys", "warned"),
+    [
+        (Depth(16, 0, 3900, 65535), {}, "3,900 of 65,535, and become levels up to 15 of 255: data.range=[0,3900]"),
+        (Depth(16, 10, 500, 4095), {}, "500 of 4,095, and become levels up to 31 of 255: data.range=[10,500]"),
+        (Depth(16, 0, 3900, 65535), {"data__range": [0, 4095]}, None),
+        (Depth(16, 0, 3900, 65535), {"data__sixteen_bit": "minmax"}, None),
+        (Depth(16, 0, 20_000, 65535), {}, None),
+    ],
+)
+def test_values_that_become_a_few_dark_levels_are_warned_of(machine, depth, keys, warned):
+    machine(gpus=0)
+    notes = plan_on(replace(PLAIN, depths={"uint16": depth}), device="cpu", **keys).notes
+    assert (warned is None and notes == ()) or (warned is not None and warned in notes[0])
+
+
+def test_reading_counts_for_each_worker_where_it_takes_main_memory(machine):
+    machine(gpus=0)
+    large = replace(PLAIN, working_bytes=GIB)
+    memory = {n: plan_on(large, device="cpu", train__num_workers=n).memory for n in (0, 1, 4)}
+    assert memory[0]["reading"] == GIB
+    assert memory[4]["reading"] == 4 * memory[1]["reading"] > 4 * GIB
+    assert "reading 4." in said(plan_on(large, device="cpu", train__num_workers=4), "memory")
+    machine(gpus=0, free_gib=3)
+    (note,) = plan_on(large, device="cpu", train__num_workers=4).notes
+    assert re.search(r"in the order to try: train\.num_workers=1: about 1\.\d GiB", note)
+    machine(gpus=1, free_gib=3)
+    plan = plan_on(large, train__num_workers=4)
+    assert "reading" not in plan.memory
+    (note,) = plan.notes
+    assert re.match(r"may run out of main memory: 4 processes that read images take about 4\.\d GiB, and 3\.0", note)
+
+
+def test_the_plan_of_a_folder_with_every_trouble(tmp_path, machine, capsys):
+    machine(gpus=0)
+    for index in range(12):
+        Image.fromarray(np.full((40, 40), 20 * index, np.uint8)).save(tmp_path / f"{index:02d}.png")
+    Image.new("RGBA", (40, 40), (9, 9, 9, 100)).save(tmp_path / "see.png")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.new("RGB", (40, 40)).save(tmp_path / "turned.jpg", exif=exif)
+    tifffile.imwrite(tmp_path / "z.ome.tif", np.full((7, 40, 40), 300, np.uint16), ome=True, metadata={"axes": "ZYX"})
+    (tmp_path / "zero.png").write_bytes(b"")
+    api.train(tmp_path, out=tmp_path / "run", dry_run=True, **TINY | {"data.range": [0, 4095]})
+    out = capsys.readouterr().out
+    assert "bad      1 of 16 images looked at cannot be read: zero.png: empty file" in out
+    assert "planes   1 of 16 files looked at has several planes (z): the first of 7 is taken; data.plane=each" in out
+    assert "alpha    1 of 16 images looked at have transparency, which is laid over white" in out
+    assert "turned   1 of 16" in out
+    assert (
+        "depths   images looked at are 14 uint8, 1 uint16: 8-bit values stay as they are, others get data.range" in out
+    )
+    api.train(tmp_path, out=tmp_path / "run", dry_run=True, **TINY | {"data.range": [0, 4095], "data.plane": "each"})
+    out = capsys.readouterr().out
+    assert "data     22 images in " in out
+    assert "planes   each is an image: 22 in 16 files, up to 7 in one; 1 file with several (z in 1)" in out

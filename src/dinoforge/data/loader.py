@@ -37,6 +37,9 @@ from dinoforge.data.summary import inspect as inspect
 from dinoforge.data.values import Decoding
 from dinoforge.errors import ImageError, WorkerError
 
+PREFETCH = 2
+"""Batches that each worker has ready."""
+
 MAX_ATTEMPTS = 10
 """Images tried for one position before the batch is given up."""
 
@@ -238,7 +241,7 @@ def make_loader(
     end_step: int,
     num_workers: int,
     pin_memory: bool = False,
-    prefetch: int = 2,
+    prefetch: int = PREFETCH,
     timeout: float = 600.0,
 ) -> Generator[Batch]:
     """Start making the batches of steps `start_step`…`end_step` - 1, to be taken in order.

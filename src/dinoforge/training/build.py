@@ -447,6 +447,18 @@ def build_masks(recipe: Recipe) -> DrawMasks:
     )
 
 
+def least_reduction(recipe: Recipe, width: int, height: int) -> int:
+    """By how much large JPEG files of that size are at least reduced when they are decoded for training."""
+    if not recipe.data.reduced_decode:
+        return 1
+    c = recipe.crops
+    areas = {c.global_crops_size: c.global_crops_scale[0]}
+    if c.local_crops_number:
+        areas[c.local_crops_size] = min(c.local_crops_scale[0], areas.get(c.local_crops_size, 1.0))
+    narrow = min(c.aspect_ratio[0], 1 / c.aspect_ratio[1])
+    return max(1, min(int(math.sqrt(area * width * height * narrow) / size) for size, area in areas.items()))
+
+
 def build_data(recipe: Recipe, source: Source, *, rank: int = 0, world_size: int = 1) -> TrainingData:
     """The training batches of a source."""
     c, a = recipe.crops, recipe.augment

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 
 from dinoforge.config import Recipe
+from dinoforge.data.loader import PREFETCH
 from dinoforge.losses.tiles import SPARE, columns_at_once
 from dinoforge.models.head import DINOHead
 from dinoforge.models.layers import Block, Mlp, SwiGLU
@@ -20,6 +21,7 @@ from dinoforge.training.build import build_student_teacher
 from dinoforge.training.parallel import Mode, shard_count, turn_tokens
 
 _LIBRARIES = 0.65 * 2**30  # on a CPU: the interpreter, PyTorch and the others
+_WORKER = 0.06 * 2**30  # that a process which makes batches does not share with the rank
 _COMPILER = 0.15 * 2**30  # PyTorch's, which its activation checkpointing, DDP and FSDP2 import
 _GAPS = 0.1  # bytes that the C library holds between blocks for each byte of tensors
 _WORTH_IT = 0.95  # of what the recipe takes: a way to save less is not told
@@ -33,8 +35,9 @@ def estimate(
     device: torch.device,
     mode: Mode = "none",
     shards: int = 1,
+    reading: float = 0.0,
 ) -> dict[str, float]:
-    """Bytes per part of the peak of one rank: its tensors, and on a CPU what else the process takes.
+    """Bytes per part of the peak of one rank: its tensors, and on a CPU what else the process and its workers take.
 
     Args:
         recipe: the run.
@@ -43,6 +46,7 @@ def estimate(
         device: what it would run on; need not be here.
         mode: how the networks are laid over ranks.
         shards: over how many of them weights are sharded.
+        reading: bytes of main memory that it takes to read images, from ``of_reading``.
     """
     parts = of_tensors(recipe, networks, precision=precision, device=device, mode=mode, shards=shards)
     if device.type == "cpu":
@@ -51,7 +55,31 @@ def estimate(
         parts |= {"libraries": libraries, "gaps between tensors": _GAPS * sum(parts.values())}
         if recipe.checkpoint.asynchronous:
             parts["checkpoint"] = 16.0 * sum(p.numel() for p in networks.student.parameters())
+        if reading:
+            parts["reading"] = reading
     return parts
+
+
+def of_reading(recipe: Recipe, working_bytes: float, workers: int) -> float:
+    """Bytes of main memory that reading images takes for one rank, beside the batch that a step works on.
+
+    Args:
+        recipe: the run.
+        working_bytes: that decoding an image takes at most; see ``dinoforge.data.decode.working_bytes``.
+        workers: processes that make batches; 0: the rank itself does.
+    """
+    if not workers:
+        return working_bytes
+    # Each worker makes one batch and has others ready, in shared memory.
+    batches = (1 + PREFETCH) * _values_of_batch(recipe)
+    return workers * (_WORKER + working_bytes + batches)
+
+
+def _values_of_batch(recipe: Recipe) -> int:
+    """Values of a rank's crops of a step, a byte each before they are normalised."""
+    crops, train = recipe.crops, recipe.train
+    values = 2 * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2
+    return train.batch_size_per_gpu * train.accumulate * recipe.student.in_chans * values
 
 
 def of_tensors(
@@ -108,6 +136,7 @@ def ways_to_save(
     mode: str,
     device: torch.device | None = None,
     precision: torch.dtype = torch.bfloat16,
+    reading: float = 0.0,
 ) -> list[str]:
     """Keys that would take less memory than the recipe does, each with its estimate, in the order to try them.
 
@@ -119,14 +148,23 @@ def ways_to_save(
         mode: how the networks are laid over them; see ``dinoforge.training.parallel.Mode``.
         device: what it runs on; None: an accelerator.
         precision: of matrix products.
+        reading: as for ``estimate``.
     """
     device = device or torch.device("cuda")
     with torch.device("meta"):
         networks = build_student_teacher(recipe)
 
     def size(recipe: Recipe, mode: str, shards: int, precision: torch.dtype = precision) -> float:
-        layout = cast(Mode, mode)
-        return sum(estimate(recipe, networks, precision=precision, device=device, mode=layout, shards=shards).values())
+        parts = estimate(
+            recipe,
+            networks,
+            precision=precision,
+            device=device,
+            mode=cast(Mode, mode),
+            shards=shards,
+            reading=reading,
+        )
+        return sum(parts.values())
 
     shards = {"fsdp": ranks, "hsdp": shard_count("hsdp", recipe.parallel.shard_ranks)}.get(mode, 1)
     train, parallel = recipe.train, recipe.parallel
@@ -198,8 +236,7 @@ class _Step:
         in_turn: bool,
     ) -> None:
         backbone = cast(VisionTransformer, networks.student["backbone"])
-        images = recipe.train.batch_size_per_gpu
-        crops, student = recipe.crops, recipe.student
+        student = recipe.student
         tokens = sum(n * each for n, each in zip(counts, _tokens(recipe, networks), strict=True))
         rate = student.drop_path_rate if student.drop_path_uniform else student.drop_path_rate / 2
         branch = tokens * (1 - rate)  # that a residual branch sees
@@ -235,11 +272,8 @@ class _Step:
             self.working = branch * size * 3 * width + stream
         self.activations = kept + heads
         self.losses = self._scratch(recipe, networks, precision, device, sum(counts) + masked, in_turn)
-        values = student.in_chans * (
-            2 * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2
-        )
         # As uint8, as float32, and in half precision for the patch embedding.
-        self.batch = images * recipe.train.accumulate * values * (5 + (2 if size == 2 else 0))
+        self.batch = _values_of_batch(recipe) * (5 + (2 if size == 2 else 0))
 
     @staticmethod
     def _of_heads(recipe: Recipe, size: int) -> float:

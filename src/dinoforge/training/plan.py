@@ -23,7 +23,7 @@ from dinoforge.training.device import (
     resolve_precision,
     usable_processors,
 )
-from dinoforge.training.memory import estimate, ways_to_save
+from dinoforge.training.memory import estimate, of_reading, ways_to_save
 from dinoforge.training.parallel import Mode, mode_here, note_of_mode, shard_count
 
 
@@ -66,7 +66,9 @@ def make_plan(recipe: Recipe, data: DataSummary) -> Plan:
     precision = resolve_precision(recipe.precision, device, sharded=mode in ("fsdp", "hsdp"))
     shards = shard_count(mode, recipe.parallel.shard_ranks)
     processors = usable_processors()
-    memory = estimate(recipe, networks, precision=precision, device=device, mode=mode, shards=shards)
+    num_workers = loader_workers(device, processors, recipe.train.num_workers)
+    reading = of_reading(recipe, data.working_bytes, num_workers)
+    memory = estimate(recipe, networks, precision=precision, device=device, mode=mode, shards=shards, reading=reading)
     free = free_memory(device)
     notes = (
         note_of_fallback(recipe.device, device),
@@ -74,7 +76,9 @@ def make_plan(recipe: Recipe, data: DataSummary) -> Plan:
         note_of_mode(recipe, mode),
         _note_of_precision(recipe, device, precision),
         _note_of_workers(recipe.train.num_workers, processors),
-        _note_of_memory(recipe, sum(memory.values()), free, device, precision, mode),
+        _note_of_values(recipe, data),
+        _note_of_memory(recipe, sum(memory.values()), free, device, precision, mode, num_workers, data.working_bytes),
+        _note_of_reading(recipe, reading, device, num_workers),
     )
     return Plan(
         recipe=recipe,
@@ -84,7 +88,7 @@ def make_plan(recipe: Recipe, data: DataSummary) -> Plan:
         device=device,
         precision=precision,
         threads=compute_threads(device, processors, recipe.train.threads),
-        num_workers=loader_workers(device, processors, recipe.train.num_workers),
+        num_workers=num_workers,
         mode=mode,
         parameters=_count(networks),
         memory=memory,
@@ -112,16 +116,62 @@ def _note_of_workers(wanted: int | None, processors: int) -> str | None:
 
 
 def _note_of_memory(
-    recipe: Recipe, needed: float, free: float | None, device: torch.device, precision: torch.dtype, mode: Mode
+    recipe: Recipe,
+    needed: float,
+    free: float | None,
+    device: torch.device,
+    precision: torch.dtype,
+    mode: Mode,
+    workers: int,
+    working_bytes: int,
 ) -> str | None:
     if free is None or needed <= free:
         return None
-    ways = ways_to_save(recipe, ranks=distributed.world_size(), mode=mode, device=device, precision=precision)
+    reading = of_reading(recipe, working_bytes, workers)
+    ranks = distributed.world_size()
+    ways = ways_to_save(recipe, ranks=ranks, mode=mode, device=device, precision=precision, reading=reading)
+    if device.type == "cpu":
+        ways = [*_ways_to_read(recipe, needed, reading, workers, working_bytes), *ways]
     return (
         f"may run out of memory: by the estimate it takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "
         f"{'of main memory are free' if device.type == 'cpu' else f'are free on {device}'}. What takes less, in the "
         "order to try: " + "; ".join([*ways, "smaller crops, or a smaller network"])
     )
+
+
+def _ways_to_read(recipe: Recipe, needed: float, reading: float, workers: int, working_bytes: int) -> list[str]:
+    """The number of workers that takes less memory, where reading takes much of it."""
+    if workers < 2 or reading < 0.2 * needed:
+        return []
+    less = needed - reading + of_reading(recipe, working_bytes, 1)
+    return [f"train.num_workers=1: about {less / 2**30:.1f} GiB"]
+
+
+def _note_of_reading(recipe: Recipe, reading: float, device: torch.device, workers: int) -> str | None:
+    """Beside an accelerator, whose own memory is estimated apart."""
+    free = free_memory(torch.device("cpu"))
+    if device.type == "cpu" or free is None or reading <= free:
+        return None
+    return (
+        f"may run out of main memory: {_count_of(max(workers, 1), 'process').replace('processs', 'processes')} that "
+        f"read images take about {reading / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free. Fewer "
+        "train.num_workers take less"
+    )
+
+
+def _note_of_values(recipe: Recipe, data: DataSummary) -> str | None:
+    """Values that become a few dark levels, since nothing says their range."""
+    if recipe.data.range is not None or recipe.data.sixteen_bit == "minmax":
+        return None
+    for kind, depth in data.depths.items():
+        if kind not in ("uint8", "bool") and 0 <= depth.low <= depth.high < depth.top / 4:
+            level = round(depth.high / depth.top * 255)
+            return (
+                f"{kind} values of {_count_of(depth.images, 'image')} looked at end at {depth.high:,.5g} of "
+                f"{depth.top:,.5g}, and become levels up to {level} of 255: data.range=[{depth.low:.5g},"
+                f"{depth.high:.5g}] spreads them over all"
+            )
+    return None
 
 
 def _count(networks: StudentTeacher) -> dict[str, int]:
@@ -146,6 +196,7 @@ def render(plan: Plan, *, data_path: str, out: str) -> str:
     lines = {
         "data": f"{plan.data.count:,} images in {data_path}: {_sizes(plan.data)}",
         **({"left out": describe(plan.data.left_out)} if plan.data.left_out else {}),
+        **_of_images(r, plan.data),
         "crops": f"2 × {side}²{local} pixels, {_count_of(s.in_chans, 'channel')}",
         "model": (
             f"{s.arch}: width {embed_dim}, {depth} blocks, {heads} heads, patch {s.patch_size} → "
@@ -215,5 +266,62 @@ def _sizes(data: DataSummary) -> str:
     (w0, w1), (h0, h1) = data.widths, data.heights
     size = f"{w0}×{h0}" if (w0, h0) == (w1, h1) else f"{w0}–{w1} × {h0}–{h1}"
     modes = ", ".join(mode for mode, _ in data.modes)
-    bad = f"; {len(data.failures)} of {data.sampled} looked at cannot be read" if data.failures else ""
-    return f"{size} pixels, {modes}{bad}"
+    return f"{size} pixels, {modes}"
+
+
+def _of_images(recipe: Recipe, data: DataSummary) -> dict[str, str]:
+    """What the look at some images found that the user may not expect, by the name of the line."""
+    d, seen = recipe.data, data.sampled
+    lines: dict[str, str] = {}
+    if data.failures:
+        _, name, reason = data.failures[0]
+        such = f", such as {name}" if len(data.failures) > 1 else f": {name}"
+        lines["bad"] = f"{len(data.failures)} of {seen} images looked at cannot be read{such}: {reason}"
+    if data.apart:
+        lines["planes"] = data.apart
+    elif data.planes:
+        lines["planes"] = _of_planes(d.plane, data)
+    types = {kind: depth.images for kind, depth in data.depths.items()}
+    shallow = {"uint8", "bool"} & set(types)
+    if shallow and len(types) > len(shallow):
+        lines["depths"] = _of_depths(recipe, types)
+    if data.transparent:
+        lines["alpha"] = (
+            f"{data.transparent} of {seen} images looked at have transparency, which is laid over white"
+            + ("; student.in_chans=4 keeps it" if recipe.student.in_chans == 3 else "")
+        )
+    if data.profiles:
+        named = ", ".join(f"{name} ({count})" for name, count in sorted(data.profiles.items(), key=lambda p: -p[1])[:3])
+        count = sum(data.profiles.values())
+        lines["colours"] = f"{count} of {seen} images looked at have a colour profile that is not applied: {named}"
+    if data.turned:
+        lines["turned"] = f"{data.turned} of {seen} images looked at are turned as their EXIF orientation says"
+    return lines
+
+
+def _of_planes(plane: str | None, data: DataSummary) -> str:
+    numbers = sorted({number for number, _ in data.planes})
+    along = ", ".join(sorted({along for _, along in data.planes}))
+    many = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+    taken = f"number {plane} of {many} is taken"
+    if plane is None:
+        taken = f"the first of {many} is taken; data.plane=each, max or a number from 0 takes others"
+    elif plane == "max":
+        taken = f"the brightest value of all {many} is taken"
+    have = "has" if len(data.planes) == 1 else "have"
+    return f"{len(data.planes)} of {data.sampled} files looked at {have} several planes ({along}): {taken}"
+
+
+def _of_depths(recipe: Recipe, types: dict[str, int]) -> str:
+    """Which rule images of 8 bits and deeper ones get, where both lie in one data set."""
+    d = recipe.data
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(types.items(), key=lambda kind: -kind[1]))
+    if d.range is not None:
+        given = f"data.range=[{','.join(f'{v:g}' for v in d.range)}]"
+        both = max(d.range[1::2]) <= 255
+        rule = f"{given} is applied to all" if both else f"8-bit values stay as they are, others get {given}"
+    elif d.sixteen_bit == "minmax":
+        rule = "8-bit values stay as they are, others get each image's own range (data.sixteen_bit=minmax)"
+    else:
+        rule = "8-bit values stay as they are, others get the range of their type (data.sixteen_bit=full)"
+    return f"images looked at are {counts}: {rule}"
