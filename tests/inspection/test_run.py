@@ -9,11 +9,13 @@ import pytest
 from PIL import Image
 
 import dinoforge
+from dinoforge.config import flatten
 from dinoforge.data.decode import working_bytes
 from dinoforge.data.sources import FolderSource, Item
 from dinoforge.errors import ImageError
 from dinoforge.inspection import passing
 from dinoforge.inspection import run as inspections
+from dinoforge.inspection.advice import in_words
 
 from . import troubled as made
 
@@ -72,6 +74,12 @@ def test_the_measured_range_is_that_of_training(twelve_bits, inspect):
     told = found(inspect, twelve_bits)
     recipe, _ = dinoforge.api.auto_recipe(str(twelve_bits))
     assert recipe.data.range == (0, 4095)
+    chosen = {key: in_words(value) for key, value in flatten(recipe).items()}
+    advised = {one["key"]: one["value"] for one in told["advice"] if one["by"] == "auto"}
+    assert {"student.in_chans", "data.mean", "data.std", "augment.vertical_flip", "crops.global_crops_size"} <= set(
+        advised
+    )
+    assert advised == {key: chosen[key] for key in advised}
     (advice,) = [one for one in told["advice"] if one["key"] == "data.range"]
     assert advice["value"] == "[0,4095]"
     (narrow,) = [one for one in told["troubles"] if one["code"] == "narrow_range"]
