@@ -286,6 +286,11 @@ def test_sub_folders_label_every_plane(mixed: Path) -> None:
     assert found.values == ["a"] * 6 + ["b"] * 5
     assert found.said == labels_of(FolderSource(mixed)).said
     assert PlanesOf(FolderSource(mixed), 1).item(3).label == "a"
+    (note,) = found.notes
+    assert note.startswith("planes of one file are alike, and can lie on both sides of a split")
+    (mixed / "a/stack.tif").unlink()
+    (mixed / "b/moving.gif").unlink()
+    assert labels_of(PlanesOf(FolderSource(mixed), 1)).notes == ()
 
 
 def test_a_row_for_a_file_labels_its_planes(mixed: Path, tmp_path: Path) -> None:

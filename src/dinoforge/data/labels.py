@@ -61,7 +61,8 @@ def labels_of(source: Source) -> Labels:
     """The labels that a source knows by itself, without reading images."""
     values = source.labels()
     if isinstance(source, PlanesOf):
-        return replace(labels_of(source.files), values=values)
+        found = labels_of(source.files)
+        return replace(found, values=values, notes=found.notes + _of_planes(source, values))
     if isinstance(source, FolderSource):
         return Labels(values, source.classes.said)
     if values is None:
@@ -130,7 +131,18 @@ def label_table(path: str | os.PathLike[str], source: Source) -> Labels:
         strangers = ", ".join(printable(cell.strip()) for _, cell, _ in rest[-3:])
         hint = f"; names in the table look like: {strangers}" if strangers else ""
         raise DataError(f"{path}: no label for {len(missing)} of {len(source)} images, such as {examples}{hint}")
+    notes += _of_planes(source, writer.values)
     return Labels(writer.values, f"{_classes(writer.values)} from {printable(path.name)}", tuple(notes))
+
+
+def _of_planes(source: Source, values: Sequence[str | None] | None) -> tuple[str, ...]:
+    """What has to be known of accuracies over planes of which some are alike."""
+    if values is None or not isinstance(source, PlanesOf) or len(source) == len(source.files):
+        return ()
+    return (
+        "planes of one file are alike, and can lie on both sides of a split: accuracies look better than they are on "
+        "other files, as eval --test measures them",
+    )
 
 
 class _Writer:
