@@ -190,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--labels", metavar="FILE.csv", help="file name, label; default: names of sub-folders")
     inspect.add_argument("--report", metavar="FILE.html", help="write a page, with crops as the network sees them")
     inspect.add_argument("--images", type=_from(1), default=1024, metavar="N", help="looked at, at most; default: 1024")
-    inspect.add_argument("--seconds", type=_above_zero, default=10.0, metavar="S", help="of looking; default: 10")
+    inspect.add_argument("--seconds", type=_above_zero, default=8.0, metavar="S", help="of looking; default: 8")
     inspect.add_argument("--json", action="store_true", help="print one line of JSON")
     _add_keys(inspect, "recipe keys, such as data.range=[0,4095]")
     inspect.set_defaults(run=_inspect, parser=inspect)

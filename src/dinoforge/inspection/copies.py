@@ -21,12 +21,12 @@ Group = list[int]
 
 def part_of(name: str) -> str | None:
     """The part of a split that an image lies in, in lower case; None: in none."""
-    return next((folder.lower() for folder in name.split("/")[:-1] if _is_split(folder)), None)
+    return _part_of_folder(name.rpartition("/")[0])
 
 
-@functools.lru_cache(maxsize=4096)
-def _is_split(folder: str) -> bool:
-    return is_split(folder)
+@functools.lru_cache(maxsize=4096)  # images of a folder come one after the other
+def _part_of_folder(path: str) -> str | None:
+    return next((folder.lower() for folder in path.split("/") if is_split(folder)), None)
 
 
 def same_files(source: FolderSource, deadline: float) -> tuple[list[Group], int, int | None]:
