@@ -1,18 +1,13 @@
 """dinoforge in Python: what the command line calls."""
 
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
@@ -37,7 +32,7 @@ from dinoforge.data.batch import normalize, prepare
 from dinoforge.data.crops import resize
 from dinoforge.data.decode import decode
 from dinoforge.data.labels import Labels, label_table, labels_of
-from dinoforge.data.loader import STOP_SIGNALS, Skipped, make_loader
+from dinoforge.data.loader import Skipped, make_loader
 from dinoforge.data.loader import inspect as look_at_some
 from dinoforge.data.planes import taken_apart
 from dinoforge.data.sources import Source, open_source, printable
@@ -61,11 +56,13 @@ from dinoforge.report import plots
 from dinoforge.report import run as reports
 from dinoforge.report.live import Live
 from dinoforge.student_teacher import StudentTeacher
+from dinoforge.terminal import patient
 from dinoforge.training import auto, build, explain, loop
 from dinoforge.training import bench as benchmarks
 from dinoforge.training import device as devices
 from dinoforge.training import plan as plans
 from dinoforge.training import replay as replays
+from dinoforge.training.last_step import LastStep
 from dinoforge.training.lock import RunLock
 from dinoforge.training.memory import ways_to_save
 from dinoforge.training.metrics import (
@@ -78,11 +75,12 @@ from dinoforge.training.metrics import (
     duration,
 )
 from dinoforge.training.non_finite import NonFinitePolicy, OverflowAlarm, RollBackError
-from dinoforge.training.out_of_memory import LastStep, out_of_memory_in_words
+from dinoforge.training.out_of_memory import out_of_memory_in_words
 from dinoforge.training.parallel import Parallel, turn_tokens, wrap
 from dinoforge.training.probes import Probes
 from dinoforge.training.run import DataIdentity, RunDirectory
 from dinoforge.training.saver import Saver
+from dinoforge.training.stopping import Interruptible, Stop, StopWaitingError
 
 _LIVE_REPORT_SECONDS = 20.0  # for reading images: training waits
 _TOLD_AT_ONCE = 20  # unreadable images of a step
@@ -135,7 +133,46 @@ def train(
         TrainingError: losses or gradients that stay non-finite; see docs/reliability.md.
         OutOfMemoryError: what the device has does not do; what was done until then is saved if there is one process.
         LostRankError: another rank failed, was killed, or cannot be reached.
+        KeyboardInterrupt: a signal stopped it, after it has saved a checkpoint: what follows in a script does not run.
     """
+    result = _train_here(images, recipe, out, labels, keys, dry_run=dry_run, console=console, is_program=False)
+    if (result.stopped_by or "").startswith("SIG"):
+        raise KeyboardInterrupt(f"{result.stopped_by} at step {result.steps:,}, which is saved in {result.out}")
+    return result
+
+
+def train_as_program(
+    images: Any,
+    recipe: str | Path | Recipe = "small",
+    out: str | Path | None = None,
+    *,
+    labels: str | Path | None = None,
+    dry_run: bool = False,
+    **keys: Any,
+) -> RunResult:
+    """``train`` where this process is ours to end: a second Ctrl-C ends it at once, and a signal is no exception.
+
+    Args:
+        images, recipe, out, labels, dry_run, keys: as for ``train``.
+
+    Raises:
+        As ``train``, but for KeyboardInterrupt.
+    """
+    return _train_here(images, recipe, out, labels, keys, dry_run=dry_run, console=None, is_program=True)
+
+
+def _train_here(
+    images: Any,
+    recipe: str | Path | Recipe,
+    out: str | Path | None,
+    labels: str | Path | None,
+    keys: dict[str, Any],
+    *,
+    dry_run: bool,
+    console: Console | None,
+    is_program: bool,
+) -> RunResult:
+    """``train`` on the device of this rank, with the others if there are any."""
     images, keys = _images_and_keys(images, keys)
     said = _said(recipe, _flat_keys(keys))
     device, patience = devices.rank_device(said["device"]), timedelta(minutes=said["parallel.timeout_minutes"])
@@ -147,7 +184,10 @@ def train(
         if console is None or not distributed.is_first():
             console = Console(quiet=not distributed.is_first())
         try:
-            return _train_together(images, recipe, keys, out, labels, dry_run=dry_run, console=console)
+            with patient(console):
+                return _train_together(
+                    images, recipe, keys, out, labels, dry_run=dry_run, console=console, is_program=is_program
+                )
         except RuntimeError as error:
             if distributed.is_active() and distributed.is_lost_connection(error):
                 raise distributed.lost_rank() from error
@@ -178,6 +218,7 @@ def _train_together(
     *,
     dry_run: bool,
     console: Console,
+    is_program: bool,
 ) -> RunResult:
     """``train`` on the ranks that there are."""
     data_name = str(images) if isinstance(images, str | os.PathLike) else type(images).__name__
@@ -231,7 +272,8 @@ def _train_together(
             distributed.from_first(
                 lambda: run.require_free_or_same(plan.recipe, identity, batch_size=plan.length.batch_size)
             )
-            return _train(plan, source, known.values, run, identity, base, console, lock)
+            stop = Stop(plan.recipe.train.max_minutes, is_program=is_program)
+            return _train(plan, source, known.values, run, identity, base, console, lock, stop)
 
 
 @contextmanager
@@ -276,6 +318,7 @@ def _train(
     base: str,
     console: Console,
     lock: RunLock | None,
+    stop: Stop,
 ) -> RunResult:
     recipe, device = plan.recipe, plan.device
     image = build.image_input(recipe)
@@ -316,7 +359,7 @@ def _train(
             files.append(TensorBoard(run.path / "tensorboard", first_step=first_step))
     say("")
     with (
-        _Stop(limit) as stop,
+        stop,
         Display(console, total_steps=plan.length.steps, first_step=first_step) as display,
         Saver(run, state, plan, image, say) as saver,
     ):
@@ -346,7 +389,8 @@ def _train(
                 try:
                     loop.train(
                         state,
-                        batches,
+                        # Ranks would part if one did not make its step.
+                        batches if distributed.is_active() else Interruptible(batches, stop),
                         plan.schedules,
                         seed=recipe.train.seed,
                         samples_per_step=plan.length.batch_size,
@@ -372,14 +416,12 @@ def _train(
                             written.cut(state.step)
                     for alarm in alarms:
                         alarm.cut()
-                except DataError as error:
-                    if not distributed.is_active():  # otherwise perhaps of one rank, and all save together
-                        saver.finish()  # what was done until then
+                except StopWaitingError:
+                    break
+                except Exception as error:
+                    last_step.save_after(error, saver, say)
                     if isinstance(error, BadImagesError):
                         raise _listed(error, run, state.bad_images, say) from error
-                    raise
-                except (RuntimeError, MemoryError) as error:
-                    last_step.save_after(error, saver, say)
                     raise
                 finally:
                     batches.close()  # ends the workers
@@ -1441,37 +1483,6 @@ def _reading(
 
 def _checkpoint_bytes(plan: plans.Plan) -> float:
     return sum(plan.parameters.values()) * 4 * 4 * 1.05  # student, teacher, two moments
-
-
-class _Stop:
-    """Whether training should stop: on Ctrl-C and other signals, after a time. A second Ctrl-C leaves at once."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self.reason: str | None = None
-        self._deadline = None if minutes is None else time.monotonic() + minutes * 60
-        self._previous: dict[int, Any] = {}
-
-    def __call__(self) -> bool:
-        if self.reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
-            self.reason = "max_minutes"
-        return self.reason is not None
-
-    def __enter__(self) -> "_Stop":
-        if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
-                self._previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.reason is not None and number == signal.SIGINT:
-            for worker in multiprocessing.active_children():  # or else they would complain of being left
-                worker.kill()
-            os._exit(130)  # files are written aside and renamed, so nothing is left half-written
-        self.reason = signal.Signals(number).name
 
 
 def _tell_skipped(run: RunDirectory, say: Callable[[str], object], new: Sequence[Skipped]) -> None:

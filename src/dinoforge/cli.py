@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from dinoforge import __version__
 from dinoforge.errors import DinoforgeError, has_launcher, is_of_one_rank, record_failure
+from dinoforge.terminal import be_patient, leave
 
 if TYPE_CHECKING:
     from dinoforge.features import Skipped
 
 _EXIT_FINDINGS = 1
 _EXIT_CRASH = 1
-_EXIT_SIGNALS = {"SIGINT": 130, "SIGUSR1": 138, "SIGUSR2": 140, "SIGTERM": 143}
+_EXIT_SIGNALS = {"SIGHUP": 129, "SIGINT": 130, "SIGUSR1": 138, "SIGUSR2": 140, "SIGTERM": 143}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,8 +123,11 @@ def _is_rank() -> bool:
 
 def run() -> NoReturn:
     """The program ``dinoforge``."""
+    be_patient()
     if not _is_rank() and not has_launcher():
-        sys.exit(main())
+        code = main()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: an end in peace, without a traceback of its own
+        sys.exit(code)
     try:
         code = main()
     except Exception as error:
@@ -133,9 +137,7 @@ def run() -> NoReturn:
         code = _EXIT_CRASH
     # What libraries do while the interpreter shuts down may wait for ranks that will never come, and gloo's threads,
     # which outlive the process group, may abort the process.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    leave(code)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -446,9 +448,11 @@ def _train(options: argparse.Namespace) -> int:
             restarts=options.restarts,
         )
 
-    from dinoforge.api import train
+    from dinoforge.api import train_as_program
 
-    result = train(options.data, options.recipe, options.out, labels=options.labels, dry_run=options.dry_run, **keys)
+    result = train_as_program(
+        options.data, options.recipe, options.out, labels=options.labels, dry_run=options.dry_run, **keys
+    )
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         return 0  # or else the ranks, which stopped because they were asked to, would be started again
     return _EXIT_SIGNALS.get(result.stopped_by or "", 0)

@@ -14,8 +14,8 @@ from typing import ClassVar
 RECURRING = frozenset({2, 3})
 """Exit codes of what would happen again if the same command were started again."""
 
-STOPPED = frozenset({130, 138, 140, 143})
-"""Exit codes of what a signal has stopped: SIGINT, SIGUSR1, SIGUSR2, SIGTERM."""
+STOPPED = frozenset({129, 130, 138, 140, 143})
+"""Exit codes of what a signal has stopped: SIGHUP, SIGINT, SIGUSR1, SIGUSR2, SIGTERM."""
 
 
 class DinoforgeError(Exception):

@@ -5,6 +5,7 @@
 
 import hashlib
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import ranks
 
 from dinoforge import api, distributed
 from dinoforge.data.batch import Batch
+from dinoforge.training.stopping import Stop
 
 STEPS = 9
 KEYS = {
@@ -54,19 +56,12 @@ def make_images(folder: Path, number: int = 20) -> Path:
     return folder
 
 
-class _StopAfter:
-    """In the place of what notices signals: stops after so many steps, on one rank."""
-
-    reason: str | None = None
+class _StopAfter(Stop):
+    """Stops after so many steps, as if the last rank had got a signal."""
 
     def __init__(self, steps: int) -> None:
+        super().__init__(None, is_program=False)
         self.left = steps
-
-    def __enter__(self) -> "_StopAfter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def __call__(self) -> bool:
         self.left -= 1
@@ -78,17 +73,18 @@ class _StopAfter:
 def go_on(folder: Path, name: str, steps: int, **keys: Any) -> list[list[tuple[int, str, str]]]:
     """Runs some steps of a run; gives what came in each: index, hash of the crops, hash of the masks of each image."""
     seen: list[list[tuple[int, str, str]]] = []
-    prepare, stop = api.prepare, api._Stop
+    prepare, stop = api.prepare, api.Stop
 
     def record(batch: Batch, **given: Any) -> Batch:
         seen.append(list(map(tuple, _identities(batch))))
         return prepare(batch, **given)
 
-    api.prepare, api._Stop = record, lambda minutes: _StopAfter(steps)  # type: ignore[assignment,misc]
+    api.prepare, api.Stop = record, lambda minutes, is_program: _StopAfter(steps)  # type: ignore[assignment,misc]
     try:
-        api.train(folder / "images", out=folder / name, console=Console(quiet=True), **(KEYS | keys))
+        with suppress(KeyboardInterrupt):
+            api.train(folder / "images", out=folder / name, console=Console(quiet=True), **(KEYS | keys))
     finally:
-        api.prepare, api._Stop = prepare, stop  # type: ignore[misc]
+        api.prepare, api.Stop = prepare, stop  # type: ignore[misc]
     return seen
 
 

@@ -10,12 +10,14 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 import cv2
@@ -46,7 +48,8 @@ MAX_ATTEMPTS = 10
 DrawMasks = Callable[[int, tuple[int, int], np.random.Generator], npt.NDArray[np.bool_]]
 """(number of global crops, patch grid (h, w), rng) -> bool [number, h·w]; `masks.batch_masks` with its settings."""
 
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+_STOPS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+STOP_SIGNALS = [getattr(signal, name) for name in _STOPS if hasattr(signal, name)]
 """What stops a run. Schedulers announce the end of a job by SIGTERM, or by a signal of the user's choice."""
 
 _FEISTEL_ROUNDS = 8
@@ -395,6 +398,13 @@ def _start_worker(worker: int, whereabouts: torch.Tensor) -> None:
     info.dataset.on_image = partial(_note, whereabouts, worker)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _not_of_a_closed_connection
+
+
+def _not_of_a_closed_connection(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an error unless it is that the main process takes no more batches, which it does as it stops."""
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _note(whereabouts: torch.Tensor, worker: int, index: int) -> None:

@@ -75,7 +75,7 @@ def train_with(fault: Fault) -> int:
         return train_step(networks, *arguments, **more)
 
     with patch.object(loop, "train_step", faulty_step):
-        api.train(fault.images, "small", fault.out, **dict(map(parse_override, fault.keys)))
+        api.train_as_program(fault.images, "small", fault.out, **dict(map(parse_override, fault.keys)))
     return 0
 
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinoforge.errors import RunError
+from dinoforge.errors import STOPPED, RunError
 
 _TIME_LIMITS = 10_000  # how often a job may reach its time limit; the run itself knows when it is finished
 _SIGNAL_SECONDS = 120  # before the end of its time that a job is told of it
-_STOPPED_BY_SIGNAL = (130, 138, 140, 143)
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Rank:
         # A process of its own, so that signals to the job find submitit here and the run's own handling there.
         while (code := self._process.poll()) is None:
             time.sleep(0.2)
-        if code not in (0, *_STOPPED_BY_SIGNAL):
+        if code not in (0, *STOPPED):
             raise RuntimeError(f"dinoforge ended with exit code {code}: see the log of this task")
         if code == 128 + signal.SIGTERM:
             _queue_again()

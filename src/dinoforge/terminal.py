@@ -1,0 +1,99 @@
+"""Standard output and error that stop nothing: not when nobody reads them any more, nor for a letter that they lack."""
+
+import io
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TextIO, cast
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Patient(io.TextIOBase):
+    """A text stream that never raises: what cannot be written is left out.
+
+    After a pipe is closed, a terminal is gone or a disk is full, later lines are tried again, since a disk may have
+    room by then. Letters that the encoding lacks become ``?``.
+
+    Args:
+        stream: Where to write.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding or "ascii"
+            with suppress(OSError, ValueError):
+                self._stream.write(text.encode(encoding, "replace").decode(encoding))
+        except (OSError, ValueError):  # ValueError: closed
+            pass
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:  # type: ignore[override]
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        try:
+            return self._stream.isatty()
+        except ValueError:
+            return False
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def close(self) -> None:
+        self.flush()  # the stream is not ours to close, and this is called when a Patient is collected
+
+    @property
+    def closed(self) -> bool:
+        return False
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding or "utf-8"
+
+    @property
+    def errors(self) -> str | None:  # type: ignore[override]
+        return getattr(self._stream, "errors", None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)  # such as buffer
+
+
+def be_patient() -> None:
+    """Make this program's standard output and error patient."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed before the program began, or a program without a console on Windows
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        if not isinstance(stream, Patient):
+            setattr(sys, name, Patient(stream))
+
+
+@contextmanager
+def patient(console: "Console") -> Iterator[None]:
+    """Have a console write patiently meanwhile."""
+    before = console.file
+    console.file = cast(IO[str], Patient(cast(TextIO, before)))
+    try:
+        yield
+    finally:
+        console.file = before
+
+
+def leave(code: int) -> NoReturn:
+    """End the program at once with an exit code: no handler of the interpreter's end can print a traceback then."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
