@@ -1,6 +1,7 @@
 """Times the making of crops on one core, beside the plain composition of torchvision and Pillow.
 
     python benchmarks/data.py [--large] [--images FOLDER] [--rounds N] [--json]
+    python benchmarks/data.py --tiff [--rounds N] [--json]
 
 One image becomes 2 crops of 224 and 8 of 98 pixels, from encoded bytes to uint8 tensors. Without --large the images
 are JPEG files of 500 × 375 pixels, with it photos of at least 10 megapixels, for which ours may decode at a reduced
@@ -10,6 +11,9 @@ plasma-workspace-wallpapers installs.
 The plain composition is the reference's: Pillow decodes; each crop goes through torchvision's RandomResizedCrop, flip,
 ColorJitter, RandomGrayscale on PIL images, GaussianBlur, RandomSolarize, and becomes a tensor. Both take turns,
 round by round, on one thread. Ours is timed as training makes batches, masks included. Figures are medians over rounds.
+
+With --tiff, tiles of 512 × 512 pixels and 5 channels of 16 bits are read by `decode`, to uint8 [512, 512, 5], and by
+tifffile's own `imread`, to uint16 in the order of the file; from bytes in memory, in turns, for each layout of a TIFF.
 """
 
 import argparse
@@ -20,9 +24,11 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+import tifffile
 import torch
 from PIL import Image
 from torchvision.transforms import v2
@@ -117,17 +123,93 @@ def parts(images: list[bytes], crops: MultiCrop, *, reduced_decode: bool) -> dic
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def tiffs() -> dict[str, bytes]:
+    """One tile, written in every common way."""
+    rng = np.random.default_rng(0)
+    shapes = [cv2.GaussianBlur(rng.normal(size=(512, 512)), (0, 0), 3) for _ in range(5)]
+    bands = np.stack([6000 + 20000 * shape + rng.normal(0, 30, shape.shape) for shape in shapes])
+    bands = np.clip(bands, 1, 65000).astype(np.uint16)  # [C, H, W]
+    pixels = np.ascontiguousarray(np.moveaxis(bands, 0, -1))  # [H, W, C]
+    contiguous: dict[str, Any] = {"photometric": "minisblack", "planarconfig": "contig"}
+    planar: dict[str, Any] = {"photometric": "minisblack", "planarconfig": "separate"}
+    pages: dict[str, Any] = {"photometric": "minisblack"}
+    # GeoTIFF: the size of a pixel; GDAL's tag for no data.
+    place = {"extratags": [(33550, "d", 3, (10.0, 10.0, 0.0), True), (42113, "s", 0, "0", True)]}
+    empty = bands.copy()
+    empty[:, :40] = 0
+    made: dict[str, tuple[Any, dict[str, Any]]] = {
+        "pixel by pixel": (pixels, contiguous),
+        "in strips of 16 rows": (pixels, contiguous | {"rowsperstrip": 16}),
+        "big-endian": (pixels, contiguous | {"byteorder": ">"}),
+        "GeoTIFF, no data 0": (np.ascontiguousarray(np.moveaxis(empty, 0, -1)), contiguous | place),
+        "band by band": (bands, planar),
+        "GeoTIFF by band, no data 0": (empty, planar | place),
+        "OME-TIFF, CYX": (bands, pages | {"ome": True, "metadata": {"axes": "CYX"}}),
+        "ImageJ, CYX": (bands, pages | {"imagej": True, "metadata": {"axes": "CYX"}}),
+        "pages": (bands, pages | {"metadata": None}),
+        "in tiles of 256": (pixels, contiguous | {"tile": (256, 256)}),
+        "by band, in tiles of 256": (bands, planar | {"tile": (256, 256)}),
+        "deflate": (pixels, contiguous | {"compression": "zlib", "predictor": True, "rowsperstrip": 16}),
+        "LZW": (pixels, contiguous | {"compression": "lzw", "predictor": True, "rowsperstrip": 16}),
+        "zstd, in tiles": (pixels, contiguous | {"compression": "zstd", "tile": (256, 256)}),
+        "OME-TIFF, deflate": (bands, pages | {"ome": True, "metadata": {"axes": "CYX"}, "compression": "zlib"}),
+    }
+    files = {}
+    for name, (values, options) in made.items():
+        buffer = io.BytesIO()
+        tifffile.imwrite(buffer, values, **options)
+        files[name] = buffer.getvalue()
+    return files
+
+
+def tiff_reading(rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of tifffile's read and of ours, by layout, and their ratio: medians over rounds."""
+    results = {}
+    for name, data in tiffs().items():
+        bare_ms, our_ms = [], []
+        for step in range(-2, rounds):  # the first two rounds warm up
+            started = time.perf_counter()
+            tifffile.imread(io.BytesIO(data))
+            read = time.perf_counter()
+            pixels = decode(data, channels=5)
+            done = time.perf_counter()
+            assert pixels.shape == (512, 512, 5)
+            if step >= 0:
+                bare_ms.append(1e3 * (read - started))
+                our_ms.append(1e3 * (done - read))
+        results[name] = {
+            "tifffile_ms": statistics.median(bare_ms),
+            "ms": statistics.median(our_ms),
+            "ratio": statistics.median(b / o for b, o in zip(bare_ms, our_ms, strict=True)),
+        }
+    return results
+
+
+def print_tiffs(results: dict[str, dict[str, float]]) -> None:
+    print("TIFF tiles of 512×512 pixels, 5 channels of 16 bits, one core")
+    print(f"{'':<28}{'tifffile':>12}{'dinoforge':>12}{'times as fast':>16}")
+    for name, one in results.items():
+        print(f"{name:<28}{one['tifffile_ms']:>9.2f} ms{one['ms']:>9.2f} ms{one['ratio']:>16.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", action="store_true", help="photos of 10 megapixels and more, decoded reduced")
     parser.add_argument("--full-decode", action="store_true", help="decode large photos whole nevertheless")
     parser.add_argument("--images", type=Path, default=WALLPAPERS, metavar="FOLDER")
-    parser.add_argument("--rounds", type=int, help="times that each image is taken; default: 10, or 2 with --large")
+    parser.add_argument(
+        "--rounds", type=int, help="times that each image is taken; default: 10; 2 with --large, 101 with --tiff"
+    )
+    parser.add_argument("--tiff", action="store_true", help="time the reading of TIFFs, beside tifffile's own")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     options = parser.parse_args()
 
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    if options.tiff:
+        results = tiff_reading(options.rounds or 101)
+        print(json.dumps(results)) if options.json else print_tiffs(results)
+        return
     pictures = photos(options.images, 8 if options.large else 32)
     if options.large:
         pictures = [p for p in pictures if p.width * p.height >= LARGE_PIXELS]

@@ -29,3 +29,13 @@ def test_one_line_of_json(tmp_path, large):
     assert values["reduced_decode"] == large
     assert values["ratio"] == pytest.approx(values["plain_ms_per_image"] / values["ms_per_image"])
     assert set(values["parts_ms"]) == {"decode", "geometry", "photometry"}
+
+
+def test_tiffs_beside_tifffile():
+    command = [sys.executable, SCRIPT, "--tiff", "--rounds", "3", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    values = json.loads(done.stdout)
+    assert {"pixel by pixel", "band by band", "OME-TIFF, CYX", "deflate"} <= set(values)
+    for one in values.values():
+        assert min(one.values()) > 0
+        assert set(one) == {"tifffile_ms", "ms", "ratio"}

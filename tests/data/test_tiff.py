@@ -14,6 +14,7 @@ import tifffile
 from PIL import Image
 
 from dinoforge.data import tiff as tiffs
+from dinoforge.data import tiff_plain
 from dinoforge.data.decode import channels_said, decode, describe
 from dinoforge.data.looks import look
 from dinoforge.errors import ImageError
@@ -487,9 +488,9 @@ def both_ways(data: bytes, channels: int | None, **rules: Any) -> tuple[Any, Any
     taken = []
 
     def found(short: bool) -> Any:
-        short_way = tiffs._lying
+        short_way = tiff_plain.find
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tiffs, "_lying", lambda *a: (taken.append(short_way(*a)), taken[-1])[1] if short else None)
+            patch.setattr(tiff_plain, "find", lambda *a: (taken.append(short_way(*a)), taken[-1])[1] if short else None)
             try:
                 values = tiffs.read(data, channels=channels, plane=rules.get("plane"), max_pixels=10**7)
                 if values is None:
