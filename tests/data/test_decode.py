@@ -597,3 +597,35 @@ def test_frames_by_their_number() -> None:
         decode(data, channels=1, plane=3)
     with pytest.raises(ImageError, match=r"has 1 plane,.*data\.plane=1"):
         decode(encoded(Image.fromarray(GREY)), channels=1, plane=1)
+
+
+@pytest.mark.parametrize("planar", [False, True])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 70])
+def test_planes_of_any_number_become_channels(channels: int, planar: bool) -> None:
+    values = RNG.integers(0, 65536, (channels, 7, 9), dtype=np.uint16)
+    image = np.moveaxis(values, 0, -1) if planar else np.ascontiguousarray(np.moveaxis(values, 0, -1))
+    levels = decode(image, channels=channels)
+    assert levels.flags.c_contiguous
+    assert np.array_equal(levels, np.rint(np.moveaxis(values, 0, -1) / 257))
+
+
+@pytest.mark.parametrize("planar", [False, True])
+@pytest.mark.parametrize("channels", [1, 2, 5, 13])
+@pytest.mark.parametrize("fill", [0, 9, 255])
+@pytest.mark.parametrize("number", [0, 7, 500.0, 65535, -9999, 1.5, float("inf")])
+def test_no_data_of_16_bits_becomes_the_fill_channel_by_channel(
+    channels: int, planar: bool, fill: int, number: float
+) -> None:
+    values = RNG.integers(0, 2000, (channels, 7, 9), dtype=np.uint16)
+    values[0, :, 3], values[-1, 2], values[0, 5, :4], values[-1, 6, 6] = 0, 65535, 7, 500
+    kept = values.copy()
+    image = np.moveaxis(values, 0, -1) if planar else np.ascontiguousarray(np.moveaxis(values, 0, -1))
+    expected = np.where(values == number, fill, np.rint(values / 257))
+    levels = decode(image, channels=channels, nodata=number, fill=fill)
+    assert np.array_equal(levels, np.moveaxis(expected, 0, -1))
+    assert np.array_equal(values, kept)
+
+
+def test_no_data_of_16_bit_colour_is_where_all_colours_have_it() -> None:
+    values = np.array([[[0, 0, 0], [0, 0, 257], [514, 0, 0]]], np.uint16)
+    assert decode(values, channels=3, nodata=0, fill=200)[0].tolist() == [[200] * 3, [0, 0, 1], [2, 0, 0]]

@@ -480,6 +480,19 @@ def test_a_file_is_let_go_when_it_has_been_read() -> None:
         gc.enable()
 
 
+@pytest.mark.parametrize("layout", [{"byteorder": ">"}, {"bigtiff": True}, {"byteorder": ">", "bigtiff": True}, {}])
+def test_a_mask_is_found_behind_other_pages(layout: dict[str, Any]) -> None:
+    grey = np.full((16, 16), 25700, np.uint16)
+    mask = np.ones((16, 16), np.bool_)
+    mask[:8] = False
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer, **layout) as file:
+        file.write(grey, photometric="minisblack", metadata=None)
+        file.write(grey[::2, ::2], photometric="minisblack", subfiletype=1, metadata=None)
+        file.write(mask, photometric="minisblack", subfiletype=4, metadata=None)
+    assert decode(buffer.getvalue(), channels=1, fill=7)[:, 0, 0].tolist() == [7] * 8 + [100] * 8
+
+
 # Values that lie in the file are viewed without tifffile: the result has to be the same, or the way is not taken.
 
 
