@@ -310,3 +310,34 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("HOME", str(tmp_path))
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     assert len(open_source("~")) == 1
+
+
+@pytest.mark.parametrize(("number", "times", "read"), [(errno.EIO, 3, True), (errno.ESTALE, 1, True), (errno.EIO, 9, False)])
+def test_storage_that_fails_for_a_moment_is_asked_again(tmp_path, monkeypatch, number, times, read) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    source = open_source(tmp_path)
+    whole, slept, failures = Path.read_bytes, [], [OSError(number, os.strerror(number))] * times
+
+    def flaky(path: Path) -> bytes:
+        if failures:
+            raise failures.pop()
+        return whole(path)
+
+    monkeypatch.setattr(Path, "read_bytes", flaky)
+    monkeypatch.setattr("dinoforge.data.sources.time.sleep", slept.append)
+    if read:
+        assert source.item(0).image == whole(tmp_path / "a.png")
+        assert len(slept) == times
+    else:
+        with pytest.raises(ImageError, match=f"cannot be read: {os.strerror(number)}"):
+            source.item(0)
+        assert len(slept) == 3
+
+
+def test_a_file_that_is_gone_is_not_waited_for(tmp_path, monkeypatch) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    source = open_source(tmp_path)
+    (tmp_path / "a.png").unlink()
+    monkeypatch.setattr("dinoforge.data.sources.time.sleep", lambda seconds: pytest.fail("it waited"))
+    with pytest.raises(ImageError, match="No such file"):
+        source.item(0)

@@ -395,7 +395,7 @@ def test_no_space_and_not_writable_are_told_before_work(images, tmp_path, monkey
             dinoforge.train(images, "small", out, **TINY)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(RunError, match="GiB free"):
+    with pytest.raises(RunError, match="MiB free"):
         dinoforge.train(images, "small", tmp_path / "run", **TINY)
 
 

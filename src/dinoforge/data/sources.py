@@ -3,8 +3,10 @@
 A source never holds pixels and never decodes; it is cheap to pickle and cheap to share with worker processes.
 """
 
+import errno
 import hashlib
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -255,14 +257,36 @@ class SequenceSource:
         return digest.hexdigest()
 
 
+_STORAGE = {
+    getattr(errno, name)
+    for name in ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN", "EAGAIN", "EREMOTEIO", "ENETDOWN", "ENETRESET")
+    if hasattr(errno, name)
+}
+"""How storage, such as a network drive, says that it has failed for the moment."""
+
+_PATIENCE = (0.1, 0.5, 2.0)
+"""Seconds before storage that has failed is asked again. An image that is left out changes what a run learns."""
+
+
 def _read_file(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        data = _read_patiently(path)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         raise ImageError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not data:
         raise ImageError("empty file")
     return data
+
+
+def _read_patiently(path: Path) -> bytes:
+    for seconds in _PATIENCE:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            if error.errno not in _STORAGE:
+                raise
+        time.sleep(seconds)
+    return path.read_bytes()
 
 
 def _image_and_label(value: Any) -> tuple[Any, str | None]:

@@ -198,8 +198,8 @@ class RunDirectory:
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise RunError(
-                f"{self.path} has {free / 2**30:.1f} GiB free, and the checkpoints of this run need about "
-                f"{needed / 2**30:.1f} GiB: free some, lower checkpoint.keep_last, or choose another --out"
+                f"{self.path} has {free / 2**20:,.0f} MiB free, and the checkpoints of this run need about "
+                f"{needed / 2**20:,.0f} MiB: free some, lower checkpoint.keep_last, or choose another --out"
             )
 
 
