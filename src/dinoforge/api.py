@@ -36,6 +36,7 @@ from dinoforge.data.loader import Skipped, make_loader
 from dinoforge.data.loader import inspect as look_at_some
 from dinoforge.data.planes import taken_apart
 from dinoforge.data.sources import Source, open_source, printable
+from dinoforge.data.stamps import stamps_of
 from dinoforge.data.survey import MeasuredRange, measure_range
 from dinoforge.data.values import plane_of
 from dinoforge.diagnosis import Finding, diagnose
@@ -333,6 +334,8 @@ def _train(
         state.load_values(checkpoint.load(run.path, saved, state.tensors(), verify=False))
         say(f"\nContinuing at step {state.step:,} of {plan.length.steps:,}.")
     if distributed.is_first():
+        if changed := run.compare_stamps(stamps_of(source)):
+            say(f"note     {changed}")
         run.list_skipped(state.bad_images.skipped.values(), first=True)
         run.record_start(
             recipe,

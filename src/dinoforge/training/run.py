@@ -4,6 +4,7 @@ recipe.yaml           the recipe as resolved
 run.json              data, versions, device, precision, threads; a line for each time it was started
 metrics.jsonl         one line per logged step
 skipped.txt           images that could not be read, each once
+images.tsv            sizes and dates of (some of) the files when the run began
 non_finite/           batches of steps that were skipped since a loss or gradient was not finite
 checkpoints/          everything that continuing needs
 teacher.safetensors   the backbone: EMA weights, official names
@@ -17,7 +18,7 @@ import json
 import platform
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +33,7 @@ from dinoforge import __version__
 from dinoforge.config import FREE_KEYS, Recipe, differences, dump, load_recipe
 from dinoforge.data.loader import DataSummary
 from dinoforge.data.names import in_table, printable
+from dinoforge.data.stamps import Stamp, as_text, from_text, what_changed
 from dinoforge.errors import RunError
 from dinoforge.files import is_stranger, write_text, writing_error
 
@@ -58,6 +60,7 @@ class RunDirectory:
         self.non_finite = path / "non_finite"
         self.best = path / "best.safetensors"
         self.probes = path / "probes.json"
+        self.stamps = path / "images.tsv"
         self._recipe = path / "recipe.yaml"
         self._info = path / "run.json"
         self._summary_lock = threading.Lock()  # a checkpoint's thread writes it, too
@@ -182,6 +185,14 @@ class RunDirectory:
         }
         write_text(self._info, json.dumps(info, indent=2) + "\n")
         write_text(self._recipe, dump(recipe))
+
+    def compare_stamps(self, now: Mapping[str, Stamp]) -> str | None:
+        """Say which files were replaced since the run began; the first time, note what they are."""
+        if self.stamps.exists():
+            return what_changed(from_text(self.stamps.read_text(encoding="utf-8", errors="replace")), now)
+        if now:
+            write_text(self.stamps, as_text(now))
+        return None
 
     def list_skipped(self, images: Iterable[tuple[str, str]], *, first: bool = False) -> None:
         """Appends printable names and reasons to the list of unreadable images; ``first`` starts the list anew."""
