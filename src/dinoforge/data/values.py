@@ -272,13 +272,13 @@ def _by_rows(change: Callable[[npt.NDArray[Any]], Any], values: npt.NDArray[Any]
     height, width, channels = values.shape
     planes = np.moveaxis(values, -1, 0)
     if channels > 1 and planes.flags.c_contiguous:
-        return interleaved([np.asarray(change(plane), np.uint8) for plane in planes])
+        return interleaved(np.asarray(change(planes.reshape(-1, width)), np.uint8).reshape(planes.shape))
     rows = np.ascontiguousarray(values).reshape(height, width * channels)
     return np.asarray(change(rows), np.uint8).reshape(values.shape)
 
 
-def interleaved(planes: Sequence[UInt8]) -> UInt8:
-    """Put planes [H, W] together as [H, W, C].
+def interleaved(planes: UInt8) -> UInt8:
+    """Put planes [C, H, W] together as [H, W, C].
 
     OpenCV has instructions of the processor for up to four planes. More of them go in groups of four, two and one, each
     written as one number of so many bytes; that takes half as long.
@@ -292,7 +292,7 @@ def interleaved(planes: Sequence[UInt8]) -> UInt8:
         number = {4: np.uint32, 2: np.uint16, 1: np.uint8}[together]
         group = cv2.merge(list(planes[start : start + together])) if together > 1 else planes[start]
         where: npt.NDArray[Any] = np.ndarray(planes[0].size, number, pixels, start, (len(planes),))
-        where[:] = np.ascontiguousarray(group).reshape(-1).view(number)
+        where[:] = group.reshape(-1).view(number)
         start += together
     return pixels
 
