@@ -26,8 +26,9 @@ check: $(VENV)/.ready-dev  ## style, types and floors
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-soak: $(VENV)/.ready-dev  ## kill a run 50 times and compare its end with an undisturbed one (about 6 minutes)
+soak: $(VENV)/.ready-dev  ## kill a run 50 times, take another through 60 events, and compare their ends with undisturbed ones
 	$(VENV)/bin/python tests/faults/soak.py --kills 50 --steps 400
+	PYTHONPATH=tests $(VENV)/bin/python tests/faults/chaos.py --events 60
 
 format: $(VENV)/.ready-dev  ## write the code in the common style
 	$(VENV)/bin/ruff check --fix
