@@ -1,6 +1,6 @@
 """A random walk over what befalls runs on real machines, against one run; its end is that of a run left alone.
 
-    python tests/faults/chaos.py --events 60
+    PYTHONPATH=tests python tests/faults/chaos.py --events 60
 
 Each event meets the same run, which the same command then continues: standard output closed, the terminal gone
 (SIGHUP), SIGTERM while it waits for a batch, SIGKILL, a full disk, reads that fail (EIO), a stranger's files, a second
