@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -127,6 +128,18 @@ def test_a_newer_format(saved):
         load_backbone(saved)
 
 
+@pytest.mark.parametrize("length", [640, 1152, 1408, 19280])
+def test_a_header_as_long_as_the_numbers_that_other_files_begin_with(tmp_path, length):
+    """Safetensors begin with that length: 640 reads as the first bytes of a pickle, 19280 as those of an archive."""
+    path = tmp_path / "w.safetensors"
+    save_file({"x": torch.zeros(1)}, path, metadata={"padding": ""})
+    plain = int.from_bytes(path.read_bytes()[:8], "little")
+    save_file({"x": torch.zeros(1)}, path, metadata={"padding": " " * (length - plain)})
+    assert int.from_bytes(path.read_bytes()[:8], "little") == length
+    with pytest.raises(WeightsError, match=r"not a DINOv2 backbone.*it has x"):  # it was read
+        load_backbone(path)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.2, 0.9, 0.999])
 def test_a_truncated_file(saved, share):
     data = saved.read_bytes()
@@ -191,6 +204,15 @@ def test_weights_that_do_not_fit_the_header(saved, change, named):
         {"step": None},
         {"image": None},
         {"architecture": None},
+        {"architecture": json.dumps(ARCHITECTURE | {"in_chans": 3})},
+        {"image": json.dumps(asdict(IMAGE) | {"in_chans": 3})},
+        {"image": json.dumps(asdict(IMAGE) | {"mean": []})},
+        {"image": json.dumps(asdict(IMAGE) | {"std": [0.5, 0.5, 0.5]})},
+        {"image": json.dumps(asdict(IMAGE) | {"std": [0.5, 0.0]})},
+        {"image": json.dumps(asdict(IMAGE) | {"mean": [0.5, float("nan")]})},
+        {"image": json.dumps(asdict(IMAGE) | {"size": 18})},
+        {"image": json.dumps(asdict(IMAGE) | {"size": 0})},
+        {"image": json.dumps(asdict(IMAGE) | {"sixteen_bit": "some"})},
     ],
 )
 def test_a_header_that_does_not_fit(saved, change):

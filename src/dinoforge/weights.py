@@ -1,9 +1,12 @@
 """Backbones as files: safetensors with official parameter names and everything needed to use them."""
 
+import argparse
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -18,7 +21,8 @@ from dinoforge.data.sources import RawImage
 from dinoforge.data.values import Decoding, pairs_of, plane_of
 from dinoforge.errors import ImageError, WeightsError
 from dinoforge.files import save_tensors, write_atomically
-from dinoforge.models.layouts import architecture_of, misfits, official_names
+from dinoforge.models.foreign_configs import arguments_of, hold, image_rule, is_timm, timm_image_rule
+from dinoforge.models.layouts import architecture_of, described, listed, misfits, official_names
 from dinoforge.models.vit import Tokens, VisionTransformer
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -177,53 +181,121 @@ def load_backbone(path: Path, given: Mapping[str, Any] | None = None) -> Backbon
             what is given.
     """
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in (given or {}).items()}
-    if path.is_dir():
-        return _load_folder(path, given)
-    header, state = _read(path)
+    file = _file_of_folder(path) if path.is_dir() else path
+    header, state = _read_sharded(file) if file.name in _INDICES else _read(file)
     if "format" in header and header["format"].startswith("dinoforge-backbone"):
-        return _load_own(path, header, state, given)
-    return _load_foreign(path, state, given)
-
-
-def _load_folder(path: Path, given: Mapping[str, Any]) -> Backbone:
-    names = ("model.safetensors", "pytorch_model.bin")
-    file = next((path / name for name in names if (path / name).is_file()), None)
-    if file is None:
-        raise WeightsError(
-            f"{path} has no teacher.safetensors, which a run writes with its first checkpoint, and no "
-            f"{' or '.join(names)}, as Hugging Face's folders have"
-        )
-    known: dict[str, Any] = {}
-    if (path / "config.json").is_file():
-        try:
-            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-            known["num_heads"] = int(config["num_attention_heads"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WeightsError(f"{path / 'config.json'} is no configuration of a Dinov2 model: {error}") from error
-    if (path / "preprocessor_config.json").is_file():
-        try:
-            config = json.loads((path / "preprocessor_config.json").read_text(encoding="utf-8"))
-            known |= {key: tuple(map(float, config[f"image_{key}"])) for key in ("mean", "std")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WeightsError(
-                f"{path / 'preprocessor_config.json'} does not say image_mean and image_std: {error}"
-            ) from error
-    heads = known.get("num_heads")
+        return _load_own(file, header, state, given)
+    # Weights of this name have a configuration beside them, which says what tensors cannot.
+    beside = _beside(file, asked=path.is_dir()) if file.name in _FILES else _Beside()
+    heads = beside.known.get("num_heads")
     if heads is not None and given.get("num_heads", heads) != heads:
         raise WeightsError(
-            f"{path / 'config.json'} says num_heads={heads}, not {given['num_heads']}: what a file says cannot be "
+            f"{file.with_name(_CONFIG)} says num_heads={heads}, not {given['num_heads']}: what a file says cannot be "
             "given otherwise"
         )
-    _, state = _read(file)
-    return _load_foreign(file, state, known | dict(given))
+    return _load_foreign(file, state, given, beside)
+
+
+# Weights of a Hugging Face folder; transformers takes the first that is there.
+_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_INDICES = _FILES[1::2]  # of weights in several files
+_CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
+
+
+def _file_of_folder(path: Path) -> Path:
+    file = next((path / name for name in _FILES if (path / name).is_file()), None)
+    if file is None:
+        there = sorted(each.name for each in path.iterdir())
+        raise WeightsError(
+            f"{path} has no teacher.safetensors, which a run writes with its first checkpoint, and no "
+            f"{' or '.join(_FILES)}, as Hugging Face's folders have; it has {listed(there) if there else 'no files'}"
+        )
+    return file
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What lies beside the weights of another library."""
+
+    config: Mapping[str, Any] | None = None  # of transformers or timm
+    images: Mapping[str, Any] | None = None  # how transformers makes them
+    known: Mapping[str, Any] = field(default_factory=dict)  # that tensors cannot say
+    notes: tuple[str, ...] = ()
+
+
+def _beside(file: Path, *, asked: bool) -> _Beside:
+    """Reads the configuration beside a file.
+
+    Args:
+        file: the weights.
+        asked: whether the folder was asked for, so that what is in it belongs to them.
+    """
+    path, preprocessor = file.with_name(_CONFIG), file.with_name(_PREPROCESSOR)
+    images = _json(preprocessor) if preprocessor.is_file() else None
+    if not path.is_file():
+        return _Beside(
+            images=images,
+            notes=("no config.json beside the weights: assumed are the exact GELU and an epsilon of 1e-06",),
+        )
+    config = _json(path)
+    if not asked and not {"model_type", "architectures", "architecture", "hidden_size"} & set(config):
+        return _Beside(notes=(f"{path} describes no model and is not read",))
+    try:
+        known = arguments_of(config)
+        if is_timm(config):
+            known, images = known | timm_image_rule(config), None
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    return _Beside(config, images, known)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is not readable as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path}: expected an object with keys, got {described(config)}")
+    return config
+
+
+def _read_sharded(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """The tensors of all files that an index names, each from the file that it says."""
+    shards = _json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise WeightsError(
+            f"{index}: expected weight_map, which names the file of each tensor, got {described(shards)}"
+        )
+    names = sorted(set(shards.values()))
+    # By name, not by where links lead: Hugging Face's cache is a folder of links.
+    if outside := [name for name in names if _leads_out(name)]:
+        raise WeightsError(f"{index} names files outside its folder: {listed(outside)}. They are not read")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise WeightsError(
+            f"{index} names {len(names)} files, of which {len(missing)} are not there: {listed(missing)}. Get them too"
+        )
+    state: dict[str, Any] = {}
+    for name in names:
+        _, tensors = _read(index.parent / name)
+        state |= {key: value for key, value in tensors.items() if shards.get(key) == name}
+    if absent := [f"{key} in {shard}" for key, shard in shards.items() if key not in state]:
+        raise WeightsError(f"{index} names tensors that are not there: {listed(absent)}. Get these files again")
+    return {}, state
+
+
+def _leads_out(name: str) -> bool:
+    """Whether a path leads out of its folder, by the rules of either kind of system."""
+    windows, posix = PureWindowsPath(name), PurePosixPath(name)
+    return bool(windows.drive or windows.root or posix.root or ".." in windows.parts or ".." in posix.parts)
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Header and contents of a safetensors or PyTorch file."""
     try:
         with path.open("rb") as opened:
-            start = opened.read(2)
-        if start in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):  # zip archive, pickle
+            start = opened.read(9)
+        # Safetensors begin with the length of their header, which may be the numbers that other files begin with.
+        if start[8:] != b"{" and (start.startswith(b"PK") or start[:1] == b"\x80"):  # zip archive, pickle
             return {}, _read_pickle(path)
         with safe_open(path, framework="pt") as file:
             header: dict[str, str] = file.metadata() or {}
@@ -236,14 +308,22 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 def _read_pickle(path: Path) -> dict[str, Any]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # A Namespace, in which DINO's checkpoints keep their arguments, is a bag of values: making one runs no code
+        # that a file could choose, and what is in it has to be allowed by itself.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever damaged bytes make it stumble over
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = (
+            f"holds more than tensors and plain values, {named[1]}, and could run code"
+            if named
+            else "is damaged, or holds more than tensors and plain values and could run code"
+        )
         raise WeightsError(
-            f"{path} is damaged, or holds more than tensors and plain values and could run code "
-            f"({type(error).__name__}): nothing of it was run. Save the state dict alone"
+            f"{path} {what} ({type(error).__name__}): nothing of it was run. Save the state dict alone"
         ) from error
     if not isinstance(state, dict):
-        raise WeightsError(f"{path}: expected a dictionary of tensors, got {type(state).__name__}")
+        raise WeightsError(f"{path}: expected a dictionary of tensors, got {described(state)}")
     return state
 
 
@@ -255,6 +335,7 @@ def _load_own(path: Path, header: Mapping[str, str], tensors: dict[str, Any], gi
         said = dict(json.loads(header["image"]))
         image = ImageInput(**said | {key: tuple(said[key]) for key in ("mean", "std", "range") if said.get(key)})
         network = _network(path, architecture, tensors)
+        _check_image(image, network)
         metadata = json.loads(header.get("metadata", "{}"))
         backbone = Backbone(network, architecture, image, int(header["step"]), metadata=metadata)
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
@@ -265,13 +346,42 @@ def _load_own(path: Path, header: Mapping[str, str], tensors: dict[str, Any], gi
     return backbone
 
 
-def _load_foreign(path: Path, state: dict[str, Any], given: Mapping[str, Any]) -> Backbone:
+def _check_image(image: ImageInput, network: VisionTransformer) -> None:
+    """Raises ValueError where a header says what no image for this network can be made by."""
+    chans, patch = network.in_chans, network.patch_size
+    if image.in_chans != chans or not {len(image.mean), len(image.std)} <= {1, chans}:
+        raise ValueError(
+            f"images of {image.in_chans} channels with {len(image.mean)} means and {len(image.std)} deviations, for "
+            f"weights of {chans} channels"
+        )
+    if not all(map(math.isfinite, image.mean)) or not all(0 < std < math.inf for std in image.std):
+        raise ValueError(f"mean={image.mean}, std={image.std}: expected numbers, std above 0")
+    if image.size < 1 or image.size % patch:
+        raise ValueError(f"images of {image.size} pixels: expected a multiple of the patch, {patch}")
+    if image.sixteen_bit not in ("full", "minmax"):
+        raise ValueError(f"sixteen_bit={image.sixteen_bit!r}: expected 'full' or 'minmax'")
+
+
+def _load_foreign(path: Path, state: dict[str, Any], given: Mapping[str, Any], beside: _Beside) -> Backbone:
+    """Weights of another library; ``given`` wins over what lies beside them."""
+    given = {**beside.known, **given}
     try:
         tensors, notes = official_names(state)
         sizes = {key: value for key, value in given.items() if key not in IMAGE_KEYS}
         architecture, assumed = architecture_of(tensors, sizes)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
+    notes = [*beside.notes, *notes]
+    said_by = _CONFIG
+    try:
+        if beside.config is not None:
+            notes += hold(beside.config, architecture, tensors)
+        said_by = _PREPROCESSOR
+        if beside.images is not None:
+            rule, other = image_rule(beside.images, architecture["image_size"])
+            given, notes = {**rule, **given}, [*notes, *other]
+    except WeightsError as error:
+        raise WeightsError(f"{path.with_name(said_by)}: {error}") from error
     try:
         network = _network(path, architecture, {name: t.float() for name, t in tensors.items()})
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:

@@ -13,6 +13,23 @@ from dinoforge.models.vit import SIZES
 
 # Wrappers that training engines leave in names.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
+# Keys of checkpoints under which the weights' moving average lies, and those of what may be either or is not averaged.
+_AVERAGED = (
+    "teacher",
+    "ema",
+    "model_ema",
+    "state_dict_ema",
+    "ema_state_dict",
+    "ema_model",
+    "teacher_state_dict",
+    "target_encoder",
+    "shadow",
+)
+_OTHER = ("student_teacher", "model", "state_dict", "model_state_dict", "module", "student")
+# The same of names within one state dict; "network." is that of dinoforge.load's module.
+_AVERAGED_PREFIXES = ("teacher.", "teacher_backbone.", "ema_model.", "model_ema.", "ema.", "target_encoder.")
+_OTHER_PREFIXES = ("student.", "student_backbone.", "model.", "backbone.", "network.")
+_NESTED = 5  # levels of either
 # Parts of a checkpoint that are no backbone.
 _HEADS = re.compile(
     r"(?:dino_head|ibot_head|head|classifier|dino_loss|ibot_patch_loss|dino_center|ibot_center)(?:\.|$)"
@@ -40,24 +57,16 @@ _HUGGING_FACE = (
 def official_names(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
     """The backbone's tensors under official names, and what was done to them, in words.
 
-    Known are official backbones and training checkpoints (the teacher is taken; chunked blocks, FSDP's prefixes),
-    timm's and Hugging Face's.
+    Known are official backbones and training checkpoints (chunked blocks, FSDP's prefixes), timm's and Hugging Face's.
+    Of a checkpoint with both, the weights' moving average (teacher, EMA) is taken.
 
     Raises:
-        WeightsError: two entries for one parameter, or no tensors.
+        WeightsError: two entries for one parameter, tensors that are no floating-point numbers, or no tensors.
     """
     notes: list[str] = []
-    for key in ("student_teacher", "model", "state_dict", "teacher"):
-        if isinstance(inner := state.get(key), Mapping):
-            notes.append(f"taken from the key {key!r}")
-            state = inner
-    named = {_WRAPPERS.sub("", name): t for name, t in state.items() if isinstance(t, Tensor)}
-    for prefix in ("teacher.", "backbone.", "network."):  # the last is that of dinoforge.load's module
-        if any(name.startswith(prefix) for name in named):
-            rest = [name for name in named if not name.startswith(prefix)]
-            named = {name.removeprefix(prefix): t for name, t in named.items() if name.startswith(prefix)}
-            if rest:
-                notes.append(f"left out, not below {prefix!r}: {listed(rest)}")
+    state = _state_dict(state, notes)
+    named = {_WRAPPERS.sub("", name): t for name, t in state.items() if isinstance(name, str) and isinstance(t, Tensor)}
+    named = _below_prefixes(named, notes)
     if any("patch_embeddings." in name for name in named):
         named = _from_hugging_face(named)
         notes.append("Hugging Face's layout")
@@ -75,8 +84,59 @@ def official_names(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[st
             raise WeightsError(f"two entries for {official}: the blocks are numbered twice")
         result[official] = tensor
     if not result:
-        raise WeightsError("no tensors in it: expected the weights of a vision transformer")
+        raise WeightsError(f"no tensors in it: expected the weights of a vision transformer, got {described(state)}")
+    if wrong := [name for name, tensor in result.items() if not tensor.is_floating_point()]:
+        kinds = sorted({str(result[name].dtype).removeprefix("torch.") for name in wrong})
+        raise WeightsError(
+            f"tensors of {', '.join(kinds)}: {listed(wrong)}. Expected floating-point numbers; let the library "
+            "that quantised these weights put them back into such"
+        )
     return _from_timm(result, notes), notes
+
+
+def _state_dict(state: Mapping[Any, Any], notes: list[str]) -> Mapping[Any, Any]:
+    """The state dict within a checkpoint: that of the moving average if there is one."""
+    for _ in range(_NESTED):
+        there = [key for key, value in state.items() if isinstance(value, Mapping) and _has_tensors(value)]
+        key = next((key for key in (*_AVERAGED, *_OTHER) if key in there), None)
+        if key is None:
+            break
+        averaged = ", the moving average" if key in _AVERAGED else ""
+        others = [str(other) for other in state if other != key]
+        beside = f"; left out beside it: {listed(others)}" if others else ""
+        raw = [f"{other!r} ({type(state[other]).__name__})" for other in _AVERAGED if other in state]
+        if key == "student":
+            beside += ". These are the raw weights: there is no teacher in it"
+        elif not averaged and raw:
+            beside += f". {', '.join(raw)} holds no tensors by name, so these may be the raw weights"
+        notes.append(f"taken from the key {key!r}{averaged}{beside}")
+        state = state[key]
+    return state
+
+
+def _below_prefixes(named: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """The tensors of one network among several whose names have prefixes: of the moving average if there is one."""
+    for _ in range(_NESTED):
+        prefixes = (*_AVERAGED_PREFIXES, *_OTHER_PREFIXES)
+        prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in named)), None)
+        if prefix is None:
+            break
+        rest = [name for name in named if not name.startswith(prefix)]
+        named = {name.removeprefix(prefix): t for name, t in named.items() if name.startswith(prefix)}
+        averaged = ", the moving average" if prefix in _AVERAGED_PREFIXES else ""
+        if prefix.startswith("student"):
+            notes.append(f"taken from below {prefix!r}, the raw weights: there is no teacher in it")
+        if rest:
+            notes.append(f"left out, not below {prefix!r}{averaged}: {listed(rest)}")
+    return named
+
+
+def _has_tensors(value: Mapping[Any, Any], depth: int = 3) -> bool:
+    """Whether a nested mapping holds any; a file may nest it without end."""
+    return any(
+        isinstance(each, Tensor) or (depth > 0 and isinstance(each, Mapping) and _has_tensors(each, depth - 1))
+        for each in value.values()
+    )
 
 
 def _from_hugging_face(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -145,7 +205,12 @@ def architecture_of(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> 
     side = math.isqrt(max(positions, 0))
     if patch != width or side == 0 or side * side != positions:
         raise WeightsError(f"patches of {patch} × {width} on {positions} positions: expected squares")
-    numbers = [int(m[1]) for name in shapes if (m := re.match(r"blocks\.(\d+)\.", name))]
+    numbers = sorted({int(m[1]) for name in shapes if (m := re.match(r"blocks\.(\d+)\.", name))})
+    if gaps := [str(i) for i, number in enumerate(numbers) if number != i]:
+        raise WeightsError(
+            f"part of the weights is missing: there are blocks {numbers[0]} to {numbers[-1]}, but only {len(numbers)} "
+            f"of them; the first that is not there is {gaps[0]}"
+        )
     swiglu = "blocks.0.mlp.w3.weight" in shapes
     feed_forward = shapes.get(f"blocks.0.mlp.{'w3' if swiglu else 'fc2'}.weight")
     if feed_forward is None or len(feed_forward) != 2:
@@ -189,16 +254,30 @@ def architecture_of(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> 
 
 
 def misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """What of ``tensors`` does not fit a state dict: missing, unexpected and otherwise shaped entries, in words."""
-    return [
-        *(f"missing {name}" for name in expected if name not in tensors),
-        *(f"unexpected {name}" for name in tensors if name not in expected),
-        *(
+    """What of ``tensors`` does not fit a state dict: missing, unexpected and otherwise shaped entries, in words.
+
+    The first few of each kind, and how many more there are.
+    """
+    kinds = (
+        [f"missing {name}" for name in expected if name not in tensors],
+        [f"unexpected {name}" for name in tensors if name not in expected],
+        [
             f"{name} has shape {list(tensors[name].shape)}, expected {list(t.shape)}"
             for name, t in expected.items()
             if name in tensors and tensors[name].shape != t.shape
-        ),
-    ]
+        ],
+    )
+    return [listed(kind) for kind in kinds if kind]
+
+
+def described(value: Any) -> str:
+    """The type of something that is no state dict, and the first few of its keys, for a refusal."""
+    kind = type(value).__name__
+    if not isinstance(value, Mapping):
+        return f"a {kind} of {len(value)}" if isinstance(value, list | tuple) else f"a {kind}"
+    if not value:
+        return f"an empty {kind}"
+    return f"a {kind} with the keys {listed([f'{key!s:.60} ({type(each).__name__})' for key, each in value.items()])}"
 
 
 def listed(names: list[str]) -> str:
