@@ -85,7 +85,7 @@ def test_errors_have_exit_codes_of_their_own(error, code, monkeypatch, capsys):
     def train(*given, **named):
         raise error
 
-    monkeypatch.setattr("dinoforge.api.train", train)
+    monkeypatch.setattr("dinoforge.api.train_as_program", train)
     assert main(["train", "photos"]) == code
     assert capsys.readouterr().err == "error: no\n"
 
@@ -107,7 +107,7 @@ def test_a_crash_of_a_rank_is_told_before_it_leaves(tmp_path):
         "from dinoforge import api, cli\n"
         "threading.Thread(target=threading.Event().wait).start()\n"
         "def train(*given, **named): raise ZeroDivisionError('a bug')\n"
-        "api.train = train\n"
+        "api.train_as_program = train\n"
         "sys.argv = ['dinoforge', 'train', 'photos']\n"
         "cli.run()"
     )

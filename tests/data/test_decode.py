@@ -629,3 +629,26 @@ def test_no_data_of_16_bits_becomes_the_fill_channel_by_channel(
 def test_no_data_of_16_bit_colour_is_where_all_colours_have_it() -> None:
     values = np.array([[[0, 0, 0], [0, 0, 257], [514, 0, 0]]], np.uint16)
     assert decode(values, channels=3, nodata=0, fill=200)[0].tolist() == [[200] * 3, [0, 0, 1], [2, 0, 0]]
+
+
+def test_what_a_masked_array_masks_is_no_data() -> None:
+    """As rasterio reads with masked=True."""
+    values = np.array([[[10, 20], [30, 40]], [[50, 60], [70, 80]]], np.uint8)
+    mask = np.array([[[True, False], [False, False]], [[False, True], [True, True]]])
+    masked = np.ma.MaskedArray(values, mask)
+    assert decode(masked, channels=2, fill=9).tolist() == [[[9, 20], [30, 40]], [[50, 9], [9, 9]]]
+    assert values.tolist()[0][0] == [10, 20]
+    deep = np.ma.masked_less(np.array([[100, 65535], [0, 32896]], np.uint16), 50)
+    assert decode(deep, channels=1, fill=7)[:, :, 0].tolist() == [[0, 255], [7, 128]]
+    assert decode(deep, channels=1, sixteen_bit="minmax", fill=7)[:, :, 0].tolist() == [[0, 255], [7, 128]]
+    three = np.ma.MaskedArray(np.full((1, 2, 3), 100, np.uint8), [[[0, 0, 0], [1, 1, 1]]])
+    assert decode(three, channels=1, fill=255)[:, :, 0].tolist() == [[100, 255]]
+    assert decode(np.ma.MaskedArray(values), channels=2).tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("channels", [3, 13])
+def test_arrays_with_their_channels_first_are_told_so(channels: int) -> None:
+    array = np.zeros((channels, 20, 30), np.uint8)
+    with pytest.raises(ImageError, match=rf"30 channels by its last axis, but {channels} by its first: give arrays as"):
+        decode(array, channels=channels)
+    assert decode(torch.from_numpy(array), channels=channels).shape == (20, 30, channels)

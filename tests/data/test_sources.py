@@ -312,7 +312,9 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(open_source("~")) == 1
 
 
-@pytest.mark.parametrize(("number", "times", "read"), [(errno.EIO, 3, True), (errno.ESTALE, 1, True), (errno.EIO, 9, False)])
+@pytest.mark.parametrize(
+    ("number", "times", "read"), [(errno.EIO, 3, True), (errno.ESTALE, 1, True), (errno.EIO, 9, False)]
+)
 def test_storage_that_fails_for_a_moment_is_asked_again(tmp_path, monkeypatch, number, times, read) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     source = open_source(tmp_path)

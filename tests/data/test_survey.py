@@ -150,3 +150,13 @@ def test_ranges_of_channels(tmp_path):
     tifffile.imwrite(tmp_path / "images" / "a.tif", values, photometric="minisblack", planarconfig="contig")
     data = FolderSource(tmp_path / "images").item(0).image
     assert decode(data, channels=2, **decoding)[0, 0].tolist() == [128, 128]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 255, (0, 255)), (3, 200, (0, 255)), (0, 1, None), (0, 300, (0, 315)), (0, 100, (0, 105))],
+)
+def test_floats_that_are_levels_of_eight_bits_stay_levels(low, high, expected):
+    ramp = np.linspace(low, high, 4096, dtype=np.float32).reshape(64, 64)
+    found = measure_range(SequenceSource([ramp] * 8))
+    assert expected == (None if found is None else (found.low, round(found.high)))

@@ -18,7 +18,8 @@ Transparency (alpha, colour keys, transparent palette entries) with ``channels``
 as viewers show it. An alpha channel that is 0 everywhere carries no picture and is dropped. In TIFF, and in JPEG 2000,
 nothing is laid over white: there the last of four bands is as often infrared.
 
-No data: NaN, the file's own tag or mask, the number `nodata`. It becomes the level `fill` and counts in no range.
+No data: NaN, the file's own tag or mask, the mask of a masked array, the number `nodata`. It becomes the level `fill`
+and counts in no range.
 
 Depth: 8-bit values are not rescaled. Deeper ones are, by the rule `sixteen_bit`:
 - ``full``: integers 0…65535 become round(value / 257), so 65535 → 255; a file that says that it has 12 bits has 4095 →
@@ -107,9 +108,9 @@ def decode(
         with _reading(max_pixels):
             pixels = _decode_picture(image, channels, scaling, max_pixels, reduction, plane)
     else:
-        values = _as_array(image)
-        check_size(values.shape[1], values.shape[0], max_pixels)
-        pixels = _finish(Samples(values, colour=3 if values.shape[2] == 3 else 0), channels, scaling)
+        samples = _of_array(image)
+        check_size(samples.values.shape[1], samples.values.shape[0], max_pixels)
+        pixels = _finish(samples, channels, scaling)
     return np.require(pixels, requirements=["C", "W"])
 
 
@@ -168,7 +169,7 @@ def raw(
     if isinstance(image, Image.Image):
         image = _file_behind(image)
     if not isinstance(image, bytes | Image.Image):
-        return Samples(_as_array(image))
+        return _of_array(image)
     with _reading(max_pixels, image if isinstance(image, bytes) else b""):
         found = _read(image, channels, plane, max_pixels) if isinstance(image, bytes) else image
         if isinstance(found, Samples):
@@ -380,6 +381,11 @@ def _finish(samples: Samples, channels: int | None, scaling: Scaling) -> UInt8:
         to_grey = channels == 1 and count == 3 and samples.colour == 3
         if not (to_colour or to_grey or (samples.alpha and channels in (1, 3))):
             what = f"{have} channel{'s' * (have != 1)}"
+            if not samples.kind and samples.values.shape[0] == channels:
+                raise ImageError(
+                    f"has {what} by its last axis, but {channels} by its first: give arrays as [H, W, C], or tensors "
+                    "as [C, H, W]"
+                )
             raise ImageError(
                 f"has {what}{f' ({samples.kind})' * bool(samples.kind)}, expected {channels}: the recipe has to say "
                 f"student.in_chans={have}"
@@ -474,6 +480,16 @@ def _reading(max_pixels: int | None, data: bytes = b"") -> Iterator[None]:
         raise ImageError(f"damaged or unsupported: {str(error).splitlines()[0] if str(error) else error!r}") from error
     finally:
         Image.MAX_IMAGE_PIXELS = pillow_limit
+
+
+def _of_array(image: npt.NDArray[np.generic] | torch.Tensor) -> Samples:
+    """The values of an array or tensor; where a masked array, as rasterio gives, is masked there is no data."""
+    values = _as_array(image)
+    valid = None
+    if isinstance(values, np.ma.MaskedArray):
+        valid = None if values.mask is np.ma.nomask else ~np.ma.getmaskarray(values)
+        values = np.asarray(values.data)
+    return Samples(values, colour=3 if values.shape[2] == 3 else 0, valid=valid)
 
 
 def _as_array(image: npt.NDArray[np.generic] | torch.Tensor) -> npt.NDArray[np.generic]:

@@ -135,6 +135,8 @@ def _of_integers(low: float, high: float) -> tuple[float, float] | None:
 def _of_floats(low: float, high: float) -> tuple[float, float] | None:
     if low >= 0 and high <= 1 and high - low >= 0.25:
         return None
+    if low >= 0 and 128 <= high <= 255:  # levels of 8 bits that a program has made floats of
+        return 0.0, 255.0
     return _widened(low, high)
 
 

@@ -41,7 +41,7 @@ class Samples:
         colour: How many leading channels are a picture: 3 for RGB, 1 for grey with something beside it, 0: any bands.
         alpha: Whether the last channel is transparency over which viewers show white.
         nodata: Values that stand for no data.
-        valid: [H, W], False where the file's own mask says that there is no data; None: everywhere valid.
+        valid: [H, W] or [H, W, C], False where a mask says that there is no data; None: everywhere valid.
         kind: Type and number of channels and what else was found, such as ``uint16 x5, GeoTIFF``.
     """
 
@@ -55,7 +55,8 @@ class Samples:
 
     def take(self, channels: int) -> "Samples":
         """The same with its leading channels alone."""
-        return replace(self, values=self.values[:, :, :channels], alpha=False)
+        valid = self.valid if self.valid is None or self.valid.ndim == 2 else self.valid[:, :, :channels]
+        return replace(self, values=self.values[:, :, :channels], valid=valid, alpha=False)
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def missing(samples: Samples, nodata: float | None = None) -> Bool | None:
     values = samples.values
     gone: Bool | None = None
     if samples.valid is not None:
-        gone = ~samples.valid[:, :, np.newaxis]
+        gone = ~(samples.valid if samples.valid.ndim == 3 else samples.valid[:, :, np.newaxis])
     if values.dtype.kind == "f":
         nan = np.isnan(values)
         if nan.any():
