@@ -10,7 +10,8 @@ import pytest
 
 import dinoforge
 from dinoforge.cli import main
-from dinoforge.errors import LAUNCHER, DataError, LostRankError, OutOfMemoryError, RecipeError, WorkerError
+from dinoforge.errors import LAUNCHER, DataError, LostRankError, OutOfMemoryError, RecipeError, RunError, WorkerError
+from dinoforge.training.lock import RunLock
 
 SMALL = (
     "student.embed_dim=48 student.depth=2 student.num_heads=2 student.patch_size=8 student.in_chans=1 data.mean=0.5 "
@@ -237,3 +238,25 @@ def test_the_nearest_sizes_are_named(run, classes, tmp_path, capsys):
     assert "the nearest that is, is 40 × 48" in capsys.readouterr().err
     assert main(["train", str(classes), "--dry-run", *SMALL, "train.batch_size=3200"]) == 2
     assert "set train.batch_size to" in capsys.readouterr().err
+
+
+def test_an_evaluation_of_a_run_that_one_may_only_read_is_not_lost(classes, run, monkeypatch, capsys):
+    def refuse(self, values):
+        raise RunError(f"cannot write {self.summary} (Permission denied): choose another place with --out")
+
+    monkeypatch.setattr("dinoforge.training.run.RunDirectory.write_summary", refuse)
+    assert main(["eval", "knn", str(run), "--data", str(classes), "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["knn"]["trained"]["mean"] >= 0
+    assert "summary  not written: cannot write" in said.err
+
+
+def test_a_second_start_of_the_same_command_is_refused(run, classes, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    with RunLock(out, print):
+        assert main(["train", str(classes), "--out", str(out), *SMALL]) == 2
+    assert f"is written by process {os.getpid()}" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == []
+    assert main(["train", str(classes), "--out", str(out), *SMALL]) == 0
+    assert not (out / ".lock").exists()
