@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code.
 
     0 done; 1 doctor found something, or a data worker died; 2 a user's error; 3 out of memory; 4 another rank is gone;
-    130, 138, 140 or 143 stopped by a signal.
+    129, 130, 138, 140 or 143 stopped by a signal.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
