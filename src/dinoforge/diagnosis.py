@@ -15,6 +15,7 @@ from typing import Any
 Line = Mapping[str, float | None]
 
 LINES = 3  # logged lines in a row that a sign must hold
+FEW_IMAGES = 8  # with fewer measured at once, what their features have in common passes for a collapse
 MAX_UPDATE = 0.015  # a step moves the backbone by that share of its length; healthy: at most 0.0035
 MIN_UPDATE = 5e-5  # at the peak of the learning rate; healthy: at least 0.0028
 UNIFORM_ENTROPY = 0.98  # share of log K; healthy: at most 0.95
@@ -105,25 +106,44 @@ class Watch:
             total = self.recipe["optim.epochs"] * self.recipe["train.OFFICIAL_EPOCH_LENGTH"]
         return step >= (steps if total is None else share * total)
 
+    def _is_telling(self) -> bool:
+        """Whether enough images are measured at once to say what differs between them.
+
+        They are those of a micro-batch, so accumulation makes them no more. Of one image the effective rank is 1, of
+        two with a cosine of 0.95 it is below 1.5, and both crops of one image may well have one prototype.
+        """
+        return int(self.recipe["train.batch_size_per_gpu"]) >= FEW_IMAGES
+
     def _loss(self, line: Line) -> str:
         """Which loss's targets to look at: those of the cls tokens, where there are some."""
         return "dino" if line.get("diag.target_entropy.dino") is not None else "ibot"
 
-    def _prototypes(self, loss: str) -> int:
+    def _prototypes(self, loss: str) -> str:
+        """The key of their number."""
         own_head = loss == "ibot" and self.recipe.get("ibot.separate_head")
-        return int(self.recipe[f"{'ibot' if own_head else 'dino'}.head_n_prototypes"])
+        return f"{'ibot' if own_head else 'dino'}.head_n_prototypes"
+
+    def _is_balanced(self, loss: str) -> bool:
+        """Whether the targets of a loss are Sinkhorn-Knopp's, so that nobody is advised to take them."""
+        targets = self.recipe.get(f"{loss}.targets") or self.recipe.get("train.centering")
+        return bool(targets == "sinkhorn_knopp")
+
+    def _balancing(self, loss: str) -> str:
+        """The key that switches Sinkhorn-Knopp on: the one that decides now."""
+        return "train.centering" if self.recipe.get(f"{loss}.targets") is None else f"{loss}.targets"
 
     def _non_finite(self, step: int, line: Line) -> Finding | None:
         skipped = line.get("skipped_steps") or 0
         if not skipped:
             return None
+        exact = self.recipe.get("precision") == "fp32"
         return Finding(
             "non_finite",
             step,
             f"{skipped:.0f} {'step was' if skipped == 1 else 'steps were'} skipped, because a loss or gradient was not "
-            "finite. One in thousands does no harm; of more, dinoforge replay shows the cause. Try precision=fp32, a "
-            "lower optim.base_lr, or a longer optim.warmup_length.",
-            ("precision", "optim.base_lr", "optim.warmup_length"),
+            "finite. One in thousands does no harm; of more, dinoforge replay shows the cause. Try "
+            f"{'' if exact else 'precision=fp32, '}a lower optim.base_lr, or a longer optim.warmup_length.",
+            (*(() if exact else ("precision",)), "optim.base_lr", "optim.warmup_length"),
         )
 
     def _lr_too_high(self, step: int, line: Line) -> Finding | None:
@@ -151,7 +171,11 @@ class Watch:
             step,
             f"The learning rate is too low: even at its peak a step moved the backbone by only {most:.1e} of its "
             f"length, where about 3e-03 is healthy. Raise optim.base_lr (now {self.recipe['optim.base_lr']:g}).",
-            ("optim.base_lr", "optim.layerwise_decay", "optim.scaling_rule"),
+            (
+                "optim.base_lr",
+                *(("optim.layerwise_decay",) if self.recipe.get("optim.layerwise_decay") != 1 else ()),
+                *(("optim.scaling_rule",) if self.recipe.get("optim.scaling_rule") != "none" else ()),
+            ),
         )
 
     def _uniform_collapse(self, step: int, line: Line) -> Finding | None:
@@ -160,62 +184,100 @@ class Watch:
         kl = line.get("diag.kl.ibot" if loss == "ibot" else "diag.kl.dino_global")
         kl = line.get("diag.kl.dino_local") if kl is None else kl
         sign = None if entropy is None or kl is None else entropy > UNIFORM_ENTROPY and kl < UNIFORM_KL
+        balanced = self._is_balanced(loss)
+        if balanced and self.recipe["train.batch_size_per_gpu"] * (self.recipe.get("train.accumulate") or 1) == 1:
+            # Among the crops of one image, balanced targets are uniform if the crops look alike. With several ranks
+            # they may be of more images, but that the recipe does not say.
+            sign = None
         holds = self._holds("uniform_collapse", sign and self._is_settled(step, SETTLED, SETTLED_STEPS))
         if not holds or entropy is None:
             return None
         temp = line.get("teacher_temp") or self.recipe["teacher.teacher_temp"]
+        cool = temp <= 0.045
         cooler = f"Lower teacher.teacher_temp (now {temp:g}) towards 0.04. If that does not help, take"
+        prototypes = self._prototypes(loss)
+        fewer = f"fewer prototypes ({prototypes}, now {int(self.recipe[prototypes]):,})"
+        balance = f"Sinkhorn-Knopp ({self._balancing(loss)}=sinkhorn_knopp)"
+        ways = f"{fewer} or a larger batch" if balanced else f"{fewer}, a larger batch, or {balance}"
         return Finding(
             "uniform_collapse",
             step,
             f"Uniform collapse: the teacher's targets have {entropy:.1%} of the largest entropy, so they say next to "
-            f"nothing about the image, and the loss teaches as little. {cooler if temp > 0.045 else 'Take'} fewer "
-            f"prototypes (now {self._prototypes(loss):,}), a larger batch, or Sinkhorn-Knopp "
-            f"({loss}.targets=sinkhorn_knopp).",
-            ("teacher.teacher_temp", f"{loss}.head_n_prototypes", f"{loss}.targets"),
+            f"nothing about the image, and the loss teaches as little. {'Take' if cool else cooler} {ways}.",
+            (
+                *(() if cool else ("teacher.teacher_temp",)),
+                prototypes,
+                "train.batch_size_per_gpu" if balanced else self._balancing(loss),
+            ),
         )
 
     def _dead_prototypes(self, step: int, line: Line) -> Finding | None:
         loss = self._loss(line)
         entropy, use = line.get(f"diag.target_entropy.{loss}"), line.get(f"diag.prototype_use.{loss}")
         # A batch of few samples has few prototypes in use at best: then two are few.
-        k, samples = self._prototypes(loss), 2 * self.recipe["train.batch_size_per_gpu"]
+        k, samples = int(self.recipe[self._prototypes(loss)]), 2 * self.recipe["train.batch_size_per_gpu"]
         of_samples = k * -math.expm1(samples * math.log1p(-1 / k)) if k > 1 else 1.0
         few = ONE_SIDED_USE if loss == "ibot" else max(ONE_SIDED_USE, 2.1 / of_samples)
         sign = None if entropy is None or use is None else entropy < ONE_SIDED_ENTROPY and use < few and k > 1
-        if not self._holds("dead_prototypes", sign) or use is None:
+        if not self._is_telling() or not self._holds("dead_prototypes", sign) or use is None:
             return None
+        temp = f"teacher.teacher_temp (now {line.get('teacher_temp') or self.recipe['teacher.teacher_temp']:g})"
+        centre = self.recipe[f"{loss}.center_momentum"]
+        if self._is_balanced(loss):
+            advice = f"The targets are balanced already (Sinkhorn-Knopp), so raise {temp}, or take a larger batch."
+            keys: tuple[str, ...] = ("teacher.teacher_temp", "train.batch_size_per_gpu")
+        else:
+            usual = ", 0.9 is usual" if centre > 0.9 else ""
+            balancing = self._balancing(loss)
+            advice = (
+                f"Bring the centre closer to the logits (a lower {loss}.center_momentum, now {centre:g}{usual}), "
+                f"balance them (Sinkhorn-Knopp, {balancing}=sinkhorn_knopp), or raise {temp}."
+            )
+            keys = (f"{loss}.center_momentum", balancing, "teacher.teacher_temp")
         return Finding(
             "dead_prototypes",
             step,
             f"Dead prototypes: the teacher is certain ({entropy:.1%} of the largest entropy) and names nearly always "
-            f"the same few ({use:.1%} of those that could be in use), whatever the image. Bring the centre closer to "
-            f"the logits ({loss}.center_momentum, now {self.recipe[f'{loss}.center_momentum']:g}, 0.9 is usual), "
-            f"balance them (Sinkhorn-Knopp, {loss}.targets=sinkhorn_knopp), or raise teacher.teacher_temp.",
-            (f"{loss}.center_momentum", f"{loss}.targets", "teacher.teacher_temp"),
+            f"the same few ({use:.1%} of those that could be in use), whatever the image. {advice}",
+            keys,
         )
 
     def _dimensional_collapse(self, step: int, line: Line) -> Finding | None:
         rank = line.get("diag.effective_rank")
-        sign = None if rank is None else rank < MIN_RANK
+        sign = None if rank is None or not self._is_telling() else rank < MIN_RANK
         holds = self._holds("dimensional_collapse", sign)
         if not holds or not self._is_settled(step, SETTLED_LONGER, SETTLED_LONGER_STEPS) or rank is None:
             return None
         scale = self.recipe["student.layerscale"]
         small = 0 < scale < 0.1
-        first = (
-            f"Blocks add next to nothing at student.layerscale={scale:g}, and a short run does not outgrow it: set it "
-            "to 1."
-            if small
-            else "Give dino.koleo_loss_weight more weight, lower optim.base_lr, or take Sinkhorn-Knopp targets "
-            "(train.centering=sinkhorn_knopp)."
-        )
+        first, keys = self._spreading(line)
+        if small:
+            first = (
+                f"Blocks add next to nothing at student.layerscale={scale:g}, and a short run does not outgrow it: set "
+                "it to 1."
+            )
+            keys = ("student.layerscale",)
         return Finding(
             "dimensional_collapse",
             step,
             f"Dimensional collapse: the cls tokens of different images spread in {rank:.1f} directions, so they hardly "
             f"depend on the image. {first}",
-            ("student.layerscale",) if small else ("dino.koleo_loss_weight", "optim.base_lr", "train.centering"),
+            keys,
+        )
+
+    def _spreading(self, line: Line) -> tuple[str, tuple[str, ...]]:
+        """What spreads cls tokens and is not on yet, and its keys."""
+        weight = self.recipe["dino.koleo_loss_weight"]
+        lr = self.recipe["optim.base_lr"]
+        more = f"Give dino.koleo_loss_weight more weight (now {weight:g})"
+        koleo = more if weight > 0 else "Switch KoLeo on (dino.koleo_loss_weight, now 0; 0.1 is usual)"
+        loss = self._loss(line)
+        if self._is_balanced(loss):
+            return f"{koleo} or lower optim.base_lr (now {lr:g}).", ("dino.koleo_loss_weight", "optim.base_lr")
+        key = self._balancing(loss)
+        return (
+            f"{koleo}, lower optim.base_lr (now {lr:g}), or take Sinkhorn-Knopp targets ({key}=sinkhorn_knopp).",
+            ("dino.koleo_loss_weight", "optim.base_lr", key),
         )
 
     def _crops_alike(self, step: int, line: Line) -> Finding | None:
@@ -244,6 +306,8 @@ class Watch:
         """A student that cannot tell from one tiny crop what the teacher sees in another."""
         kl, information = line.get("diag.kl.dino_global"), line.get("diag.target_information.dino")
         unlearned = kl / information if kl is not None and information else None
+        if not self._is_telling():  # of few images, the mean of the targets says much about each
+            unlearned = None
         sign = None if unlearned is None else unlearned > UNLEARNED and self._seen_share() < TINY_CROPS
         holds = self._holds("crops_tell_nothing", sign)
         if not holds or not self._is_settled(step, SETTLED_LONGER, SETTLED_LONGER_STEPS) or unlearned is None:
@@ -272,11 +336,16 @@ class Watch:
         share = line.get("data_wait_share")
         if not self._holds("data_bound", None if share is None else share > MAX_WAITING, WAITING_LINES):
             return None
+        reduced = self.recipe.get("data.reduced_decode")
         return Finding(
             "data_bound",
             step,
             f"Data-bound: steps wait {share:.0%} of their time for crops. Raise train.num_workers if processors are "
-            "idle, set data.reduced_decode=true for large JPEG files, or make smaller copies of the images; dinoforge "
-            "bench measures what helps.",
-            ("train.num_workers", "data.reduced_decode", "augment.device"),
+            f"idle, {'' if reduced else 'set data.reduced_decode=true for large JPEG files, '}or make smaller copies "
+            "of the images; dinoforge bench measures what helps.",
+            (
+                "train.num_workers",
+                *(() if reduced else ("data.reduced_decode",)),
+                *(() if self.recipe.get("augment.device") == "train" else ("augment.device",)),
+            ),
         )

@@ -9,7 +9,7 @@ import pytest
 
 from dinoforge.cli import main
 from dinoforge.config import flatten, load_recipe
-from dinoforge.diagnosis import LINES, WAITING_LINES, Watch, diagnose
+from dinoforge.diagnosis import FEW_IMAGES, LINES, WAITING_LINES, Watch, diagnose
 
 DATA = Path(__file__).parent / "data"
 NAMES = {
@@ -173,6 +173,101 @@ def test_a_batch_of_few_samples_has_few_prototypes_in_use_at_best():
     assert diagnose(metrics, recipe) == []
     metrics["diag.prototype_use.dino"] = [1 / 16] * len(metrics["step"])
     assert [finding.name for finding in diagnose(metrics, recipe)] == ["dead_prototypes"]
+
+
+def sick(**columns):
+    """A healthy run with other numbers on all lines, and its recipe."""
+    metrics, recipe = healthy()
+    return metrics | {name: [value] * len(metrics["step"]) for name, value in columns.items()}, recipe
+
+
+ONE_SIDED = {"diag.target_entropy.dino": 0.05, "diag.prototype_use.dino": 0.01}
+UNIFORM = {"diag.target_entropy.dino": 0.995, "diag.kl.dino_global": 0.01}
+ALIKE = {"diag.effective_rank": 1.0}
+UNLEARNED = {"diag.kl.dino_global": 0.2, "diag.target_information.dino": 0.1}
+
+
+@pytest.mark.parametrize("accumulate", [1, 32])
+@pytest.mark.parametrize("images", [1, 2, FEW_IMAGES - 1, FEW_IMAGES])
+@pytest.mark.parametrize("columns", [ALIKE, ONE_SIDED, UNLEARNED])
+def test_of_few_images_at_a_time_no_collapse_is_told(images, columns, accumulate):
+    """As older versions logged them, too; how many make a step does not matter."""
+    metrics, recipe = sick(**columns)
+    few = {"train.batch_size_per_gpu": images, "train.accumulate": accumulate, "dino.head_n_prototypes": 65536}
+    few["crops.global_crops_scale"] = (0.01, 0.05)
+    assert len(diagnose(metrics, recipe | few)) == (1 if images >= FEW_IMAGES else 0)
+
+
+@pytest.mark.parametrize(("images", "accumulate", "told"), [(1, 1, 0), (1, 2, 1), (2, 1, 1)])
+def test_balanced_targets_of_one_image_are_uniform_without_a_collapse(images, accumulate, told):
+    metrics, recipe = sick(**UNIFORM)
+    recipe |= {"train.batch_size_per_gpu": images, "train.accumulate": accumulate}
+    assert len(diagnose(metrics, recipe | {"train.centering": "sinkhorn_knopp"})) == told
+    assert len(diagnose(metrics, recipe | {"train.centering": "centering"})) == 1
+
+
+@pytest.mark.parametrize("loss", ["dino", "ibot"])
+@pytest.mark.parametrize("columns", [ALIKE, ONE_SIDED, UNIFORM])
+@pytest.mark.parametrize(
+    ("keys", "key"),
+    [
+        ({"train.centering": "centering"}, "train.centering"),
+        ({"train.centering": "centering", "LOSS.targets": "centering"}, "LOSS.targets"),
+        ({"train.centering": "sinkhorn_knopp", "LOSS.targets": "centering"}, "LOSS.targets"),
+        ({"train.centering": "sinkhorn_knopp"}, None),
+        ({"train.centering": "centering", "LOSS.targets": "sinkhorn_knopp"}, None),
+    ],
+)
+def test_nobody_is_advised_to_take_the_targets_that_are_taken(columns, keys, key, loss):
+    metrics, recipe = sick(**columns)
+    if loss == "ibot":
+        theirs = {"diag.kl.dino_global": "diag.kl.ibot"}
+        for name in columns:
+            ours = theirs.get(name, name.replace(".dino", ".ibot"))
+            metrics[ours] = metrics[name]
+        for name in [name for name in metrics if "dino" in name]:
+            del metrics[name]
+        recipe |= {"ibot.separate_head": False}
+    recipe |= {"dino.targets": None, "ibot.targets": None}
+    recipe |= {name.replace("LOSS", loss): value for name, value in keys.items()}
+    (finding,) = diagnose(metrics, recipe)
+    deciding = {"train.centering", "dino.targets", "ibot.targets"}
+    assert deciding & set(finding.keys) == ({key.replace("LOSS", loss)} if key else set())
+    assert ("=sinkhorn_knopp" in finding.sentence) == (key is not None)
+    assert ("center_momentum" in finding.sentence) == (columns is ONE_SIDED and key is not None)
+    if columns is UNIFORM:
+        assert "dino.head_n_prototypes" in finding.keys  # of the one head that there is
+
+
+@pytest.mark.parametrize(
+    ("columns", "keys", "absent"),
+    [
+        ({"skipped_steps": 2}, {"precision": "fp32"}, "precision"),
+        ({"data_wait_share": 0.9}, {"data.reduced_decode": True}, "data.reduced_decode"),
+        ({"data_wait_share": 0.9}, {"augment.device": "train"}, "augment.device"),
+        ({"diag.update_ratio.backbone": 1e-6}, {"optim.scaling_rule": "none"}, "optim.scaling_rule"),
+        ({"diag.update_ratio.backbone": 1e-6}, {"optim.layerwise_decay": 1.0}, "optim.layerwise_decay"),
+        (UNIFORM | {"teacher_temp": 0.04}, {}, "teacher.teacher_temp"),
+    ],
+)
+def test_what_is_set_already_is_not_advised(columns, keys, absent):
+    metrics, recipe = sick(**columns)
+    (finding,) = diagnose(metrics, recipe | keys)
+    assert finding.keys
+    assert absent not in finding.keys
+    assert absent not in finding.sentence
+    other = {"precision": "bf16", "data.reduced_decode": False, "augment.device": "workers"}
+    other |= {"optim.scaling_rule": "sqrt_wrt_1024", "optim.layerwise_decay": 0.9}
+    warm = {} if "teacher_temp" not in columns else {"teacher_temp": [0.07] * len(metrics["step"])}
+    (finding,) = diagnose(metrics | warm, recipe | {name: other[name] for name in keys})
+    assert absent in finding.keys
+
+
+def test_koleo_that_is_off_is_to_be_switched_on():
+    metrics, recipe = sick(**ALIKE)
+    (finding,) = diagnose(metrics, recipe | {"dino.koleo_loss_weight": 0.0})
+    assert "Switch KoLeo on" in finding.sentence
+    assert "more weight" not in finding.sentence
 
 
 def test_it_needs_no_torch():

@@ -34,6 +34,26 @@ def test_effective_rank_of_what_is_not_finite_is_no_number():
     assert effective_rank(torch.zeros(0, 4)) is None
 
 
+def test_one_row_has_no_effective_rank_and_one_patch_a_crop_no_similarity():
+    assert effective_rank(normal(1, 4)) is None
+    assert effective_rank(torch.eye(2)) == pytest.approx(2)
+    masks = torch.eye(3, 9, dtype=torch.bool)  # one masked patch a crop: no pair
+    assert patch_similarity(normal(3, 5), masks) is None
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_how_much_targets_say_about_the_image_takes_two_images(images):
+    numbers = Diagnostics()
+    masks = torch.zeros(2 * images, 9, dtype=torch.bool)
+    masks[:, :3] = True
+    numbers.add_features(normal(2 * images, 8), normal(6 * images, 8), masks)
+    for loss, samples in (("dino", 2 * images), ("ibot", 6 * images)):
+        numbers.add_targets(loss, centering(normal(40, samples), torch.zeros(40), 1.0))
+    of_images = {"diag.effective_rank", "diag.target_information.dino"}
+    assert of_images & set(numbers.values) == (of_images if images > 1 else set())
+    assert {"diag.target_information.ibot", "diag.target_entropy.dino", "diag.patch_similarity"} <= set(numbers.values)
+
+
 def test_patch_similarity_in_loops():
     masks = torch.rand(6, 9, generator=torch.Generator().manual_seed(0)) < 0.4
     masks[1], masks[2] = False, False

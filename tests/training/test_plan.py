@@ -426,3 +426,46 @@ def test_the_plan_of_a_folder_with_every_trouble(tmp_path, machine, capsys):
     out = capsys.readouterr().out
     assert "data     22 images in " in out
     assert "planes   each is an image: 22 in 16 files, up to 7 in one; 1 file with several (z in 1)" in out
+
+
+# One image at a time
+
+
+ONE = {"device": "cpu", "train__batch_size_per_gpu": 1}
+
+
+def test_what_compares_images_and_has_one_is_said(machine):
+    machine(gpus=0)
+    (note,) = plan_of(**ONE, train__centering="sinkhorn_knopp").notes
+    assert note.startswith("one image is a step: KoLeo stays 0, because it needs two images at a time;")
+    assert "Sinkhorn-Knopp (dino, ibot) balances targets within one image" in note
+    assert "dinoforge doctor cannot tell whether features collapse" in note
+    assert note.endswith("A larger train.batch_size_per_gpu mends that")
+    (note,) = plan_of(**ONE, train__centering="centering", dino__koleo_loss_weight=0.0).notes
+    assert "KoLeo" not in note
+    assert "Sinkhorn-Knopp" not in note
+    assert "effective rank" in note
+
+
+def test_with_accumulation_only_what_is_of_a_micro_batch_is_said(machine):
+    machine(gpus=0)
+    cut = {**ONE, "train__accumulate": 4, "train__centering": "sinkhorn_knopp"}
+    (note,) = plan_of(**cut).notes
+    assert note.startswith("one image is computed at a time: KoLeo stays 0")
+    assert "dino.koleo_scope=global seeks neighbours among the images of a step" in note
+    assert "Sinkhorn-Knopp" not in note  # it is over all images of the step
+    for scope in ({"dino__koleo_scope": "global"}, {"dino__koleo_scope": "groups", "dino__koleo_group_size": 2}):
+        (note,) = plan_of(**cut, **scope).notes
+        assert "KoLeo" not in note
+    of_step = {key: value for key, value in cut.items() if key != "train__batch_size_per_gpu"}
+    resolved = build.with_batch_cut(
+        load_recipe("small", TINY | {k.replace("__", "."): v for k, v in of_step.items()} | {"train.batch_size": 4})[0],
+        world_size=1,
+    )
+    (note,) = make_plan(resolved, DATA).notes
+    assert note.endswith("A larger train.batch_size or a smaller train.accumulate mends that")
+
+
+def test_two_images_at_a_time_are_enough(machine):
+    machine(gpus=0)
+    assert plan_of(device="cpu", train__batch_size_per_gpu=2).notes == ()

@@ -18,11 +18,13 @@ from dinoforge.losses.tiles import tiles
 class Diagnostics:
     """Numbers of one step, filled by ``StudentTeacher.forward``: scalars by name, of the samples of this rank.
 
-    What a step cannot say, such as the entropy of targets that a recipe does without, is not there.
+    What a step cannot say, such as the entropy of targets that a recipe does without, or how features of different
+    images spread where there is one image, is not there.
     """
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
+        self._images: int | None = None  # that are measured
         self._entropy: dict[str, Tensor] = {}  # of the targets of each loss, in nats
         self._log_prototypes: dict[str, float] = {}
         self._cross_entropies: dict[str, Tensor] = {}  # of the calls so far, in nats
@@ -37,7 +39,8 @@ class Diagnostics:
             masks: of the global crops [2B, N] bool.
         """
         cls = cls.float()
-        self._add("effective_rank", effective_rank(cls[: len(cls) // 2]))
+        self._images = len(cls) // 2
+        self._add("effective_rank", effective_rank(cls[: self._images]))
         self._add("feature_norm", cls.norm(dim=1).mean())
         self._add("patch_similarity", patch_similarity(patches, masks))
 
@@ -53,7 +56,8 @@ class Diagnostics:
         self._log_prototypes[loss] = math.log(len(targets.scaled))
         if len(targets.scaled) > 1:
             self._add(f"target_entropy.{loss}", self._entropy[loss] / self._log_prototypes[loss])
-            self._add(f"target_information.{loss}", measured.information / self._log_prototypes[loss])
+            if loss != "dino" or self._images != 1:  # two crops of one image do not say what depends on the image
+                self._add(f"target_information.{loss}", measured.information / self._log_prototypes[loss])
         self._add(f"prototype_use.{loss}", measured.use)
 
     @torch.no_grad()
@@ -77,11 +81,12 @@ class Diagnostics:
 def effective_rank(features: Tensor) -> Tensor | None:
     """In how many directions features [N, D] spread: ``exp(-sum(p * log(p)))``, p the singular values over their sum.
 
-    1 where all are multiples of one vector, at most min(N, D). None for features that are not finite.
+    1 where all are multiples of one vector, at most min(N, D). None for features that are not finite, and for fewer
+    than two, which spread in one direction whatever they are.
 
     Source: Roy and Vetterli, "The effective rank"; as a measure of collapse: RankMe (arXiv 2210.02885).
     """
-    if not len(features) or not torch.isfinite(features).all():
+    if len(features) < 2 or not torch.isfinite(features).all():
         return None
     try:
         values = torch.linalg.svdvals(features.cpu().double())
@@ -93,7 +98,7 @@ def effective_rank(features: Tensor) -> Tensor | None:
 
 
 def patch_similarity(patches: Tensor, masks: Tensor) -> Tensor | None:
-    """Mean cosine of two different patch tokens of a crop: its mean over crops that have at least two.
+    """Mean cosine of two different patch tokens of a crop: its mean over crops that have at least two; None without.
 
         for c in crops: similarity += mean(cos(x, y) for x, y in patches[c] if x is not y) / C
 
@@ -109,8 +114,10 @@ def patch_similarity(patches: Tensor, masks: Tensor) -> Tensor | None:
     summed = unit.new_zeros(len(masks), unit.shape[1]).index_add_(0, crop, unit)
     own = unit.new_zeros(len(masks)).index_add_(0, crop, unit.square().sum(1))
     has_pairs = count > 1
+    if not has_pairs.any():
+        return None
     mean = (summed.square().sum(1) - own) / (count * (count - 1)).clamp_min(1)
-    return mean[has_pairs].mean()  # NaN where there are none
+    return mean[has_pairs].mean()
 
 
 @dataclass(frozen=True)

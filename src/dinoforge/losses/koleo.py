@@ -14,7 +14,8 @@ def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
     Source: "Spreading vectors for similarity search" (arXiv 1806.03198), equation 2, as in DINOv2, section 4.
 
     Args:
-        x: features [B, D]; normalised here. With fewer than two there is no neighbour and the loss is 0.
+        x: features [B, D]; normalised here. With fewer than two there is no neighbour and the loss is 0, which
+            the plan of a run says before it starts.
         eps: added to each coordinate's difference and to the distance, as in the reference.
     """
     if len(x) < 2:

@@ -76,6 +76,7 @@ def make_plan(recipe: Recipe, data: DataSummary) -> Plan:
         note_of_mode(recipe, mode),
         _note_of_precision(recipe, device, precision),
         _note_of_workers(recipe.train.num_workers, processors),
+        _note_of_one_image(recipe, length.batch_size),
         _note_of_values(recipe, data),
         _note_of_memory(recipe, sum(memory.values()), free, device, precision, mode, num_workers, data.working_bytes),
         _note_of_reading(recipe, reading, device, num_workers),
@@ -113,6 +114,31 @@ def _note_of_workers(wanted: int | None, processors: int) -> str | None:
         f"train.num_workers={wanted}, but there {'is' if processors == 1 else 'are'} "
         f"{_count_of(processors, 'processor')} for this rank, and so {_count_of(processors, 'data worker')}"
     )
+
+
+def _note_of_one_image(recipe: Recipe, together: int) -> str | None:
+    """What compares images and has only one to look at, of ``together`` in a step."""
+    if recipe.train.batch_size_per_gpu > 1:
+        return None
+    d = recipe.dino
+    seen = {"rank": 1, "global": together, "groups": d.koleo_group_size or 1}[d.koleo_scope]
+    idle = []
+    if d.koleo_loss_weight > 0 and seen < 2:
+        way = "dino.koleo_scope=global seeks neighbours among the images of a step" if together > 1 else None
+        idle.append(f"KoLeo stays 0, because it needs two images at a time{f' ({way})' if way else ''}")
+    weights = {"dino": (d.loss_weight, d.targets), "ibot": (recipe.ibot.loss_weight, recipe.ibot.targets)}
+    balanced = [
+        loss
+        for loss, (weight, targets) in weights.items()
+        if weight > 0 and (targets or recipe.train.centering) == "sinkhorn_knopp"
+    ]
+    if balanced and together < 2:
+        idle.append(f"Sinkhorn-Knopp ({', '.join(balanced)}) balances targets within one image and not between images")
+    idle.append("the effective rank is not measured, and dinoforge doctor cannot tell whether features collapse")
+    what = "one image is a step" if together == 1 else "one image is computed at a time"
+    key = "train.batch_size_per_gpu" if recipe.train.batch_size is None else "train.batch_size"  # the latter wins
+    fewer = " or a smaller train.accumulate" if recipe.train.batch_size is not None and together > 1 else ""
+    return f"{what}: {'; '.join(idle)}. A larger {key}{fewer} mends that"
 
 
 def _note_of_memory(
