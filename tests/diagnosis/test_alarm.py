@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import pytest
+
 import dinoforge
 from dinoforge import api
 from dinoforge.training.metrics import Alarm, JsonLines
@@ -56,3 +58,22 @@ def test_lines_that_are_done_anew_do_not_count_twice(tmp_path):
     log(40)
     assert len(told) == 1
     assert told[0].startswith("diagnosis  at step 40: The learning rate is too high")
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_batch_of_one_has_no_collapse_and_its_plan_says_what_cannot_act(solar_cells, tmp_path, capsys, accumulate):
+    images, run = tmp_path / "images", tmp_path / "run"
+    images.mkdir()
+    for path in sorted(solar_cells.iterdir())[:16]:
+        shutil.copy(path, images)
+    one = {"train.batch_size_per_gpu": 1, "train.accumulate": accumulate, "train.steps": 12}
+    dinoforge.train(images, "small", run, **TINY | one)
+    out = capsys.readouterr().out
+    assert "KoLeo stays 0" in out
+    assert "diagnosis" not in out
+    assert api.doctor(run) == []
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 12
+    measured = {name for line in lines for name, value in line.items() if value is not None}
+    assert {"diag.feature_norm", "diag.target_entropy.dino", "diag.update_ratio.backbone"} <= measured
+    assert not {"diag.effective_rank", "diag.target_information.dino"} & measured
