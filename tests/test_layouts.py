@@ -527,6 +527,14 @@ def test_raw_weights_are_told_where_there_is_no_average_that_can_be_read(tmp_pat
     assert any("raw weights" in note for note in assert_equal(path, network).notes)
 
 
+def test_an_average_that_pytorch_keeps(tmp_path):
+    network = randomised(VisionTransformer(**SIZE))
+    averaged = torch.optim.swa_utils.AveragedModel(network)
+    assert "n_averaged" in averaged.state_dict()
+    torch.save({"model": with_prefix("", network.state_dict()), "ema": averaged.state_dict()}, tmp_path / "w.pth")
+    assert any("AveragedModel" in note for note in assert_equal(tmp_path / "w.pth", network).notes)
+
+
 def test_a_dino_checkpoint_with_its_arguments(tmp_path):
     """As DINO's main_dino.py writes it: no LayerScale, no mask token, an argparse Namespace."""
     network = randomised(VisionTransformer(**SIZE, layerscale=0.0))

@@ -267,7 +267,10 @@ _TAKE_BOTH = (
     "Configuration and weights are not of one model, or part of the weights is missing: take both from one source "
     "again, or correct the configuration if you are sure of the weights"
 )
-_OTHER_OUTPUTS = "Outputs would not be those of that model, so its weights are not loaded"
+_OTHER_OUTPUTS = (
+    "Outputs would not be those of that model, so its weights are not loaded: take a model without this, or correct "
+    "the configuration if it is wrong"
+)
 
 
 def _unequal(config: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:

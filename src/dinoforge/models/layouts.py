@@ -66,6 +66,8 @@ def official_names(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[st
     notes: list[str] = []
     state = _state_dict(state, notes)
     named = {_WRAPPERS.sub("", name): t for name, t in state.items() if isinstance(name, str) and isinstance(t, Tensor)}
+    if named.pop("n_averaged", None) is not None:
+        notes.append("an average of the weights, as PyTorch's AveragedModel keeps it")
     named = _below_prefixes(named, notes)
     if any("patch_embeddings." in name for name in named):
         named = _from_hugging_face(named)
@@ -88,8 +90,8 @@ def official_names(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[st
     if wrong := [name for name, tensor in result.items() if not tensor.is_floating_point()]:
         kinds = sorted({str(result[name].dtype).removeprefix("torch.") for name in wrong})
         raise WeightsError(
-            f"tensors of {', '.join(kinds)}: {listed(wrong)}. Expected floating-point numbers; let the library "
-            "that quantised these weights put them back into such"
+            f"tensors of {', '.join(kinds)}: {listed(wrong)}. Expected floating-point numbers; these are of "
+            "another network, or quantised, and then the library that did it can put them back"
         )
     return _from_timm(result, notes), notes
 
