@@ -652,3 +652,40 @@ def test_arrays_with_their_channels_first_are_told_so(channels: int) -> None:
     with pytest.raises(ImageError, match=rf"30 channels by its last axis, but {channels} by its first: give arrays as"):
         decode(array, channels=channels)
     assert decode(torch.from_numpy(array), channels=channels).shape == (20, 30, channels)
+
+
+def inserted(data: bytes, name: bytes, body: bytes, *, at: int = 33) -> bytes:
+    """A PNG with one more chunk, by default behind the first."""
+    chunk = struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    return data[:at] + chunk + data[at:]
+
+
+@pytest.mark.parametrize(("colour_type", "bands"), [(2, 3), (4, 2), (6, 4)])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_16_bit_png_is_turned_as_its_exif_data_says(colour_type: int, bands: int, orientation: int) -> None:
+    values = RNG.integers(0, 65536, (12, 20, bands), dtype=np.uint16)
+    data = png(values, bits=16, colour_type=colour_type)
+    exif = b"II*\0" + struct.pack("<IHHHIHHI", 8, 1, 0x112, 3, 1, orientation, 0, 0)
+    upright = decode(data, channels=None)
+    turned = upright.swapaxes(0, 1) if orientation >= 5 else upright
+    turned = turned[::-1] if orientation in (3, 4, 7, 8) else turned
+    turned = turned[:, ::-1] if orientation in (2, 3, 6, 7) else turned
+    for at in (33, len(data) - 12):  # before the pixels, and after them
+        assert np.array_equal(decode(inserted(data, b"eXIf", exif, at=at), channels=None), turned)
+    assert np.array_equal(decode(inserted(data, b"eXIf", b"damaged"), channels=None), upright)
+    assert describe(inserted(data, b"eXIf", exif))[:2] == turned.shape[1::-1]
+
+
+@pytest.mark.parametrize(
+    ("frame", "words"),
+    [
+        (b"\xff\xc1\x00\x0b\x0c", "is JPEG of 12 bits, which is not read"),
+        (b"\xff\xc3\x00\x0b\x10", "is lossless JPEG of 16 bits, which is not read"),
+        (b"\xff\xf7\x00\x0b\x08", "is JPEG-LS, which is not read"),
+        (b"\xff\xc0\x00\x0b\x08", "damaged"),
+    ],
+)
+def test_jpeg_of_other_kinds_is_not_called_damaged(frame: bytes, words: str) -> None:
+    data = b"\xff\xd8\xff\xfe\x00\x04\xff\xc3" + frame + b"\x00\x10\x00\x10\x01\x01\x11\x00\xff\xda" + b"\0" * 40
+    with pytest.raises(ImageError, match=words):
+        decode(data, channels=3)

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import io
 import itertools
+import math
 import subprocess
 import sys
 from typing import Any
@@ -159,6 +160,28 @@ def test_white_is_zero_at_any_depth() -> None:
     assert levels(tagged, sixteen_bit="minmax", fill=9) == [[255], [0], [9]]
     with pytest.raises(ImageError, match="white is said to be 0"):
         decode(tiff(np.array([[0.0, 1.0]]), photometric="miniswhite"), channels=1)
+
+
+def test_a_range_is_of_the_stored_values_where_white_is_zero() -> None:
+    twelve = tiff(np.array([[0, 1000, 4095, 60000]], np.uint16), photometric="miniswhite")
+    assert levels(twelve, value_range=(0, 4095)) == [[255], [193], [0], [0]]
+    assert levels(twelve, value_range=(0, 4095), nodata=1000, fill=7) == [[255], [7], [0], [0]]
+    tagged = tiff(np.array([[0, 1000, 4095]], np.uint16), photometric="miniswhite", extratags=nodata("0"))
+    assert levels(tagged, value_range=(0, 4095), fill=7) == [[7], [193], [0]]
+    assert levels(tagged, fill=7) == [[7], [251], [239]]
+    eight = tiff(np.array([[0, 25, 50]], np.uint8), photometric="miniswhite")
+    assert levels(eight) == [[255], [230], [205]]
+    assert levels(eight, value_range=(0, 50)) == [[255], [127], [0]]  # 255 - rint(127.5)
+
+
+@pytest.mark.parametrize("end", [-3.4028234663852886e38, 1.7014118346046923e38])
+def test_the_end_of_a_type_may_be_rounded_in_the_tag(end: float) -> None:
+    values = np.array([[end, 0.0, 1.0]], np.float32)
+    for text in (f"{end!r}", f"{end:.6g}"):
+        assert levels(tiff(values, extratags=nodata(text)), fill=9) == [[9], [0], [255]], text
+    infinite = tiff(np.array([[math.copysign(math.inf, end), 1.0]], np.float32), extratags=nodata(f"{end:.6g}"))
+    with pytest.raises(ImageError, match="not finite"):
+        decode(infinite, channels=1)
 
 
 @pytest.mark.parametrize("tag", [281, 341])

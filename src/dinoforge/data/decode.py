@@ -471,7 +471,8 @@ def _reading(max_pixels: int | None, data: bytes = b"") -> Iterator[None]:
         raise
     except UnidentifiedImageError as error:
         kind = kinds.kind_of(data)
-        raise ImageError(f"damaged {kind.name}" if kind.is_image else kind.refusal) from error
+        unread = jpeg.unread_kind(data) if kind is kinds.JPEG else ""
+        raise ImageError(unread or (f"damaged {kind.name}" if kind.is_image else kind.refusal)) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"more than {max_pixels} pixels; the limit is data.max_pixels") from error
     except MemoryError as error:

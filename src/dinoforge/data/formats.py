@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import ExifTags, Image
 
 from dinoforge.data import kinds
+from dinoforge.data.tiff import upright
 from dinoforge.data.values import Samples, check_size
 from dinoforge.errors import ImageError
 
@@ -95,14 +96,15 @@ def _has_more(data: bytes) -> bool:
     return any(name in (b"sBIT", b"tRNS") for name, _ in _png_chunks(data))
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Name and body of each chunk before the pixels."""
+def _png_chunks(data: bytes, *, to_the_end: bool = False) -> Iterator[tuple[bytes, bytes]]:
+    """Name and body of each chunk before the pixels, or of every one that is not pixels."""
     place = 8
     while place + 8 <= len(data):
         size, name = struct.unpack_from(">I4s", data, place)
-        if name == b"IDAT":
+        if name != b"IDAT":
+            yield name, data[place + 8 : place + 8 + size]
+        elif not to_the_end:
             return
-        yield name, data[place + 8 : place + 8 + size]
         place += size + 12
 
 
@@ -124,11 +126,27 @@ def _png(data: bytes, max_pixels: int) -> Samples | None:
         shown = (values[:, :, :bands] != key).any(axis=2, keepdims=True)
         values = np.concatenate([values[:, :, :bands], shown * np.uint16(65535)], axis=2)
     alpha = values.shape[2] in (2, 4)
+    values = upright(values, _png_orientation(data))
     limit = None
     said = [b for b in chunks.get(b"sBIT", b"")[: 1 if bands < 3 else 3] if 0 < b <= 16]
     if said and max(said) < 16:
         values, limit = _significant(values, bands - (bands in (2, 4)), max(said), alpha)
     return Samples(values, limit, 3 if bands > 2 else 1, alpha, kind=f"uint16 x{values.shape[2]}")
+
+
+def _png_orientation(data: bytes) -> int:
+    """The EXIF orientation, 1…8, of any chunk that Pillow finds it in, before or after the pixels."""
+    chunks = _png_chunks(data, to_the_end=True)
+    if not any(
+        name == b"eXIf" or body.startswith((b"Raw profile type exif", b"XML:com.adobe.xmp")) for name, body in chunks
+    ):
+        return 1
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            value = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # broken metadata costs the rotation, not the picture
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _significant(values: Values, colours: int, bits: int, alpha: bool) -> tuple[Values, int | None]:

@@ -1,4 +1,4 @@
-"""JPEG files that lack their end, and CMYK without Adobe's marker."""
+"""JPEG files that lack their end, that are of a kind that is not read, and CMYK without Adobe's marker."""
 
 import io
 import re
@@ -10,7 +10,26 @@ from PIL import Image, ImageChops
 from dinoforge.errors import ImageError
 
 _END = b"\xff\xd9"
+_CONVERT = "which is not read: convert it to PNG or TIFF"
 _FILLERS = (b"\x00" * 64, b"\x55" * 64, b"\xaa" * 64)
+
+
+def unread_kind(data: bytes) -> str:
+    """What a JPEG is that the decoder does not take, though it is not damaged: 12 bits, lossless…; '' for others."""
+    place = 2
+    while place + 5 <= len(data) and data[place] == 0xFF:
+        mark = data[place + 1]
+        if mark == 0xFF:  # a filler
+            place += 1
+            continue
+        if mark == 0xF7:
+            return f"is JPEG-LS, {_CONVERT}"
+        if 0xC0 <= mark <= 0xCF and mark not in (0xC4, 0xC8, 0xCC):  # a frame begins
+            if mark in (0xC3, 0xC7, 0xCB, 0xCF):
+                return f"is lossless JPEG of {data[place + 4]} bits, {_CONVERT}"
+            return f"is JPEG of {data[place + 4]} bits, {_CONVERT}" if data[place + 4] != 8 else ""
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return ""
 
 
 def without_end(data: bytes, load: Callable[[bytes], Image.Image]) -> Image.Image:

@@ -12,7 +12,7 @@ see ``dinoforge.data.tiff_plain``.
 - Pages that say that they are a reduced image or a mask are not the image.
 - No data: GDAL's tag, its internal mask, and NaN.
 - Bits: those of the file, also where OME's SignificantBits or a MaxSampleValue of 2^n - 1 says that fewer are used.
-- Values where white is 0 are inverted.
+- Where white is 0, levels are turned over; ranges and numbers that are no data are meant as the file has them.
 """
 
 import io
@@ -177,8 +177,6 @@ def stored(data: bytes, channels: int | None, plane: Plane) -> Stored | None:
             held = peak = math.prod(found.shape) * dtype.itemsize  # every plane
         if plane == "max" and found.planes > 1:
             held, peak = size, max(peak, held) + 2 * size
-        if int(key.photometric) == headers.WHITE_IS_ZERO:
-            held, peak = size, max(peak, held + size)
         if int(key.photometric) in (headers.PALETTE, headers.SEPARATED):
             pixels = key.imagewidth * key.imagelength
             return Stored(np.dtype(np.uint8), 3 * pixels, 3, planar, 3 * pixels, max(peak, held + 14 * pixels))
@@ -317,9 +315,9 @@ def _samples(found: _Found, data: bytes, channels: int | None, plane: Plane) -> 
         colour = 3
     elif values.shape[2] == 1 or (values.shape[2] == 2 and _is_alpha(key)):
         colour = 1
-    if white_is_zero:
-        values, nodata = _inverted(values, nodata, limit)
-    elif photometric == headers.PALETTE and key.colormap is not None and values.shape[2] == 1:
+    if white_is_zero and values.dtype.kind not in "bu":
+        raise ImageError(f"white is said to be 0 of {values.dtype} values, which has no black: save it with black as 0")
+    if photometric == headers.PALETTE and key.colormap is not None and values.shape[2] == 1:
         valid = _both(valid, nodata, values)
         table = (np.asarray(key.colormap) >> 8).astype(np.uint8)  # [3, 2^bits]
         values, colour, nodata, limit = np.moveaxis(table[:, values[:, :, 0]], 0, -1), 3, (), None
@@ -331,7 +329,7 @@ def _samples(found: _Found, data: bytes, channels: int | None, plane: Plane) -> 
     orientation = _orientation(key)
     values = upright(values, orientation)
     valid = None if valid is None else upright(valid, orientation)
-    return Samples(values, limit, colour, alpha=False, nodata=nodata, valid=valid, kind=_kind(found))
+    return Samples(values, limit, colour, False, nodata, valid, _kind(found), white_is_zero)
 
 
 def upright(array: Values, orientation: int) -> Values:
@@ -451,16 +449,6 @@ def _larger(values: Values, other: Values, nodata: tuple[float, ...], smaller: b
     for number in nodata:
         brighter = np.where(values == number, other, np.where(other == number, values, brighter))
     return brighter
-
-
-def _inverted(values: Values, nodata: tuple[float, ...], limit: int | None) -> tuple[Values, tuple[float, ...]]:
-    """White is 0: turn values over within the bits that they have."""
-    if values.dtype == np.bool_:
-        return ~values, ()
-    if values.dtype.kind != "u":
-        raise ImageError(f"white is said to be 0 of {values.dtype} values, which has no black: save it with black as 0")
-    top = limit or np.iinfo(values.dtype).max
-    return np.asarray(top, values.dtype) - values, tuple(top - number for number in nodata)
 
 
 def _both(valid: Bool | None, nodata: tuple[float, ...], values: Values) -> Bool | None:

@@ -177,6 +177,7 @@ def first_directory(data: "bytes | OnDisk") -> Directory | None:
         not big
         and PILLOW_SAMPLES.get(photometric) == samples
         and (single_bits == {8} or (samples == 1 and single_bits <= {1, 2, 4}))
+        and not (photometric == WHITE_IS_ZERO and single_bits == {8})  # Pillow turns it over, before any range counts
         and set(tags.get(SAMPLE_FORMAT, (1,))) == {1}
         and single(tags, COMPRESSION, 1) in PILLOW_COMPRESSIONS
         and not {EXTRA_SAMPLES, GDAL_NODATA} & set(tags)

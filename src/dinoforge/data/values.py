@@ -15,6 +15,8 @@ from dinoforge.errors import ImageError
 BLOCK = 2**18
 """Values that are doubles at once while they become levels."""
 
+_HUGE, _ROUNDED = 1e30, 1e-5  # numbers that no measurement has, and by how much they may be rounded in a tag
+
 UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 Pair = tuple[float, float]
@@ -36,13 +38,14 @@ class Samples:
     """One image before its values are scaled.
 
     Args:
-        values: [H, W, C] as stored, upright, with white above black.
+        values: [H, W, C] as stored, upright.
         limit: What full brightness is, such as 4095 for 12 bits; None: what the type says.
         colour: How many leading channels are a picture: 3 for RGB, 1 for grey with something beside it, 0: any bands.
         alpha: Whether the last channel is transparency over which viewers show white.
         nodata: Values that stand for no data.
         valid: [H, W] or [H, W, C], False where a mask says that there is no data; None: everywhere valid.
         kind: Type and number of channels and what else was found, such as ``uint16 x5, GeoTIFF``.
+        white_is_zero: Whether small values are bright: their levels are turned over, whatever the range.
     """
 
     values: npt.NDArray[Any]
@@ -52,6 +55,7 @@ class Samples:
     nodata: tuple[float, ...] = ()
     valid: Bool | None = None
     kind: str = ""
+    white_is_zero: bool = False
 
     def take(self, channels: int) -> "Samples":
         """The same with its leading channels alone."""
@@ -143,7 +147,7 @@ def _levels(samples: Samples, scaling: Scaling) -> UInt8:
     values = samples.values
     if values.dtype == np.bool_:
         levels = values.astype(np.uint8) * np.uint8(255)
-        return _filled(levels, missing(samples), scaling.fill, values)
+        return _filled(_turned_over(levels, samples), missing(samples), scaling.fill, values)
     if values.dtype.kind not in "iuf":
         raise ImageError(f"expected integer or float values, got {values.dtype}")
     quick = _sixteen_bits_without(samples, scaling)
@@ -157,7 +161,11 @@ def _levels(samples: Samples, scaling: Scaling) -> UInt8:
         levels = _by_own_range(values, gone)
     else:
         levels = _by_type(values, gone, samples.limit)
-    return _filled(levels, gone, scaling.fill, values)
+    return _filled(_turned_over(levels, samples), gone, scaling.fill, values)
+
+
+def _turned_over(levels: UInt8, samples: Samples) -> UInt8:
+    return np.uint8(255) - levels if samples.white_is_zero else levels
 
 
 def _filled(levels: UInt8, gone: Bool | None, fill: int, image: npt.NDArray[Any]) -> UInt8:
@@ -197,6 +205,9 @@ def _equal(values: npt.NDArray[Any], number: float) -> Bool | None:
     """Where values are that number as their own type rounds it; None: its type cannot hold it."""
     if values.dtype.kind == "f":
         with np.errstate(over="ignore"):
+            if _HUGE < abs(number) < math.inf:  # -3.40282e+38: the end of a type, which some writers round
+                ends = number * (1 - _ROUNDED), number * (1 + _ROUNDED)
+                return np.asarray(np.isfinite(values) & (min(ends) <= values) & (values <= max(ends)))
             return np.asarray(values == np.asarray(number).astype(values.dtype))
     if values.dtype == np.bool_ or not math.isfinite(number) or number != int(number):
         return None
@@ -249,7 +260,8 @@ def _sixteen_bits_without(samples: Samples, scaling: Scaling) -> UInt8 | None:
     values = samples.values
     numbers = {*samples.nodata, *(() if scaling.nodata is None else (scaling.nodata,))}
     is_plain = scaling.value_range is None and scaling.sixteen_bit == "full" and samples.limit in (None, 65535)
-    if values.dtype != np.uint16 or not is_plain or not numbers or samples.valid is not None or samples.colour == 3:
+    has_more = samples.valid is not None or samples.white_is_zero or samples.colour == 3
+    if values.dtype != np.uint16 or not is_plain or not numbers or has_more:
         return None
     there = [int(n) for n in numbers if math.isfinite(n) and n == int(n) and 0 <= n <= 65535]
 
