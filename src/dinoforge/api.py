@@ -859,7 +859,7 @@ def _with_range(recipe: Recipe, source: Source, run: RunDirectory | None = None)
     )
     if measured is None:
         return recipe, None
-    return replace(recipe, data=replace(data, range=(measured.low, measured.high))), measured
+    return replace(recipe, data=replace(data, range=measured.range)), measured
 
 
 def _plan(recipe: Recipe, source: Source) -> plans.Plan:
@@ -1426,7 +1426,7 @@ def _say_unused_range(image: weights.ImageInput, source: Source) -> None:
         low, high = found.found
         print(
             f"values   {found.kind}, {low:,.5g} to {high:,.5g} in {found.images} sampled images, but this backbone's "
-            f"file says no range for them: data.range=[{found.low:.7g},{found.high:.7g}] spreads them over all levels",
+            f"file says no range for them: {found.key} spreads them over all levels",
             file=sys.stderr,
         )
 

@@ -83,6 +83,48 @@ def test_one_range_for_all_images_keeps_their_brightness():
     assert found(data) == (0, 4095)
 
 
+def bands(*highs: float, dtype: str = "uint16", number: int = 20) -> list[Values]:
+    """Images [40, 40, C] whose channels go from 0 to the highest value of each."""
+    ramp = np.linspace(0, 1, 1600).reshape(40, 40)
+    return [np.stack([ramp * high for high in highs], axis=-1).astype(dtype) for _ in range(number)]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (bands(60000, 200, 4000, 30000), (0, 65535, 0, 255, 0, 4095, 0, 65535)),
+        (bands(10000, 20), (0, 16383, 0, 31)),
+        (bands(10000, 3000), (0, 16383)),
+        (bands(1, 0.01, dtype="float32"), (0, 1, 0, 0.0105)),
+        (bands(10000, 0), (0, 16383)),  # an empty band stays empty
+        (bands(60000, 60000), None),
+        (bands(60000, 200, 4000), None),  # the colours of a picture, and blue may be faint
+        ([*bands(60000, 200, 4000, 30000), np.zeros((40, 40), np.uint8)], None),
+    ],
+)
+def test_a_dark_band_has_a_range_of_its_own(data, expected):
+    measured = measure_range(SequenceSource(data))
+    assert expected == (None if measured is None else pytest.approx(measured.range, abs=2e-4))
+
+
+def test_ranges_of_channels_are_trained_with_and_said(tmp_path: Path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, image in enumerate(bands(60000, 200, 4000, 30000)):
+        file, planes = folder / f"{number:02d}.ome.tif", np.moveaxis(image, -1, 0)
+        tifffile.imwrite(file, planes, photometric="minisblack", metadata={"axes": "CYX"})
+    keys = {"student.in_chans": 4, "data.mean": 0.5, "data.std": 0.25}
+    dinoforge.train(folder, recipe="small", out=tmp_path / "run", **TINY | keys)
+    recipe = RunDirectory(tmp_path / "run").recipe()
+    assert recipe.data.range == (0, 65535, 0, 255, 0, 4095, 0, 65535)
+    pixels = decode((folder / "00.ome.tif").read_bytes(), channels=4, **image_input(recipe).decoding)
+    assert pixels[-1, -1].tolist() == [233, 200, 249, 117]
+    measured = measure_range(FolderSource(folder), channels=4)
+    assert measured is not None
+    assert measured.key == "data.range=[0,65535,0,255,0,4095,0,65535]"
+    assert f"0 to 255, 0 to 4,095, 0 to 65,535 ({measured.key};" in str(measured)
+
+
 def test_what_it_says():
     text = str(MeasuredRange(0, 4095, (3, 3912), "uint16", 64))
     assert "3 to 3,912 in 64 sampled images" in text

@@ -11,13 +11,14 @@ import numpy.typing as npt
 
 from dinoforge.data.decode import MAX_PIXELS, raw
 from dinoforge.data.sources import Source
-from dinoforge.data.values import Samples, missing
+from dinoforge.data.values import Pair, Samples, missing
 from dinoforge.errors import ImageError
 
 _FIRST, _IMAGES = 8, 64  # that are looked at, evenly spaced: to see whether any has more than 8 bits, and then
 _VALUES = 2**15  # of each
 _TAIL = 0.1  # per cent of the values at either end that count for nothing, such as hot pixels
 _MARGIN = 0.05  # of the range that is added at either end where its ends are not round
+_FEW = 16  # of 255 levels: a channel that one range for all would leave so dark has its own
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class MeasuredRange:
         found: low and high of what was found, without the tails.
         kind: type of the values.
         images: that were looked at and have such values.
+        channels: low and high of each channel, where one range would leave some of them dark; else empty.
     """
 
     low: float
@@ -36,13 +38,27 @@ class MeasuredRange:
     found: tuple[float, float]
     kind: str
     images: int
+    channels: tuple[Pair, ...] = ()
+
+    @property
+    def range(self) -> tuple[float, ...]:
+        """What ``data.range`` has to be: low, high, or these of each channel in turn."""
+        return tuple(end for pair in self.channels for end in pair) or (self.low, self.high)
+
+    @property
+    def key(self) -> str:
+        """The key as it is pasted on the command line."""
+        return f"data.range=[{','.join(f'{end:.7g}' for end in self.range)}]"
 
     def __str__(self) -> str:
         low, high = self.found
-        return (
-            f"{self.kind}, {low:,.5g} to {high:,.5g} in {self.images} sampled images: {self.low:,.7g} becomes 0 and "
-            f"{self.high:,.7g} becomes 255 (data.range=[{self.low:.7g},{self.high:.7g}]; give another to change it)"
-        )
+        said = f"{self.kind}, {low:,.5g} to {high:,.5g} in {self.images} sampled images: "
+        if self.channels:
+            ends = ", ".join(f"{low:,.7g} to {high:,.7g}" for low, high in self.channels)
+            said += f"one range would leave some channels dark, so these become 0 and 255 of each: {ends}"
+        else:
+            said += f"{self.low:,.7g} becomes 0 and {self.high:,.7g} becomes 255"
+        return f"{said} ({self.key}; give another to change it)"
 
 
 def measure_range(
@@ -56,7 +72,9 @@ def measure_range(
     """Measures which values of a data set should become 0 and 255; one range, so that images stay comparable.
 
     Integers that are not negative get the smallest number of bits that holds them: 0 to 4,095 where the largest is
-    3,900. Others get the range that is found, but for 0.1 % at either end, and a twentieth beyond.
+    3,900. Others get the range that is found, but for 0.1 % at either end, and a twentieth beyond. A band that would
+    become no more than 16 dark levels, as a weak stain beside a strong one, gets a range of its own; the colours of a
+    picture do not.
 
     Args:
         source: the images.
@@ -69,8 +87,16 @@ def measure_range(
     values: list[npt.NDArray[Any]] = []
     kinds: Counter[str] = Counter()
     limits: set[int | None] = set()
+    bands: list[list[npt.NDArray[Any]]] = []  # [images][channels], while all images are of so many bands
+    are_bands = True
     for samples in _looked_at(source, channels, max_pixels, plane):
+        if samples is None:  # of 8 bits, which may be grey
+            are_bands = False
+            continue
         kept = _kept(samples, nodata)
+        are_bands = are_bands and not samples.colour and channels in (None, samples.values.shape[2])
+        if are_bands:
+            bands.append(_kept_of_each(samples, nodata))
         if len(kept):
             values.append(kept)
             kinds[str(samples.values.dtype)] += 1
@@ -86,25 +112,45 @@ def measure_range(
     else:
         chosen = _of_integers(low, high)
     kind = kinds.most_common(1)[0][0]
-    return None if chosen is None else MeasuredRange(*chosen, (low, high), kind, len(values))
+    own: tuple[Pair, ...] = ()
+    if are_bands and len({len(image) for image in bands}) == 1 and len(bands[0]) > 1:
+        whole = chosen or (0.0, 1.0 if is_float else float(max(limit or 65535 for limit in limits)))
+        own = _of_each(bands, whole, is_float)
+    if chosen is None and not own:
+        return None
+    return MeasuredRange(*(chosen or whole), (low, high), kind, len(values), own)
+
+
+def _of_each(bands: list[list[npt.NDArray[Any]]], whole: Pair, is_float: bool) -> tuple[Pair, ...]:
+    """The range of each channel: its own where the whole one leaves it dark; none where that serves all."""
+    found: list[Pair] = []
+    for channel in range(len(bands[0])):
+        values = np.concatenate([image[channel] for image in bands])
+        found.append(whole)
+        if not len(values):
+            continue
+        low, high = (float(x) for x in np.percentile(values, [_TAIL, 100 - _TAIL], method="nearest"))
+        if low < high and (high - whole[0]) * 255 < _FEW * (whole[1] - whole[0]):
+            found[-1] = (_of_floats if is_float else _of_integers)(low, high) or whole
+    return tuple(found) if set(found) != {whole} else ()
 
 
 def _looked_at(
     source: Source, channels: int | None, max_pixels: int, plane: int | Literal["max", "each"] | None
-) -> Iterator[Samples]:
-    """The values of some images that have more than 8 bits."""
+) -> Iterator[Samples | None]:
+    """The values of some images where some have more than 8 bits; None for those that have not."""
 
-    def look(index: int) -> Samples | None:
+    def look(index: int) -> Samples | Literal["unread"] | None:
         try:
             found = raw(source.item(index).image, channels=channels, max_pixels=max_pixels, plane=plane)
         except ImageError:
-            return None  # told when it is its turn
+            return "unread"  # told when it is its turn
         return found if found is not None and found.values.dtype.itemsize > 1 else None
 
-    if not any(map(look, _spaced(len(source), _FIRST))):
+    if not any(isinstance(look(index), Samples) for index in _spaced(len(source), _FIRST)):
         return
     for index in _spaced(len(source), _IMAGES):
-        if (found := look(index)) is not None:
+        if (found := look(index)) != "unread":
             yield found
 
 
@@ -121,6 +167,20 @@ def _kept(samples: Samples, nodata: float | None) -> npt.NDArray[Any]:
     values = values.reshape(-1)
     some = np.asarray(values[:: max(1, -(-len(values) // _VALUES))], np.float64)
     return np.asarray(some[np.isfinite(some)])
+
+
+def _kept_of_each(samples: Samples, nodata: float | None) -> list[npt.NDArray[Any]]:
+    """As `_kept`, of each channel."""
+    gone = missing(samples, nodata)
+    found = []
+    for channel in range(samples.values.shape[2]):
+        values = samples.values[:, :, channel]
+        if gone is not None:
+            values = values[~gone[:, :, min(channel, gone.shape[2] - 1)]]
+        values = values.reshape(-1)
+        some = np.asarray(values[:: max(1, -(-len(values) * samples.values.shape[2] // _VALUES))], np.float64)
+        found.append(some[np.isfinite(some)])
+    return found
 
 
 def _of_integers(low: float, high: float) -> tuple[float, float] | None:

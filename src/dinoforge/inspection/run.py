@@ -196,7 +196,7 @@ def _with_range(
     )
     if measured is None:
         return base, None
-    return replace(base, data=replace(base.data, range=(measured.low, measured.high))), measured
+    return replace(base, data=replace(base.data, range=measured.range)), measured
 
 
 _OF_VALUES = tuple(f"data.{key}" for key in ("range", "sixteen_bit", "nodata", "fill", "plane", "max_pixels"))
@@ -264,7 +264,7 @@ def _choices(
     facts = auto.facts_of(first, str(device), channels=channels, statistics=pass_.statistics)
     found = auto.choose(facts, said)
     if measured is not None:
-        found["data.range"] = auto.Choice((measured.low, measured.high), str(measured).partition(" (data.range")[0])
+        found["data.range"] = auto.Choice(measured.range, str(measured).partition(" (data.range")[0])
     return found
 
 
