@@ -39,6 +39,7 @@ from dinoforge.data.sources import Source, open_source, printable
 from dinoforge.data.stamps import stamps_of
 from dinoforge.data.survey import MeasuredRange, measure_range
 from dinoforge.data.values import plane_of
+from dinoforge.data.workers import refuse_second_start
 from dinoforge.diagnosis import Finding, diagnose
 from dinoforge.errors import DataError, DinoforgeError, ImageError, RecipeError, RunError, WeightsError
 from dinoforge.evaluation import overlap
@@ -174,6 +175,7 @@ def _train_here(
     is_program: bool,
 ) -> RunResult:
     """``train`` on the device of this rank, with the others if there are any."""
+    refuse_second_start()
     images, keys = _images_and_keys(images, keys)
     said = _said(recipe, _flat_keys(keys))
     device, patience = devices.rank_device(said["device"]), timedelta(minutes=said["parallel.timeout_minutes"])
@@ -741,6 +743,7 @@ def bench(
         RecipeError: a key or value that cannot be.
         DataError: no usable images.
     """
+    refuse_second_start()
     images, keys = _images_and_keys(images, keys)
     source = _source_for_auto(images, keys) if recipe == "auto" else open_source(images)
     resolved = auto_recipe(source, **keys)[0] if recipe == "auto" else resolve(recipe, keys)[0]
@@ -927,6 +930,7 @@ def export(
         WeightsError: no readable backbone.
         RunError: ``out`` is there already or cannot be written.
     """
+    refuse_second_start()
     backbone, other = _opened(model, keys)
     if other:
         raise RecipeError(f"{', '.join(other)}: export takes only {', '.join(_UNSAID)}")
@@ -1022,6 +1026,7 @@ def embed(
     Raises:
         DataError: an image cannot be read; the row of each must be where it is expected.
     """
+    refuse_second_start()
     images, keys = _images_and_keys(images, keys)
     backbone, keys = _opened(model, keys)
     source = _images_of(backbone.image, images)
@@ -1060,6 +1065,7 @@ def write_features(
         DataError: not one image can be read; single ones get no row and are listed in ``….skipped.txt``.
         WeightsError: no readable backbone.
     """
+    refuse_second_start()
     backbone, keys = _opened(model, keys)
     settings, device, precision = _eval_keys(Eval(), keys)
     reading = _reading(backbone.image, backbone.network.patch_size, settings, device, precision)
@@ -1169,6 +1175,7 @@ def _evaluation(
     keys: Mapping[str, Any],
 ) -> tuple[RunDirectory | None, dict[str, Any]]:
     """The run, if ``model`` is one, and the keywords of every evaluation."""
+    refuse_second_start()
     if shots is not None and shots < 2:
         raise DataError(f"--shots {shots}: expected at least 2 labelled images of each class")
     images, keys = _images_and_keys(images, dict(keys))
@@ -1231,6 +1238,7 @@ def inspect(
         RecipeError: a key or value that cannot be.
         RunError: the page cannot be written.
     """
+    refuse_second_start()
     found = inspections.inspect(
         images,
         labels=labels,
@@ -1284,6 +1292,7 @@ def report(
         DinoforgeError: figures, but matplotlib is missing.
         RecipeError: channels that the images do not have.
     """
+    refuse_second_start()
     if not paths:
         raise RunError("a report needs at least one run directory")
     alone = len(paths) == 1

@@ -7,24 +7,17 @@ run was stopped, or, at equal global batch, on the number of ranks.
 
 import hashlib
 import math
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from dinoforge.data.bad_images import BadImages as BadImages
 from dinoforge.data.bad_images import BadImagesError, by_reason
@@ -32,11 +25,23 @@ from dinoforge.data.bad_images import Skipped as Skipped
 from dinoforge.data.batch import Batch, collate_photometry, masked_patches
 from dinoforge.data.crops import CropParameters, MultiCrop, on_reduced, reduction
 from dinoforge.data.decode import decode, describe
-from dinoforge.data.photometry import Photometry
+from dinoforge.data.photometry import Photometry, PhotometryBatch
 from dinoforge.data.sources import Source, printable
 from dinoforge.data.summary import DataSummary as DataSummary
 from dinoforge.data.summary import inspect as inspect
 from dinoforge.data.values import Decoding
+from dinoforge.data.workers import (
+    LOOK_SECONDS,
+    Needs,
+    Table,
+    Watch,
+    Workers,
+    refuse_second_start,
+    require_room,
+    require_sendable,
+    start_worker,
+)
+from dinoforge.data.workers import STOP_SIGNALS as STOP_SIGNALS
 from dinoforge.errors import ImageError, WorkerError
 
 PREFETCH = 2
@@ -48,12 +53,7 @@ MAX_ATTEMPTS = 10
 DrawMasks = Callable[[int, tuple[int, int], np.random.Generator], npt.NDArray[np.bool_]]
 """(number of global crops, patch grid (h, w), rng) -> bool [number, h·w]; `masks.batch_masks` with its settings."""
 
-_STOPS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-STOP_SIGNALS = [getattr(signal, name) for name in _STOPS if hasattr(signal, name)]
-"""What stops a run. Schedulers announce the end of a job by SIGTERM, or by a signal of the user's choice."""
-
 _FEISTEL_ROUNDS = 8
-_LOOK_SECONDS = 1.0
 _MASK64 = (1 << 64) - 1
 
 
@@ -261,11 +261,15 @@ def make_loader(
         timeout: Longest wait for a batch, seconds, above 0. Without workers it has no meaning.
 
     Raises:
-        DataError: (on iteration) A batch could not be made.
+        DataError: Workers cannot be started here, or not be given the images; (on iteration) a batch could not be made
+            or fetched.
         WorkerError: (on iteration) A worker was killed, or hangs: names the image it was at.
     """
-    # Which process each worker is, and which image it is at: what remains of a worker that can no longer tell.
-    whereabouts = torch.full((num_workers, 2), -1, dtype=torch.int64).share_memory_()
+    if num_workers:
+        refuse_second_start()
+        require_room(_needs(data, num_workers, num_workers * prefetch + 1))
+        require_sendable(data.source)
+    workers = Workers(Table(num_workers))
     loader: DataLoader[Batch | Failure] = DataLoader(
         data,
         batch_size=None,
@@ -274,22 +278,32 @@ def make_loader(
         collate_fn=_unchanged,
         pin_memory=pin_memory,
         prefetch_factor=prefetch if num_workers else None,
-        # Only at a timeout does the loader look whether its workers live; see `_Watch` for the user's.
-        timeout=_LOOK_SECONDS if num_workers else 0.0,
-        worker_init_fn=partial(_start_worker, whereabouts=whereabouts),
+        # Only at a timeout does the loader look whether its workers live; see `Watch` for the user's.
+        timeout=LOOK_SECONDS if num_workers else 0.0,
+        worker_init_fn=partial(start_worker, table=workers.table),
         generator=torch.Generator(),  # or else torch would draw from the global generator
     )
-    with _same_sigchld_handler(), _no_opencv_threads():
-        batches = iter(loader)
-    return _checked(batches, timeout, data.source, whereabouts)
+    return _checked(workers.start(loader), timeout, data.source, workers if num_workers else None)
+
+
+def _needs(data: TrainingData, num_workers: int, batches: int) -> Needs:
+    """What workers and `batches` in flight need of the system."""
+    share = data.batch_size // data.world_size
+    crops = share * data.channels * (2 * data.crops.global_size**2 + data.crops.local_number * data.crops.local_size**2)
+    masks = 2 * share * data.grid[0] * data.grid[1]
+    tensors = 5 + (0 if data.photometry else 2 * len(fields(PhotometryBatch)))
+    return Needs(workers=num_workers, batches=batches, batch_bytes=crops + masks, batch_tensors=tensors)
 
 
 def _checked(
-    batches: Iterator[Batch | Failure], timeout: float, source: Source, whereabouts: torch.Tensor
+    batches: Iterator[Batch | Failure], timeout: float, source: Source, workers: Workers | None
 ) -> Generator[Batch]:
-    watch = _Watch(timeout, whereabouts)
-    if len(whereabouts):
-        watch.start()
+    if workers is None:
+        for batch in batches:
+            yield _sound(batch)
+        return
+    watch = Watch(workers, timeout)
+    watch.start()
     try:
         while True:
             try:
@@ -304,71 +318,20 @@ def _checked(
                     ) from error
                 if str(error).startswith("DataLoader timed out"):
                     continue
-                if dead := _dead(whereabouts):
-                    raise WorkerError(
-                        f"a data-loading worker was killed{_naming(source, dead)}. Most often the system does that for "
-                        "lack of memory or of shared memory (/dev/shm): use fewer train.num_workers or a smaller "
-                        "train.batch_size_per_gpu. If it is always the same image, take that out"
-                    ) from error
+                if failure := workers.failure(error, partial(_naming, source)):
+                    raise failure from None  # it says what came; what the libraries say would only hide it
                 raise
-            if isinstance(batch, Failure):
-                raise BadImagesError(batch.message, batch.skipped, of_one_rank=True)
-            yield batch
+            yield _sound(batch)
     finally:
         watch.stop()
         del batches  # asks the workers to leave, and waits a few seconds for each
-        _kill({pid for pid, _ in whereabouts.tolist()})
+        workers.kill()
 
 
-class _Watch(threading.Thread):
-    """Kills the workers when a batch is waited for too long.
-
-    A thread of its own, because a batch's memory is fetched from its worker in a read that has no timeout: only the
-    worker's death ends it if the worker is stopped. It counts looks and not time, so that a run that was stopped
-    itself, such as by Ctrl-Z, has not waited.
-    """
-
-    def __init__(self, timeout: float, whereabouts: torch.Tensor) -> None:
-        super().__init__(name="watch over data-loading workers", daemon=True)
-        self.hung: int | None = None
-        """Index of the image at which a worker hung, -1 for between two, None while none did."""
-        self._timeout = timeout
-        self._whereabouts = whereabouts
-        self._number = 0  # of the next batch
-        self._waiting = False
-        self._stopped = threading.Event()
-
-    def wait_for(self, batches: Iterator[Batch | Failure]) -> Batch | Failure:
-        self._waiting = True  # until the batch comes, through any number of calls
-        batch = next(batches)
-        self._waiting = False
-        self._number += 1
-        return batch
-
-    def run(self) -> None:
-        interval = min(self._timeout, _LOOK_SECONDS)
-        waited, number = 0.0, 0
-        while not self._stopped.wait(interval):
-            waited = waited + interval if self._waiting and self._number == number else 0.0
-            number = self._number
-            if waited >= self._timeout:
-                # Batches are made in turn, so it is this worker's.
-                self.hung = int(self._whereabouts[number % len(self._whereabouts), 1])
-                _kill({pid for pid, _ in self._whereabouts.tolist()})
-                return
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-
-def _dead(whereabouts: torch.Tensor) -> list[int]:
-    """Where the workers were that are no more: indices of images, -1 for between two."""
-    for _ in range(10):  # one that was just killed takes a moment to be gone
-        alive = {process.pid for process in multiprocessing.active_children()}
-        if dead := [index for pid, index in whereabouts.tolist() if pid >= 0 and pid not in alive]:
-            break
-        time.sleep(0.1)
-    return dead
+def _sound(batch: Batch | Failure) -> Batch:
+    if isinstance(batch, Failure):
+        raise BadImagesError(batch.message, batch.skipped, of_one_rank=True)
+    return batch
 
 
 def _naming(source: Source, indices: list[int]) -> str:
@@ -377,38 +340,8 @@ def _naming(source: Source, indices: list[int]) -> str:
     return f" while it read {', '.join(names)}" if names else " between two images"
 
 
-def _kill(workers: set[int]) -> None:
-    """Ends workers that did not leave by themselves; a stopped or stuck one would be waited for at exit."""
-    for process in multiprocessing.active_children():
-        if process.pid in workers:
-            process.kill()
-
-
 def _unchanged(batch: Any) -> Any:
     return batch
-
-
-def _start_worker(worker: int, whereabouts: torch.Tensor) -> None:
-    """Leave stopping to the main process: it gets the signal too, and ends its workers when it is done."""
-    torch.set_num_threads(1)
-    info = get_worker_info()
-    assert info is not None
-    assert isinstance(info.dataset, TrainingData)
-    whereabouts[worker, 0] = os.getpid()
-    info.dataset.on_image = partial(_note, whereabouts, worker)
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    sys.excepthook = _not_of_a_closed_connection
-
-
-def _not_of_a_closed_connection(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an error unless it is that the main process takes no more batches, which it does as it stops."""
-    if not isinstance(error, ConnectionError | EOFError):
-        sys.__excepthook__(kind, error, trace)
-
-
-def _note(whereabouts: torch.Tensor, worker: int, index: int) -> None:
-    whereabouts[worker, 1] = index
 
 
 @contextmanager
@@ -421,30 +354,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def _no_opencv_threads() -> Iterator[None]:
-    """End OpenCV's threads before a fork: a worker would wait for them for ever, and they do not survive it."""
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        yield
-    finally:
-        cv2.setNumThreads(threads)
-
-
-@contextmanager
-def _same_sigchld_handler() -> Iterator[None]:
-    """Undo torch's SIGCHLD handler, which raises a dead worker's error wherever the main thread happens to be.
-
-    Without it the death is found when the next batch is waited for, where it can be told as what it is.
-    """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        yield
-        return
-    handler = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
