@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NotRequired, Unpack, cast
 
 import torch
@@ -16,11 +17,22 @@ from dinoforge.data.decode import decode
 from dinoforge.data.duplicates import Fingerprint, fingerprint
 from dinoforge.data.sources import Source, printable
 from dinoforge.data.values import Decoding
+from dinoforge.data.workers import (
+    Needs,
+    Table,
+    Workers,
+    refuse_second_start,
+    require_room,
+    require_sendable,
+    start_worker,
+)
 from dinoforge.errors import DataError, ImageError, WeightsError
 from dinoforge.models.vit import Tokens
 
 # Images kept for a comparison with raw pixels stay in memory as uint8.
 MAX_KEPT_BYTES = 8 * 2**30
+
+_PREFETCH = 2  # batches that each worker has ready
 
 
 class Reading(Decoding):
@@ -214,16 +226,26 @@ def _batches(
 ) -> Iterator[tuple[list[int], Tensor, list[Skipped], list[Fingerprint]]]:
     """Batch by batch: the images that could be read, their pixels [B, C, size, size] uint8, the others, and, if wanted,
     the fingerprints of those that could be read."""
+    number, batch_size = reading.get("num_workers", 0), reading.get("batch_size", 64)
+    if number:
+        refuse_second_start()
+        size = batch_size * reading["channels"] * reading["size"] ** 2
+        batches = number * _PREFETCH + 1
+        require_room(Needs(number, batches, batch_bytes=size, batch_tensors=batch_size, key="num_workers"))
+        require_sendable(source, "num_workers")
+    workers = Workers(Table(number, "num_workers"), "num_workers")
     loader = DataLoader(
         _Images(source, indices, reading, fingerprints),
-        batch_size=reading.get("batch_size", 64),
-        num_workers=reading.get("num_workers", 0),
+        batch_size=batch_size,
+        num_workers=number,
+        prefetch_factor=_PREFETCH if number else None,
+        worker_init_fn=partial(start_worker, table=workers.table),
         collate_fn=list,
         # Without its own generator the loader would draw from the global one, and a probe would change a run.
         generator=torch.Generator(),
     )
     none = torch.empty(0, reading["channels"], reading["size"], reading["size"], dtype=torch.uint8)
-    for read in loader:
+    for read in workers.batches(loader):
         images = [image for _, image, _ in read if isinstance(image, Tensor)]
         kept = [index for index, image, _ in read if isinstance(image, Tensor)]
         skipped = [Skipped(printable(source.name(i)), reason) for i, reason, _ in read if isinstance(reason, str)]

@@ -4,6 +4,7 @@ import itertools
 import os
 import resource
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+from dinoforge import features
 from dinoforge.data import loader, workers
 from dinoforge.data.loader import make_loader
+from dinoforge.data.sources import open_source
 from dinoforge.data.workers import Needs, Table, require_room, require_sendable
 from dinoforge.errors import DataError, WorkerError
 from faults.test_images import SIZES, training_data  # type: ignore[import-not-found]
@@ -28,6 +31,7 @@ PROGRAM = """
 import os, resource, sys
 sys.path.insert(0, {tests!r})
 import numpy as np
+from dinoforge import features
 from dinoforge.data import loader, workers
 from dinoforge.errors import DataError
 from faults.test_images import training_data
@@ -425,6 +429,41 @@ def test_a_process_that_may_have_no_workers(monkeypatch):
     monkeypatch.setattr(workers.multiprocessing, "current_process", lambda: SimpleNamespace(daemon=True))
     with pytest.raises(DataError, match=r"itself a worker.*train\.num_workers=0"):
         require_sendable(Holder(1))
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+def features_of(images):
+    reading = {"size": 8, "channels": 3, "mean": [0.5], "std": [0.5], "num_workers": 1}
+    return features.extract(torch.nn.Identity(), open_source(images), range(40), **reading)
+
+
+def test_features_name_what_workers_cannot_be_given(spawning):
+    with pytest.raises(DataError, match=r"'held' of Holder is .*<lambda>.* or set num_workers=0"):
+        features_of(Holder(lambda: 0))
+
+
+def test_features_look_for_room(monkeypatch):
+    def too_little(needs):
+        assert (needs.workers, needs.batch_bytes, needs.key) == (1, 64 * 3 * 8 * 8, "num_workers")
+        raise DataError("too little")
+
+    monkeypatch.setattr(features, "require_room", too_little)
+    with pytest.raises(DataError, match="too little"):
+        features_of(Holder(0))
+
+
+class Deadly(Holder):
+    def __getitem__(self, index):
+        if workers.multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_features_tell_of_a_worker_that_was_killed():
+    with pytest.raises(WorkerError, match=r"worker was killed.*use fewer num_workers"):
+        features_of(Deadly(0))
 
 
 # --- workers that are no more -----------------------------------------------------------------------------------------

@@ -501,6 +501,24 @@ class Workers:
         self._processes = list(getattr(batches, "_workers", children)) if loader.num_workers else []
         return batches
 
+    def batches(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        """Start them, and fetch all batches of the loader.
+
+        Raises:
+            DataError: They cannot be started, or a batch cannot be fetched.
+            WorkerError: One was killed.
+        """
+        batches = self.start(loader)
+        try:
+            yield from batches
+        except (RuntimeError, OSError, EOFError) as error:
+            if failure := self.failure(error):
+                raise failure from None
+            raise
+        finally:
+            del batches  # asks them to leave, and waits a few seconds for each
+            self.kill()
+
     def kill(self) -> None:
         """End those that did not leave by themselves; a stopped or stuck one would be waited for at exit."""
         for process in multiprocessing.active_children():
