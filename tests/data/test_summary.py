@@ -14,7 +14,9 @@ from PIL import Image, ImageCms
 from dinoforge.data.decode import decode, working_bytes
 from dinoforge.data.planes import PlanesOf
 from dinoforge.data.sources import OnePlane, SequenceSource
+from dinoforge.data.statistics import look
 from dinoforge.data.summary import Depth, inspect
+from dinoforge.training.auto import facts_of
 
 
 def tif(values: Any, **keys: Any) -> bytes:
@@ -63,6 +65,18 @@ def test_planes_transparency_profiles_and_rotation_are_counted() -> None:
     assert found.depths["uint8"].images == 5
     assert found.apart == ""
     assert "plane" not in " ".join(mode for mode, _ in found.modes)
+
+
+def test_one_panorama_is_not_the_typical_side_and_blank_images_are_counted() -> None:
+    ramp = np.linspace(0, 255, 64 * 48).reshape(64, 48).astype(np.uint8)
+    data = [*[ramp] * 9, np.full((64, 48), 7, np.uint8), np.zeros((1500, 4000), np.uint8)]
+    found = inspect(SequenceSource(data), channels=1)
+    assert (found.side, found.blank) == (48, 2)
+    looked = look(SequenceSource(data), 1, {})
+    assert looked is not None
+    assert looked.side == 48
+    facts = [facts_of(one, "cpu") for one in (found, looked)]
+    assert [one.side for one in facts] == [48, 48]
 
 
 def test_a_source_taken_apart_says_so() -> None:

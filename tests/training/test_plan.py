@@ -345,6 +345,31 @@ def test_planes_are_said_and_which_is_taken(machine, plane, taken):
     assert said(plan_on(apart, data__plane="each"), "planes") == "each is an image: 52 in 2 files"
 
 
+def test_blank_images_are_said(machine):
+    machine(gpus=0)
+    assert said(plan_on(replace(PLAIN, blank=1)), "blank").startswith(
+        "1 of 16 images looked at is of one single colour"
+    )
+    assert said(plan_on(replace(PLAIN, blank=16)), "blank").startswith("16 of 16 images looked at are of one single")
+
+
+def test_dark_images_of_8_bits_are_said(machine):
+    machine(gpus=0)
+    (note,) = plan_on(replace(PLAIN, depths={"uint8": Depth(16, 0, 19, 255)}), device="cpu").notes
+    assert note.startswith("uint8 values of 16 images looked at end at 19 of 255")
+    assert "data.range=[0,19] spreads them over all" in note
+    for depth in (Depth(16, 0, 64, 255), Depth(16, 0, 0, 255)):
+        assert not plan_on(replace(PLAIN, depths={"uint8": depth}), device="cpu").notes
+
+
+def test_kinds_of_several_words_are_told_apart(machine):
+    machine(gpus=0)
+    one = replace(PLAIN, count=1, modes=(("RGB", 1), ("uint16 x5, TIFF", 1)))
+    text = said(plan_on(one, train__batch_size_per_gpu=1), "data")
+    assert text.startswith("1 image in ")
+    assert text.endswith("300×300 pixels, RGB; uint16 x5, TIFF")
+
+
 def test_transparency_profiles_and_rotation_are_said(machine):
     machine(gpus=0)
     plan = plan_on(replace(PLAIN, transparent=2, profiles={"Adobe RGB (1998)": 3, "Display P3": 1}, turned=5))

@@ -277,6 +277,7 @@ class Look:
     widths: tuple[int, int]
     heights: tuple[int, int]
     modes: tuple[tuple[str, int], ...]
+    side: int = 0  # median of the shorter sides; 0: not known
 
 
 def look(source: Source, channels: int, decoding: Decoding) -> Look | None:
@@ -299,7 +300,12 @@ def look(source: Source, channels: int, decoding: Decoding) -> Look | None:
         return None
     widths, heights = zip(*sizes, strict=True)
     ends = (min(widths), max(widths)), (min(heights), max(heights))
-    return Look(len(source), *ends, tuple(kinds.most_common()))
+    return Look(len(source), *ends, tuple(kinds.most_common()), median_side(sizes))
+
+
+def median_side(sizes: Sequence[tuple[int, int]]) -> int:
+    """The shorter side that half of the images reach, so that one panorama among many small images counts as one."""
+    return sorted(min(size) for size in sizes)[len(sizes) // 2]
 
 
 def _reduction(image: AnImage, width: int, height: int) -> int:

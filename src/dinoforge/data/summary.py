@@ -13,6 +13,7 @@ from dinoforge.data.decode import working_bytes
 from dinoforge.data.looks import look
 from dinoforge.data.planes import PlanesOf
 from dinoforge.data.sources import Source, printable
+from dinoforge.data.statistics import median_side
 from dinoforge.data.values import Decoding, Samples, extent, missing
 from dinoforge.errors import DataError, ImageError
 
@@ -52,6 +53,8 @@ class DataSummary:
         profiles: Embedded colour profiles that are not applied, but sRGB and grey -> number of images.
         turned: Images that are turned as their EXIF orientation says.
         working_bytes: That decoding takes at most, by the estimate of `dinoforge.data.decode.working_bytes`.
+        side: Median of the shorter sides, pixels; 0: not known.
+        blank: Images of one single colour.
     """
 
     count: int
@@ -69,6 +72,8 @@ class DataSummary:
     profiles: Mapping[str, int] = field(default_factory=dict)
     turned: int = 0
     working_bytes: int = 0
+    side: int = 0
+    blank: int = 0
 
 
 def inspect(
@@ -98,11 +103,11 @@ def inspect(
     depths: dict[str, Depth] = {}
     planes: list[tuple[int, str]] = []
     profiles: Counter[str] = Counter()
-    transparent = turned = most = 0
+    transparent = turned = most = blank = 0
     indices = np.unique(np.linspace(0, len(source) - 1, samples).round().astype(int)).tolist()
 
     def note(index: int) -> None:
-        nonlocal transparent, turned, most
+        nonlocal transparent, turned, most, blank
         image = source.item(index).image
         seen = look(image, channels=channels, decoding=decoding)
         if seen.pixels is None:
@@ -120,6 +125,7 @@ def inspect(
         if seen.header.profile and not _PLAIN_PROFILES.search(seen.header.profile):
             profiles[seen.header.profile] += 1
         turned += seen.header.orientation in range(2, 9)
+        blank += bool((seen.pixels == seen.pixels[0, 0]).all())
 
     for index in indices:
         try:
@@ -145,6 +151,8 @@ def inspect(
         profiles=dict(profiles),
         turned=turned,
         working_bytes=most,
+        side=median_side([(width, height) for height, width, _ in shapes]),
+        blank=blank,
     )
 
 

@@ -112,7 +112,8 @@ class Pass:
         widths, heights = [one.width for one in seen], [one.height for one in seen]
         modes = tuple(Counter(one.mode for one in seen).most_common())
         ends = (min(widths), max(widths)), (min(heights), max(heights))
-        return statistics.Look(len(self.source), *ends, modes)
+        side = statistics.median_side(list(zip(widths, heights, strict=True)))
+        return statistics.Look(len(self.source), *ends, modes, side)
 
 
 def _unread(index: int, name: str, image: RawImage | OnePlane | None, reason: str) -> Unread:

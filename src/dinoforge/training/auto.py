@@ -109,6 +109,8 @@ class Sizes(Protocol):
     def heights(self) -> tuple[int, int]: ...
     @property
     def modes(self) -> tuple[tuple[str, int], ...]: ...
+    @property
+    def side(self) -> int: ...
 
 
 def facts_of(
@@ -127,7 +129,6 @@ def facts_of(
         channels: how many are read; None: as the kinds say.
         statistics: of the pixels, where they were measured, of as many channels.
     """
-    sides = [min(data.widths[end], data.heights[end]) for end in (0, 1)]
     if channels is None:
         have: Counter[Has] = Counter()
         for mode, number in data.modes:
@@ -137,7 +138,8 @@ def facts_of(
     if statistics is not None and statistics.images:
         kind = next((mode for mode, _ in data.modes if not _may_be_photograph(mode)), "")
         pixels = Pixels(statistics.mean, statistics.std, statistics.images, kind, statistics.symmetry())
-    side = max(round(math.sqrt(sides[0] * sides[1])), 1)
+    sides = [min(data.widths[end], data.heights[end]) for end in (0, 1)]
+    side = data.side or max(round(math.sqrt(sides[0] * sides[1])), 1)
     return Facts(data.count, side, channels.count, device, ranks, pixels, channels.reason)
 
 

@@ -190,12 +190,12 @@ def _note_of_values(recipe: Recipe, data: DataSummary) -> str | None:
     if recipe.data.range is not None or recipe.data.sixteen_bit == "minmax":
         return None
     for kind, depth in data.depths.items():
-        if kind not in ("uint8", "bool") and 0 <= depth.low <= depth.high < depth.top / 4:
+        if kind != "bool" and 0 <= depth.low < depth.high < depth.top / 4:
             level = round(depth.high / depth.top * 255)
             return (
                 f"{kind} values of {_count_of(depth.images, 'image')} looked at end at {depth.high:,.5g} of "
                 f"{depth.top:,.5g}, and become levels up to {level} of 255: data.range=[{depth.low:.5g},"
-                f"{depth.high:.5g}] spreads them over all"
+                f"{depth.high:.5g}] spreads them over all" + " (a map of classes is no picture)" * (kind == "uint8")
             )
     return None
 
@@ -220,13 +220,13 @@ def render(plan: Plan, *, data_path: str, out: str) -> str:
         "KoLeo": r.dino.koleo_loss_weight,
     }
     lines = {
-        "data": f"{plan.data.count:,} images in {data_path}: {_sizes(plan.data)}",
+        "data": f"{plan.data.count:,} image{'s' * (plan.data.count != 1)} in {data_path}: {_sizes(plan.data)}",
         **({"left out": describe(plan.data.left_out)} if plan.data.left_out else {}),
         **_of_images(r, plan.data),
         "crops": f"2 × {side}²{local} pixels, {_count_of(s.in_chans, 'channel')}",
         "model": (
-            f"{s.arch}: width {embed_dim}, {depth} blocks, {heads} heads, patch {s.patch_size} → "
-            f"{(side // s.patch_size) ** 2} patches; "
+            f"{s.arch}: width {embed_dim}, {_count_of(depth, 'block')}, {_count_of(heads, 'head')}, "
+            f"patch {s.patch_size} → {_count_of((side // s.patch_size) ** 2, 'patch').replace('patchs', 'patches')}; "
             + ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in plan.parameters.items())
         ),
         "losses": ", ".join(f"{name} × {weight:g}" for name, weight in losses.items() if weight),
@@ -291,7 +291,8 @@ def _count_of(number: int, thing: str) -> str:
 def _sizes(data: DataSummary) -> str:
     (w0, w1), (h0, h1) = data.widths, data.heights
     size = f"{w0}×{h0}" if (w0, h0) == (w1, h1) else f"{w0}–{w1} × {h0}–{h1}"
-    modes = ", ".join(mode for mode, _ in data.modes)
+    between = "; " if any("," in mode for mode, _ in data.modes) else ", "  # within a kind there are commas
+    modes = between.join(mode for mode, _ in data.modes)
     return f"{size} pixels, {modes}"
 
 
@@ -320,6 +321,9 @@ def _of_images(recipe: Recipe, data: DataSummary) -> dict[str, str]:
         named = ", ".join(f"{name} ({count})" for name, count in sorted(data.profiles.items(), key=lambda p: -p[1])[:3])
         count = sum(data.profiles.values())
         lines["colours"] = f"{count} of {seen} images looked at have a colour profile that is not applied: {named}"
+    if data.blank:
+        are = "is" if data.blank == 1 else "are"
+        lines["blank"] = f"{data.blank} of {seen} images looked at {are} of one single colour, which teaches nothing"
     if data.turned:
         lines["turned"] = f"{data.turned} of {seen} images looked at are turned as their EXIF orientation says"
     return lines
