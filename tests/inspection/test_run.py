@@ -283,6 +283,43 @@ class Slow:
         return "slow"
 
 
+def test_black_images_are_advised_no_range(tmp_path, inspect):
+    for number in range(20):
+        Image.new("RGB", (40, 40)).save(tmp_path / f"{number:02d}.png")
+    told = found(inspect, tmp_path)
+    assert [one["code"] for one in told["troubles"] if one["code"] in ("blank", "narrow_range")] == ["blank"]
+    assert "data.range" not in [one["key"] for one in told["advice"]]
+
+
+def test_signed_bytes_are_advised_a_range_that_takes_all_of_them(tmp_path, inspect):
+    ramp = np.linspace(-100, 100, 1600).reshape(40, 40)
+    for number in range(20):
+        write(tmp_path / "data", number, np.roll(ramp, 40 * number).astype(np.int8))
+    told = found(inspect, tmp_path / "data")
+    assert {"refused", "outside_range"} <= {one["code"] for one in told["troubles"]}
+    assert "clipped" not in {one["code"] for one in told["troubles"]}  # nothing is, since they are refused
+    (advice,) = [one for one in told["advice"] if one["key"] == "data.range"]
+    assert (advice["value"], advice["by"]) == ("[-100,100]", "inspect")
+    assert dinoforge.cli.main([*told["command"].split()[1:-1], "data.range=[-100,100]", "--dry-run"]) == 0
+    again = found(inspect, tmp_path / "data", "data.range=[-100,100]")
+    assert "refused" not in {one["code"] for one in again["troubles"]}
+    (outside,) = [one for one in again["troubles"] if one["code"] == "outside_range"]
+    assert "data.range=[-100,100], given, is used instead" in outside["said"]
+    assert not outside["serious"]
+
+
+def test_dark_bytes_are_no_trouble_once_a_range_spreads_them(tmp_path, inspect):
+    for number in range(20):
+        write(tmp_path / "data", number, made.ramp(0, 19, np.uint8, number))
+    (narrow,) = [one for one in found(inspect, tmp_path / "data")["troubles"] if one["code"] == "narrow_range"]
+    assert (narrow["way"], narrow["serious"]) == ("data.range=[0,19]", True)
+    told = found(inspect, tmp_path / "data", "data.range=[0,19]")
+    assert not [one["said"] for one in told["troubles"] if one["code"] == "narrow_range" and one["serious"]]
+    for wide in (["data.range=[0,4095]"], []):  # left alone, and said as before
+        told = found(inspect, tmp_path / "data", *wide)
+        assert [one["serious"] for one in told["troubles"] if one["code"] == "narrow_range"] == [True]
+
+
 def test_slow_images_are_measured_by_a_few_that_are_spread():
     source = Slow(1000, 0.0)
     few = inspections._Few(source, asked=64, seconds=1.0, each=0.1)

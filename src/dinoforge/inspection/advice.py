@@ -72,11 +72,17 @@ def further(
         if (suspect := suspected_nodata(of_type)) is not None:
             say("data.nodata", suspect, "a value far from all others, which most likely means no data")
             break
-    narrow = [v for v in values if v.fills < NARROW and v.type == "uint8" and 2 * v.images > len(seen)]
-    if narrow and recipe.data.range is None:
-        high = max(channel.percentiles[-1] for channel in narrow[0].channels)
-        low = min(channel.percentiles[0] for channel in narrow[0].channels)
-        say("data.range", (math.floor(low), math.ceil(high)), f"the values fill {narrow[0].fills:.0%} of 0 to 255")
+    usual_values = [v for v in values if v.type in ("uint8", "int8") and 2 * v.images > len(seen)]
+    if usual_values and recipe.data.range is None and recipe.data.sixteen_bit != "minmax":
+        eight = usual_values[0]
+        low = math.floor(min(channel.percentiles[0] for channel in eight.channels))
+        high = math.ceil(max(channel.percentiles[-1] for channel in eight.channels))
+        if not eight.is_within:
+            lowest = math.floor(min(channel.min for channel in eight.channels))
+            highest = math.ceil(max(channel.max for channel in eight.channels))
+            say("data.range", (lowest, highest), f"{eight.type} values below 0 are refused without a range")
+        elif eight.fills < NARROW and low < high:
+            say("data.range", (low, high), f"the values fill {eight.fills:.0%} of 0 to 255")
     several = [one for one in seen if one.planes > 1]
     if 2 * len(several) > len(seen) and recipe.data.plane is None:
         planes = sorted(one.planes for one in several)[len(several) // 2]

@@ -226,10 +226,11 @@ def _of_values(facts: Facts) -> Iterator[Trouble]:
                 f"data.nodata={suspect:.10g}",
                 serious=True,
             )
-        instead = f"; {facts.range}, {facts.range_by}, is used instead" if facts.range and _deep(values) else ""
+        is_ranged = bool(facts.range) and _takes_range(values)
+        instead = f"; {facts.range}, {facts.range_by}, is used instead" if is_ranged else ""
         if facts.is_minmax and _deep(values):
             instead = "; data.sixteen_bit=minmax spreads each image by itself, and relative brightness is lost"
-        if facts.range and _deep(values) and values.levels < NARROW:
+        if facts.range and _deep(values) and values.levels < NARROW and low < high:
             yield Trouble(
                 "few_levels",
                 f"{_count(values.images, 'image')} of {what}: nearly all values, {low:,.6g} to {high:,.6g}, become "
@@ -249,7 +250,7 @@ def _of_values(facts: Facts) -> Iterator[Trouble]:
                 "" if instead else f"data.range=[{_rounded(low)},{_rounded(high)}]",
                 serious=not instead,
             )
-        elif values.fills < NARROW and values.type != "bool":
+        elif 0 < values.fills < NARROW and values.type != "bool":  # one value for all is no matter of range
             yield Trouble(
                 "narrow_range",
                 f"{_count(values.images, 'image')} of {what}: nearly all values, {low:,.6g} to {high:,.6g}, fill "
@@ -273,7 +274,7 @@ def _of_values(facts: Facts) -> Iterator[Trouble]:
                     serious=True,
                 )
         clipped = max((channel.clipped for channel in values.channels), default=0.0)
-        if clipped > _CLIPPED:
+        if clipped > _CLIPPED and (values.is_within or facts.range or facts.is_minmax):  # else they are refused
             yield Trouble(
                 "clipped",
                 f"{what}: up to {clipped:.1%} of a channel's values lie beyond what becomes 0 and 255, and are clipped",
@@ -306,6 +307,11 @@ def _of_values(facts: Facts) -> Iterator[Trouble]:
             _names(group),
         )
     yield from _those(facts, "blank", lambda one: one.is_blank, "{n} of one single colour", noun="image")
+
+
+def _takes_range(values: Values) -> bool:
+    """Whether a range is for values of this type: 8 bits are left alone by one that goes beyond 255."""
+    return values.type not in ("uint8", "bool") or any((c.black, c.white) != (0, 255) for c in values.channels)
 
 
 def _of_planes(facts: Facts) -> Iterator[Trouble]:
