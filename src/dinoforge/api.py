@@ -35,11 +35,11 @@ from dinoforge.data.labels import Labels, label_table, labels_of
 from dinoforge.data.loader import Skipped, make_loader
 from dinoforge.data.loader import inspect as look_at_some
 from dinoforge.data.planes import taken_apart
+from dinoforge.data.preflight import refuse_second_start
 from dinoforge.data.sources import Source, open_source, printable
 from dinoforge.data.stamps import stamps_of
 from dinoforge.data.survey import MeasuredRange, measure_range
 from dinoforge.data.values import plane_of
-from dinoforge.data.workers import refuse_second_start
 from dinoforge.diagnosis import Finding, diagnose
 from dinoforge.errors import DataError, DinoforgeError, ImageError, RecipeError, RunError, WeightsError
 from dinoforge.evaluation import overlap

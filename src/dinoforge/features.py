@@ -15,17 +15,10 @@ from dinoforge.data.batch import normalize
 from dinoforge.data.crops import whole
 from dinoforge.data.decode import decode
 from dinoforge.data.duplicates import Fingerprint, fingerprint
+from dinoforge.data.preflight import Needs, refuse_second_start, require_room, require_sendable
 from dinoforge.data.sources import Source, printable
 from dinoforge.data.values import Decoding
-from dinoforge.data.workers import (
-    Needs,
-    Table,
-    Workers,
-    refuse_second_start,
-    require_room,
-    require_sendable,
-    start_worker,
-)
+from dinoforge.data.workers import Table, Workers, start_worker
 from dinoforge.errors import DataError, ImageError, WeightsError
 from dinoforge.models.vit import Tokens
 

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from dinoforge import features
-from dinoforge.data import loader, workers
+from dinoforge.data import loader, preflight, workers
 from dinoforge.data.loader import make_loader
+from dinoforge.data.preflight import Needs, require_room, require_sendable
 from dinoforge.data.sources import open_source
-from dinoforge.data.workers import Needs, Table, require_room, require_sendable
+from dinoforge.data.workers import Table
 from dinoforge.errors import DataError, WorkerError
 from faults.test_images import SIZES, training_data  # type: ignore[import-not-found]
 
@@ -47,7 +48,7 @@ if __name__ == "__main__":
     held = []
     try:
         data = training_data(Images(), batch_size=400)
-        for batch in loader.make_loader(data, start_step=0, end_step=60, num_workers=2, timeout=3600):
+        for batch in loader.make_loader(data, start_step=0, end_step=20, num_workers=2, timeout=3600):
             held.append(batch)
     except DataError as error:
         print(len(held), error)
@@ -108,20 +109,20 @@ def test_a_container_with_enough_shared_memory_is_not_refused():
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_room_for_the_batches_of_all_ranks_is_asked_for(monkeypatch, ranks):
-    monkeypatch.setattr(workers.distributed, "local_world_size", lambda: ranks)
+    monkeypatch.setattr(preflight.distributed, "local_world_size", lambda: ranks)
     enough = SimpleNamespace(f_bavail=5 * ranks, f_blocks=5 * ranks, f_frsize=1000)
-    monkeypatch.setattr(workers.sys, "platform", "linux")
-    monkeypatch.setattr(workers.os, "statvfs", lambda path: enough)
-    workers._require_shared_memory(NEEDS)
+    monkeypatch.setattr(preflight.sys, "platform", "linux")
+    monkeypatch.setattr(preflight.os, "statvfs", lambda path: enough)
+    preflight._require_shared_memory(NEEDS)
     enough.f_bavail = enough.f_blocks = 5 * ranks - 1
     with pytest.raises(DataError, match=r"/dev/shm has 0\.0 MiB free.*emptyDir.*train\.num_workers=0"):
-        workers._require_shared_memory(NEEDS)
+        preflight._require_shared_memory(NEEDS)
 
 
 def test_where_tensors_are_shared_elsewhere_nothing_is_asked(monkeypatch):
-    monkeypatch.setattr(workers.sys, "platform", "darwin")
-    monkeypatch.setattr(workers.os, "statvfs", lambda path: pytest.fail("there is no /dev/shm"))
-    workers._require_shared_memory(NEEDS)
+    monkeypatch.setattr(preflight.sys, "platform", "darwin")
+    monkeypatch.setattr(preflight.os, "statvfs", lambda path: pytest.fail("there is no /dev/shm"))
+    preflight._require_shared_memory(NEEDS)
 
 
 @pytest.mark.parametrize("photometry", [True, False])
@@ -185,20 +186,20 @@ def test_descriptors_that_run_out_later_are_told(spare):
 
 def test_descriptors_of_a_process(monkeypatch):
     limits = [(100, 5000)]
-    monkeypatch.setattr(workers, "_open_descriptors", lambda: 50)
+    monkeypatch.setattr(preflight, "_open_descriptors", lambda: 50)
     monkeypatch.setattr(resource, "getrlimit", lambda what: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda what, both: limits.append(both))
-    monkeypatch.setattr(workers.torch.multiprocessing, "get_sharing_strategy", lambda: "file_descriptor")
-    workers._require_descriptors(NEEDS)
-    wanted = 50 + 2 * 4 + 5 * 5 + workers._SPARE_DESCRIPTORS
+    monkeypatch.setattr(preflight.torch.multiprocessing, "get_sharing_strategy", lambda: "file_descriptor")
+    preflight._require_descriptors(NEEDS)
+    wanted = 50 + 2 * 4 + 5 * 5 + preflight._SPARE_DESCRIPTORS
     assert limits[-1] == (wanted, 5000)
-    workers._require_descriptors(NEEDS)
+    preflight._require_descriptors(NEEDS)
     assert len(limits) == 2  # enough
     limits.append((wanted - 1, wanted - 1))
     with pytest.raises(DataError, match=rf"need about {wanted} open files, and {wanted - 1} are allowed"):
-        workers._require_descriptors(NEEDS)
-    monkeypatch.setattr(workers.torch.multiprocessing, "get_sharing_strategy", lambda: "file_system")
-    workers._require_descriptors(NEEDS)  # no descriptor for each tensor
+        preflight._require_descriptors(NEEDS)
+    monkeypatch.setattr(preflight.torch.multiprocessing, "get_sharing_strategy", lambda: "file_system")
+    preflight._require_descriptors(NEEDS)  # no descriptor for each tensor
 
 
 # --- the temporary folder ---------------------------------------------------------------------------------------------
@@ -210,9 +211,9 @@ def short_folder():
         yield Path(folder)
 
 
-@pytest.mark.skipif(hasattr(workers.util, "_get_base_temp_dir"), reason="this Python finds a shorter folder itself")
+@pytest.mark.skipif(hasattr(preflight.util, "_get_base_temp_dir"), reason="this Python finds a shorter folder itself")
 def test_a_long_temporary_folder(short_folder, monkeypatch):
-    longest = workers._SOCKET_PATH - len("/pymp-12345678/listener-12345678")
+    longest = preflight._SOCKET_PATH - len("/pymp-12345678/listener-12345678")
     fits = short_folder / ("x" * (longest - len(str(short_folder)) - 1))
     fits.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(fits))
@@ -236,7 +237,7 @@ def test_no_temporary_folder_at_all(monkeypatch):
         raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
 
     monkeypatch.setattr(tempfile, "gettempdir", fail)
-    monkeypatch.setattr(workers.util, "_get_base_temp_dir", lambda module: module.gettempdir(), raising=False)
+    monkeypatch.setattr(preflight.util, "_get_base_temp_dir", lambda module: module.gettempdir(), raising=False)
     with pytest.raises(DataError, match=r"no temporary folder to write to.*No usable.*TMPDIR"):
         require_room(NEEDS)
 
@@ -252,7 +253,7 @@ def test_a_file_system_without_sockets(monkeypatch):
         def bind(self, path):
             raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(workers.socket, "socket", lambda family: Trial())
+    monkeypatch.setattr(preflight.socket, "socket", lambda family: Trial())
     with pytest.raises(DataError, match="none can be made there: Operation not supported"):
         require_room(NEEDS)
 
@@ -388,8 +389,8 @@ class Refuses:
 
 @pytest.fixture
 def spawning(monkeypatch):
-    monkeypatch.setattr(workers.multiprocessing, "get_start_method", lambda: "spawn")
-    monkeypatch.setattr(workers, "_script", lambda: None)
+    monkeypatch.setattr(preflight.multiprocessing, "get_start_method", lambda: "spawn")
+    monkeypatch.setattr(preflight, "script_of_workers", lambda: None)
 
 
 DEVNULL = open(os.devnull)  # noqa: SIM115
@@ -421,12 +422,12 @@ def test_what_workers_can_be_given(spawning):
 
 
 def test_where_workers_inherit_nothing_is_pickled(monkeypatch):
-    monkeypatch.setattr(workers.multiprocessing, "get_start_method", lambda: "fork")
+    monkeypatch.setattr(preflight.multiprocessing, "get_start_method", lambda: "fork")
     require_sendable(Holder(lambda: 0))
 
 
 def test_a_process_that_may_have_no_workers(monkeypatch):
-    monkeypatch.setattr(workers.multiprocessing, "current_process", lambda: SimpleNamespace(daemon=True))
+    monkeypatch.setattr(preflight.multiprocessing, "current_process", lambda: SimpleNamespace(daemon=True))
     with pytest.raises(DataError, match=r"itself a worker.*train\.num_workers=0"):
         require_sendable(Holder(1))
 
@@ -483,6 +484,6 @@ def test_how_a_worker_ended():
     assert isinstance(killed, WorkerError)
     assert "killed at [7]" in str(killed)
     assert "ran out of shared memory" in str(ended(-7))
-    assert "which then starts all over" in str(ended(workers._UNGUARDED, place=(-1, -1)))
+    assert "which then starts all over" in str(ended(preflight.UNGUARDED, place=(-1, -1)))
     assert "ended with exit code 3 before they began" in str(ended(3, place=(-1, -1)))
     assert "cannot send its batch: MemoryError: no. train.num_workers=0" in str(ended(1, word=b"MemoryError: no"))

@@ -26,21 +26,12 @@ from dinoforge.data.batch import Batch, collate_photometry, masked_patches
 from dinoforge.data.crops import CropParameters, MultiCrop, on_reduced, reduction
 from dinoforge.data.decode import decode, describe
 from dinoforge.data.photometry import Photometry, PhotometryBatch
+from dinoforge.data.preflight import Needs, refuse_second_start, require_room, require_sendable
 from dinoforge.data.sources import Source, printable
 from dinoforge.data.summary import DataSummary as DataSummary
 from dinoforge.data.summary import inspect as inspect
 from dinoforge.data.values import Decoding
-from dinoforge.data.workers import (
-    LOOK_SECONDS,
-    Needs,
-    Table,
-    Watch,
-    Workers,
-    refuse_second_start,
-    require_room,
-    require_sendable,
-    start_worker,
-)
+from dinoforge.data.workers import LOOK_SECONDS, Table, Watch, Workers, start_worker
 from dinoforge.data.workers import STOP_SIGNALS as STOP_SIGNALS
 from dinoforge.errors import ImageError, WorkerError
 
