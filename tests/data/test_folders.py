@@ -166,3 +166,14 @@ def test_many_kinds_are_summed_up() -> None:
     assert describe({f".k{i}": 20 - i for i in range(14)}).endswith(", 9 .k11, 15 of other kinds")
     assert describe({"hidden": 1}) == "1 file: 1 hidden"
     assert describe({"without extension": 12_000}) == "12,000 files: 12,000 without extension"
+
+
+def test_what_gdal_lays_beside_rasters_is_said_by_name(tmp_path: Path) -> None:
+    put(tmp_path, "a.tif", "a.tif.msk", "a.tif.ovr", "a.tif.aux.xml", "a.tfw", "other.xml")
+    assert walk(tmp_path).left_out == {
+        ".msk (GDAL mask, not applied)": 1,
+        ".ovr (GDAL overviews)": 1,
+        ".aux.xml (GDAL metadata, not applied)": 1,
+        ".tfw (place on the map)": 1,
+        ".xml": 1,
+    }

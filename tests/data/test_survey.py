@@ -125,6 +125,16 @@ def test_ranges_of_channels_are_trained_with_and_said(tmp_path: Path):
     assert f"0 to 255, 0 to 4,095, 0 to 65,535 ({measured.key};" in str(measured)
 
 
+def test_where_white_is_zero_the_range_is_of_the_stored_values(tmp_path: Path):
+    for number, image in enumerate(images(0, 3900, "uint16")):
+        photometric = "miniswhite" if number % 2 else "minisblack"
+        tifffile.imwrite(tmp_path / f"{number:02d}.tif", image, photometric=photometric)
+    measured = measure_range(FolderSource(tmp_path), channels=1)
+    assert measured is not None
+    assert measured.range == (0, 4095)
+    assert "4,095 becomes 255, turned over in 10 whose files say that white is 0 (data.range" in str(measured)
+
+
 def test_what_it_says():
     text = str(MeasuredRange(0, 4095, (3, 3912), "uint16", 64))
     assert "3 to 3,912 in 64 sampled images" in text

@@ -31,6 +31,7 @@ class MeasuredRange:
         kind: type of the values.
         images: that were looked at and have such values.
         channels: low and high of each channel, where one range would leave some of them dark; else empty.
+        turned_over: images among them in which white is 0: there low becomes 255, and high 0.
     """
 
     low: float
@@ -39,6 +40,7 @@ class MeasuredRange:
     kind: str
     images: int
     channels: tuple[Pair, ...] = ()
+    turned_over: int = 0
 
     @property
     def range(self) -> tuple[float, ...]:
@@ -58,6 +60,8 @@ class MeasuredRange:
             said += f"one range would leave some channels dark, so these become 0 and 255 of each: {ends}"
         else:
             said += f"{self.low:,.7g} becomes 0 and {self.high:,.7g} becomes 255"
+        if self.turned_over:
+            said += f", turned over in {self.turned_over} whose files say that white is 0"
         return f"{said} ({self.key}; give another to change it)"
 
 
@@ -88,7 +92,7 @@ def measure_range(
     kinds: Counter[str] = Counter()
     limits: set[int | None] = set()
     bands: list[list[npt.NDArray[Any]]] = []  # [images][channels], while all images are of so many bands
-    are_bands = True
+    are_bands, turned_over = True, 0
     for samples in _looked_at(source, channels, max_pixels, plane):
         if samples is None:  # of 8 bits, which may be grey
             are_bands = False
@@ -101,6 +105,7 @@ def measure_range(
             values.append(kept)
             kinds[str(samples.values.dtype)] += 1
             limits.add(samples.limit)
+            turned_over += samples.white_is_zero
     if not values:
         return None
     low, high = (float(x) for x in np.percentile(np.concatenate(values), [_TAIL, 100 - _TAIL], method="nearest"))
@@ -118,7 +123,7 @@ def measure_range(
         own = _of_each(bands, whole, is_float)
     if chosen is None and not own:
         return None
-    return MeasuredRange(*(chosen or whole), (low, high), kind, len(values), own)
+    return MeasuredRange(*(chosen or whole), (low, high), kind, len(values), own, turned_over)
 
 
 def _of_each(bands: list[list[npt.NDArray[Any]]], whole: Pair, is_float: bool) -> tuple[Pair, ...]:
