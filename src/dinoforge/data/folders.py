@@ -158,7 +158,8 @@ class _Others:
             return
         end = extension(name)
         # 'IM.0001' and '1.2.840.113619' (DICOM) have no end that says anything, nor have hashes.
-        words = _in_words(end) if re.fullmatch(r"(?!\d+$)[\w~-]{1,16}|\w+\.gz", end) else _NO_EXTENSION
+        is_end = end in OTHER_EXTENSIONS or re.fullmatch(r"(?!\d+$)[\w~-]{1,16}|\w+\.gz", end)
+        words = _in_words(end) if is_end else _NO_EXTENSION
         self.add(words)
         if len(self.samples[words]) < _SAMPLES:
             self.samples[words].append(path)
