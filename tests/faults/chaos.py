@@ -140,7 +140,9 @@ def terminal_gone(world: World) -> None:
 def stopped_while_it_waits(world: World) -> None:
     with world.started(workers=1) as process:
         world.go_on(process)
-        for worker in _workers(process):
+        workers = _workers(process)
+        assert workers
+        for worker in workers:
             os.kill(worker, signal.SIGSTOP)
         before = -1
         while before != soak.step_of(world.run):  # it takes the batches that are there
@@ -238,9 +240,9 @@ _NEED_MOUNT = (disk_full, no_shared_memory)
 
 @contextmanager
 def _small_disk(folder: Path) -> Iterator[bool]:
-    """A file system of 64 MiB over a folder, where that is allowed."""
+    """A file system of 256 MiB over a folder, where that is allowed."""
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(folder)]
     mounted = shutil.which("mount") is not None and subprocess.run(mount, capture_output=True).returncode == 0
     try:
         yield mounted

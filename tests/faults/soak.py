@@ -72,11 +72,17 @@ def command(images: Path, run: Path, workers: int, steps: int) -> list[str]:
 
 
 def step_of(run: Path) -> int:
-    """The last step that the metrics tell of."""
+    """The last step that the metrics tell of; a kill or a full disk may have torn the last line."""
     try:
-        return int(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"])
-    except (OSError, IndexError, ValueError):
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+    except OSError:
         return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except ValueError:
+            continue
+    return 0
 
 
 KINDS = ("starting", "training", "training", "writing", "writing", "writing")
