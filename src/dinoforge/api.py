@@ -82,7 +82,7 @@ from dinoforge.training.parallel import Parallel, turn_tokens, wrap
 from dinoforge.training.probes import Probes
 from dinoforge.training.run import DataIdentity, RunDirectory
 from dinoforge.training.saver import Saver
-from dinoforge.training.stopping import Interruptible, Stop, StopWaitingError
+from dinoforge.training.stopping import Interruptible, Stop
 
 _LIVE_REPORT_SECONDS = 20.0  # for reading images: training waits
 _TOLD_AT_ONCE = 20  # unreadable images of a step
@@ -394,8 +394,7 @@ def _train(
                 try:
                     loop.train(
                         state,
-                        # Ranks would part if one did not make its step.
-                        batches if distributed.is_active() else Interruptible(batches, stop),
+                        Interruptible(batches, stop),
                         plan.schedules,
                         seed=recipe.train.seed,
                         samples_per_step=plan.length.batch_size,
@@ -421,8 +420,6 @@ def _train(
                             written.cut(state.step)
                     for alarm in alarms:
                         alarm.cut()
-                except StopWaitingError:
-                    break
                 except Exception as error:
                     last_step.save_after(error, saver, say)
                     if isinstance(error, BadImagesError):

@@ -350,9 +350,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("model", metavar="RUN|FILE", help="run directory or weights file")
     export.add_argument("--to", required=True, choices=("safetensors", "official", "timm", "hf", "onnx"))
     export.add_argument("--out", required=True, metavar="PATH", help="file, or folder for hf; must not be there yet")
-    export.add_argument(
-        "--size", type=_from(1), nargs="+", metavar="PIXELS", help="side, or height and width"
-    )
+    export.add_argument("--size", type=_from(1), nargs="+", metavar="PIXELS", help="side, or height and width")
     export.add_argument("--bake", action="store_true", help="make position embeddings for --size alone")
     _add_keys(export, "what a foreign file cannot say, such as student.num_heads=6")
     export.set_defaults(run=_export, parser=export)

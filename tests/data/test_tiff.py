@@ -658,3 +658,14 @@ def test_both_ways_give_the_same_of_damaged_files(seed: int) -> None:
             with_it, without, taken = both_ways(bytes(damaged), 3)
             if taken:  # what the short way does not take cannot differ
                 assert with_it == without, (files.index(data), place, damaged[place])
+
+
+def test_a_palette_of_eight_bits() -> None:
+    """Some programs write colours of 0 to 255 where TIFF has 0 to 65,535."""
+    colours = np.stack([np.arange(256), np.arange(256)[::-1], np.full(256, 7)]).astype(np.uint16)
+    values = np.array([[0, 100, 255]], np.uint8)
+    expected = [[[0, 255, 7], [100, 155, 7], [255, 0, 7]]]
+    for colourmap in (colours, colours * 257):
+        data = tiff(values, photometric="palette", colormap=colourmap, extratags=PLACE)
+        assert decode(data, channels=3).tolist() == expected
+        assert decode(tiff(values, photometric="palette", colormap=colourmap), channels=3).tolist() == expected

@@ -145,8 +145,8 @@ def differences(killed: Path, alone: Path, step: int) -> list[str]:
     found += [] if len(our_lines) == len(their_lines) else [f"{len(our_lines)} and {len(their_lines)} lines of metrics"]
     skipped = [(run / "skipped.txt").read_text() for run in (killed, alone)]
     found += [] if skipped[0] == skipped[1] else [f"skipped.txt: {skipped}"]
-    left = sorted(p.name for p in (killed / "checkpoints").iterdir())
-    wanted = sorted(p.name for p in (alone / "checkpoints").iterdir())
+    left = sorted(p.name for p in (killed / "checkpoints").glob("step_*"))
+    wanted = sorted(p.name for p in (alone / "checkpoints").glob("step_*"))
     found += [] if left == wanted else [f"checkpoints {left} and {wanted}"]
     return found
 

@@ -319,7 +319,9 @@ def _samples(found: _Found, data: bytes, channels: int | None, plane: Plane) -> 
         raise ImageError(f"white is said to be 0 of {values.dtype} values, which has no black: save it with black as 0")
     if photometric == headers.PALETTE and key.colormap is not None and values.shape[2] == 1:
         valid = _both(valid, nodata, values)
-        table = (np.asarray(key.colormap) >> 8).astype(np.uint8)  # [3, 2^bits]
+        colours = np.asarray(key.colormap)  # [3, 2^bits]
+        # 16 bits; but some programs write 8 of them, which libtiff tells in the same way.
+        table = (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8)
         values, colour, nodata, limit = np.moveaxis(table[:, values[:, :, 0]], 0, -1), 3, (), None
     elif photometric == headers.SEPARATED and channels != values.shape[2]:
         ink = to_levels(Samples(values[:, :, :4], limit=limit), Scaling())

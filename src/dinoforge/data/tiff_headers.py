@@ -17,6 +17,7 @@ GEO = frozenset({33550, 33922, 34264, 34735})
 HARMLESS = GEO | {33432, 34377, 34665, 34675, 34736, 34737, 37724, 42112, GDAL_NODATA, 50838, 50839}
 
 REDUCED, MASK = 1, 4  # bits of NewSubfileType
+COLOUR_MAP = 320
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, TRANSPARENCY, SEPARATED, YCBCR = range(7)
 PILLOW_SAMPLES = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1, SEPARATED: 4, YCBCR: 3, 8: 3}
 # None, CCITT, LZW, JPEG, deflate, PackBits
@@ -151,7 +152,7 @@ def first_directory(data: "bytes | OnDisk") -> Directory | None:
             at = start + size * (i + 1) - room if length <= room else unpack(order + offset, there, 0)[0]
             if tag in STRIPS:
                 spans[tag] = form, number, at
-            if number > 64 and tag != DESCRIPTION:
+            if number > 64 and tag not in (DESCRIPTION, COLOUR_MAP):
                 continue
             form = f"{number}s" if form == "1s" else form * number
             tags[tag] = struct.unpack(order + form, there[:length] if length <= room else data[at : at + length])
@@ -178,6 +179,7 @@ def first_directory(data: "bytes | OnDisk") -> Directory | None:
         and PILLOW_SAMPLES.get(photometric) == samples
         and (single_bits == {8} or (samples == 1 and single_bits <= {1, 2, 4}))
         and not (photometric == WHITE_IS_ZERO and single_bits == {8})  # Pillow turns it over, before any range counts
+        and not (photometric == PALETTE and max(tags.get(COLOUR_MAP, ()), default=0) <= 255)  # colours of 8 bits
         and set(tags.get(SAMPLE_FORMAT, (1,))) == {1}
         and single(tags, COMPRESSION, 1) in PILLOW_COMPRESSIONS
         and not {EXTRA_SAMPLES, GDAL_NODATA} & set(tags)

@@ -100,7 +100,7 @@ Hook = Callable[[StepReport], None]
 
 def train(
     state: TrainState,
-    batches: Iterator[Batch],
+    batches: Iterator[Batch | None],
     schedules: Schedules,
     *,
     seed: int,
@@ -122,7 +122,7 @@ def train(
 
     Args:
         state: moved forward in place.
-        batches: from number ``state.next_batch`` on.
+        batches: from number ``state.next_batch`` on; None where a signal ended the waiting, which stops all ranks.
         seed: of stochastic depth, which is a function of (seed, number of the batch).
         samples_per_step: images of the global batch.
         drop_path_rates: per block of the student.
@@ -131,7 +131,7 @@ def train(
         autocast: makes the context of the forward pass.
         hooks: called after each step that was not skipped, on every rank.
         is_measured: says which steps' results have diagnostics, given the number of steps that will then be done.
-        should_stop: asked before each step; all ranks stop when one says so.
+        should_stop: asked before each batch is fetched; all ranks stop when one says so.
         on_skipped: given the images that newly turned out to be unreadable, on any rank.
         on_non_finite: given the batch and the terms of a step that was skipped since a loss or gradient is not
             finite; the state already counts it. What it raises ends the training.
@@ -139,9 +139,12 @@ def train(
         parallel: how the networks are laid over ranks; None for one process.
         turn_tokens: as for ``train_step``.
     """
-    while state.step < schedules.total_steps and not distributed.any_over_ranks(should_stop()):
+    while state.step < schedules.total_steps:
         started = time.perf_counter()
-        batch = next(batches)
+        batch = None if should_stop() else next(batches)
+        if distributed.any_over_ranks(batch is None):
+            break
+        assert batch is not None
         waited = time.perf_counter() - started
         batch = prepare(batch)
         skipped = _skipped_on_any_rank(batch)

@@ -79,7 +79,7 @@ class Stop:
 
 
 class Interruptible(Generic[T]):
-    """An iterator whose ``next`` a signal ends by StopWaitingError.
+    """An iterator that gives None in place of the next item when a signal ends the waiting for it.
 
     Args:
         items: The iterator.
@@ -89,9 +89,12 @@ class Interruptible(Generic[T]):
     def __init__(self, items: Iterator[T], stop: Stop) -> None:
         self._items, self._stop = items, stop
 
-    def __iter__(self) -> Iterator[T]:
+    def __iter__(self) -> Iterator[T | None]:
         return self
 
-    def __next__(self) -> T:
-        with self._stop.waiting():
-            return next(self._items)
+    def __next__(self) -> T | None:
+        try:
+            with self._stop.waiting():
+                return next(self._items)
+        except StopWaitingError:
+            return None
