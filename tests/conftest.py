@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,17 @@ def require_system() -> Callable[[str | Path, str], Path]:
         return Path(path)
 
     return require
+
+
+@pytest.fixture(scope="session")
+def browser(require_system: Callable[[str | Path, str], Path]) -> Generator[Any, None, None]:
+    """Debian's Chromium, one for all: a second Playwright cannot begin while there is a first."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright")
+    path = require_system("/usr/bin/chromium", "chromium")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=str(path), args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

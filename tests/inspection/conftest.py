@@ -1,4 +1,4 @@
-"""A folder with one of each kind of trouble, what the command says of it, and a browser."""
+"""A folder with one of each kind of trouble, and what the command says of it."""
 
 import json
 from contextlib import redirect_stdout
@@ -41,13 +41,3 @@ def told(troubled, tmp_path_factory):
     code, line = run(troubled, "--json")
     assert code == 0
     return SimpleNamespace(text=text, json=json.loads(line), page=path)
-
-
-@pytest.fixture(scope="session")
-def browser(require_system):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright")
-    path = require_system("/usr/bin/chromium", "chromium")
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=str(path), args=["--no-sandbox"])
-        yield opened
-        opened.close()

@@ -1,4 +1,4 @@
-"""Images, a run on them, and a browser."""
+"""Images, a run on them, and pages in a browser."""
 
 from pathlib import Path
 
@@ -35,16 +35,6 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="session")
 def run(images, tmp_path_factory):
     return dinoforge.train(images, "small", tmp_path_factory.mktemp("runs") / f"run {EVIL[:4]} @DATA@", **SIZES).out
-
-
-@pytest.fixture(scope="session")
-def browser(require_system):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright")
-    path = require_system("/usr/bin/chromium", "chromium")
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=str(path), args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture
