@@ -18,7 +18,7 @@ demo: $(VENV)/.ready-demo  ## pretrain on 2,624 real solar-cell images and measu
 test: $(VENV)/.ready-dev  ## all checks and tests
 	@scripts/system-packages.sh
 	@$(MAKE) --no-print-directory check
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 check: $(VENV)/.ready-dev  ## style, types and floors
 	$(VENV)/bin/ruff check
