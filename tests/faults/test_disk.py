@@ -92,9 +92,9 @@ def test_full_for_a_while_costs_nothing(small_disk, undisturbed, capsys, asynchr
 
 def test_full_until_the_end_keeps_what_was_saved(small_disk, undisturbed):
     run = small_disk / "run"
+    # Or else a busy machine may not have written one before the disk is full.
+    keys = settings(**{"checkpoint.asynchronous": False})
     with pytest.raises(RunError, match=r"no space left to write .*: free some, then run the same command again"):
-        # Or else a busy machine may not have written one before the disk is full.
-        keys = settings(**{"checkpoint.asynchronous": False})
         dinoforge.train(Images({5: lambda: fill(small_disk)}), "small", run, **keys)
     saved = checkpoint.steps(run)
     assert saved
