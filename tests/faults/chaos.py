@@ -49,7 +49,6 @@ class World:
     steps: int
     chance: random.Random
     log: Path
-    can_mount: bool
 
     def command(self, workers: int | None = None) -> list[str]:
         return soak.command(self.images, self.run, self.chance.randrange(3) if workers is None else workers, self.steps)
@@ -258,7 +257,7 @@ def walk(folder: Path, *, events: int, seed: int, steps: int = STEPS) -> list[st
     alone = folder / "alone"
     subprocess.run(soak.command(images, alone, 0, steps), check=True, stdout=subprocess.DEVNULL)
     with _small_disk(folder / "disk") as mounted:
-        world = World(images, folder / "disk" / "run", steps, chance, folder / "log", mounted)
+        world = World(images, folder / "disk" / "run", steps, chance, folder / "log")
         possible = [event for event in EVENTS if mounted or event not in _NEED_MOUNT]
         if not mounted:
             print("left out, since nothing can be mounted here: a full disk, no shared memory", flush=True)

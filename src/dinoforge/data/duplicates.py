@@ -180,10 +180,6 @@ def _whole_and_rest(length: int, block: int) -> list[slice]:
     return [part for part in (slice(0, whole), slice(whole, length)) if part.start < part.stop]
 
 
-def _blocks(pixels: slice, block: int) -> slice:
-    return slice(pixels.start // block, -(-pixels.stop // block))
-
-
 @functools.lru_cache(maxsize=256)
 def _weights(length: int, block: int) -> Floats:
     """How much of each block of pixels is in each of 32 samples, [32, number of blocks]; a row's sum is 1.

@@ -78,7 +78,7 @@ class RunLock:
 
     def check(self) -> None:
         """Raise LockLostError if another process has taken the run."""
-        if self._lost is not None:
+        if self.is_lost:
             raise LockLostError(
                 f"{self.path.parent} was taken over by {self._lost} while this process showed no sign of life: it "
                 "stops without writing"
