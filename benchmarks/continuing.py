@@ -28,13 +28,13 @@ import torch
 from rich.console import Console
 
 import dinoforge
-from dinoforge import checkpoint
-from dinoforge.config import load_recipe
+from dinoforge.builders.networks import build_student_teacher
 from dinoforge.data.sources import SequenceSource
 from dinoforge.evaluation.knn import knn_predict
-from dinoforge.features import extract
+from dinoforge.features.extract import extract
 from dinoforge.models.vit import VisionTransformer
-from dinoforge.training import build
+from dinoforge.recipe.load import load_recipe
+from dinoforge.runs import checkpoint
 
 CLOTHES = Path("/usr/share/datasets/fashion-mnist")
 K = 20
@@ -146,7 +146,7 @@ def teachers(run: Path) -> Iterator[tuple[int, VisionTransformer]]:
     """The teacher's backbone at each checkpoint."""
     recipe, _ = load_recipe(run / "recipe.yaml")
     for step in checkpoint.steps(run):
-        networks = build.build_student_teacher(recipe)
+        networks = build_student_teacher(recipe)
         checkpoint.load(run, step, networks.state_dict())
         yield step, networks.teacher["backbone"].eval()
 

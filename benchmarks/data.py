@@ -33,12 +33,12 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from dinoforge.config import load_recipe
+from dinoforge.builders.data import build_data
 from dinoforge.data.crops import MultiCrop, cut, on_reduced, reduction
 from dinoforge.data.decode import decode, describe
 from dinoforge.data.photometry import recolour
 from dinoforge.data.sources import SequenceSource
-from dinoforge.training.build import build_data
+from dinoforge.recipe.load import load_recipe
 
 WALLPAPERS = Path("/usr/share/wallpapers")
 KEYS = {

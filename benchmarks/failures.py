@@ -6,7 +6,7 @@
 ``make`` trains each run (a few minutes for all of them on one core each; a run that is there is not made again),
 measures k-NN accuracy at its end, and prints whether the failing ones end below their healthy twins and what
 ``dinoforge doctor`` says about each, at which share of the run. ``--store`` writes the metrics, compactly, to
-tests/diagnosis/data, where the thresholds of ``dinoforge.diagnosis`` are tested against them; ``table`` prints the same
+tests/health/data, where the thresholds of ``dinoforge.health.rules`` are tested against them; ``table`` prints the same
 from what is stored there.
 
 Images: 6,000 of Fashion-MNIST's training images (Debian package dataset-fashion-mnist), k-NN of 2,000 test images among
@@ -26,10 +26,11 @@ import cv2
 import numpy as np
 
 import dinoforge
-from dinoforge import api
-from dinoforge.config import flatten, load_recipe
-from dinoforge.diagnosis import diagnose
-from dinoforge.report.figures import read_metrics
+from dinoforge.commands.evaluate import evaluate_knn
+from dinoforge.health.rules import diagnose
+from dinoforge.recipe.load import load_recipe
+from dinoforge.recipe.schema import flatten
+from dinoforge.runs.metrics import read_metrics
 
 STORED = Path(__file__).parents[1] / "tests" / "diagnosis" / "data"
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -134,9 +135,9 @@ def solar() -> list[tuple[np.ndarray, str]]:
 def accuracy(run: Path, data: str) -> dict[str, float]:
     """k-NN accuracy, balanced for the solar cells, of pixels, the untrained and the trained network."""
     if data == "fashion":
-        result, _ = api.evaluate_knn(run, fashion("train", 6000), test=fashion("t10k", 2000))
+        result, _ = evaluate_knn(run, fashion("train", 6000), test=fashion("t10k", 2000))
         return {name: row["mean"] for name, row in result["knn"].items()}
-    result, _ = api.evaluate_knn(run, solar())
+    result, _ = evaluate_knn(run, solar())
     return {name: row["balanced_mean"] for name, row in result["knn"].items()}
 
 

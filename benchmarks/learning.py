@@ -40,19 +40,22 @@ import torch
 from PIL import Image
 
 import dinoforge
-from dinoforge import api
-from dinoforge.config import Recipe, flatten, load_recipe, parse_override
+from dinoforge.builders.data import image_input
+from dinoforge.builders.networks import vit_arguments
+from dinoforge.commands.embed import embed
+from dinoforge.commands.recipe import auto_recipe
 from dinoforge.data.crops import resize
 from dinoforge.data.sources import open_source
 from dinoforge.errors import DinoforgeError
 from dinoforge.evaluation import classifiers, knn
 from dinoforge.evaluation.protocol import few_shot, stratified_splits
-from dinoforge.files import write_text
 from dinoforge.models.vit import VisionTransformer
-from dinoforge.training.bench import seconds_per_step
-from dinoforge.training.build import image_input, vit_arguments
-from dinoforge.training.run import RunDirectory
-from dinoforge.weights import Backbone
+from dinoforge.planning.bench import seconds_per_step
+from dinoforge.recipe.load import load_recipe, parse_override
+from dinoforge.recipe.schema import Recipe, flatten
+from dinoforge.runs.directory import RunDirectory
+from dinoforge.system.files import write_text
+from dinoforge.weights.backbone import Backbone
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 RESULTS = Path(__file__).parent / "results" / "learning"
@@ -275,7 +278,7 @@ def measure_cell(row: str, data_name: str, seed: int, settings: Settings) -> dic
     if row == "pixels":
         return result | {"scores": scores(pixels_of(data, PIXELS[data_name]), data, centred=True)}
     if row == "untrained":
-        features = api.embed(untrained(load_recipe(name, keys)[0]), data.images)
+        features = embed(untrained(load_recipe(name, keys)[0]), data.images)
         return result | {"scores": scores(torch.from_numpy(features), data, centred=False)}
 
     out = settings.runs / cell_name(row, data_name, seed, settings.budget)
@@ -296,7 +299,7 @@ def measure_cell(row: str, data_name: str, seed: int, settings: Settings) -> dic
     trained = dinoforge.train(data.train, name, out, **keys, **{"train.steps": steps})
     if not trained.finished:
         raise KeyboardInterrupt
-    features = api.embed(out, data.images)
+    features = embed(out, data.images)
     result |= {
         "recipe": name,
         "keys": keys,
@@ -314,7 +317,7 @@ def measure_cell(row: str, data_name: str, seed: int, settings: Settings) -> dic
 def prepare_recipe(name: str, data: Data, keys: Mapping[str, Any], *, steps: int) -> Recipe:
     """The recipe that a run of so many steps would take."""
     if name == "auto":
-        return api.auto_recipe(data.train, **keys, **{"train.steps": steps})[0]
+        return auto_recipe(data.train, **keys, **{"train.steps": steps})[0]
     return load_recipe(name, keys | {"train.steps": steps})[0]
 
 

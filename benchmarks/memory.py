@@ -20,12 +20,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dinoforge import distributed
-from dinoforge.config import Recipe, load_recipe
-from dinoforge.training.bench import StepBench
-from dinoforge.training.build import build_student_teacher
-from dinoforge.training.device import peak_memory_gib
-from dinoforge.training.memory import estimate, of_tensors
+from dinoforge.builders.networks import build_student_teacher
+from dinoforge.planning.bench import StepBench
+from dinoforge.planning.memory import estimate, of_tensors
+from dinoforge.recipe.load import load_recipe
+from dinoforge.recipe.schema import Recipe
+from dinoforge.system import distributed
+from dinoforge.system.device import peak_memory_gib
 from dinoforge.training.parallel import shard_count
 
 CPU = torch.device("cpu")

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from dinoforge import distributed
-from dinoforge.config import load_recipe, parse_override
-from dinoforge.training.bench import StepBench
-from dinoforge.training.device import resolve_precision
+from dinoforge.planning.bench import StepBench
+from dinoforge.recipe.load import load_recipe, parse_override
+from dinoforge.system import distributed
+from dinoforge.system.device import resolve_precision
 
 CPU = torch.device("cpu")
 

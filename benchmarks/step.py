@@ -8,7 +8,7 @@ A is ViT-S/14 on crops of 224 and 98 pixels, batch 8; B is a small network (widt
 The share of the peak is the work of the *reference implementation's* step, whatever this one leaves out or adds, over
 step time and GEMM peak: products of linear layers, with masked tokens padded to the upper bound as the reference pads
 them; attention is not counted. The peak is the rate of ``torch.mm``, which is what the reference multiplies by; the
-linear layers here may be faster (``dinoforge.products``), so that more than 100 % is possible.
+linear layers here may be faster (``dinoforge.kernels.products``), so that more than 100 % is possible.
 """
 
 import argparse
@@ -21,10 +21,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler otherwise wr
 
 import torch
 
-from dinoforge.config import Recipe, load_recipe, parse_override
-from dinoforge.training.bench import StepBench, gemm_peak
-from dinoforge.training.build import build_drop_path_rates, vit_size
-from dinoforge.training.device import peak_memory_gib, resolve_device, resolve_precision
+from dinoforge.builders.networks import build_drop_path_rates, vit_size
+from dinoforge.planning.bench import StepBench, gemm_peak
+from dinoforge.recipe.load import load_recipe, parse_override
+from dinoforge.recipe.schema import Recipe
+from dinoforge.system.device import peak_memory_gib, resolve_device, resolve_precision
 
 COMMON = {
     "train.centering": "sinkhorn_knopp",

@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 
 import dinoforge
-from dinoforge.api import evaluate_knn, report
-from dinoforge.config import parse_override
+from dinoforge.commands.evaluate import evaluate_knn
+from dinoforge.commands.report import report
 from dinoforge.errors import DinoforgeError
 from dinoforge.evaluation.knn import render
+from dinoforge.recipe.load import parse_override
 
 RUN = Path("runs/demo")
 

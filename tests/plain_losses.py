@@ -2,11 +2,12 @@
 
 import torch
 
-from dinoforge.losses import cross_entropy as terms
-from dinoforge.losses import targets
-from dinoforge.losses.dino import dino_terms
-from dinoforge.losses.ibot import ibot_term
-from dinoforge.losses.tiles import Scratch
+from dinoforge.kernels import cross_entropy as terms
+from dinoforge.kernels import targets
+from dinoforge.kernels.tiles import Scratch
+from dinoforge.method import targets as centers
+from dinoforge.method.dino import dino_terms
+from dinoforge.method.ibot import ibot_term
 
 
 def over(logits, temp):
@@ -32,7 +33,7 @@ def centering(logits, temp, center):
 
 
 def updated_center(center, logits, momentum, temp=0.5):
-    return targets.updated_center(center, [over(logits, temp)], temp, momentum)
+    return centers.updated_center(center, [over(logits, temp)], temp, momentum)
 
 
 def dino_loss(global_embeddings, local_embeddings, prototypes, of_teacher, **settings):

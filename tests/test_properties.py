@@ -14,16 +14,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dinoforge.config import load_recipe
+from dinoforge.builders.networks import build_student_teacher
 from dinoforge.data.batch import Batch, masked_patches
 from dinoforge.data.masks import batch_masks
+from dinoforge.kernels.types import Kept
+from dinoforge.method.dinov2 import StudentTeacher
 from dinoforge.models.head import DINOHead
-from dinoforge.models.layers import Kept
-from dinoforge.models.vit import KeptSamples, VisionTransformer
+from dinoforge.models.stochastic_depth import KeptSamples
+from dinoforge.models.vit import VisionTransformer
 from dinoforge.optim.param_groups import parameter_groups, set_hyperparameters
 from dinoforge.optim.schedules import Schedules
-from dinoforge.student_teacher import StudentTeacher
-from dinoforge.training.build import build_student_teacher
+from dinoforge.recipe.load import load_recipe
 from plain_losses import centering, sinkhorn_knopp
 
 seeds = st.integers(0, 2**32 - 1)

@@ -2,8 +2,8 @@
 
 import torch
 
-from dinoforge.config import load_recipe
-from dinoforge.training.bench import StepBench
+from dinoforge.planning.bench import StepBench
+from dinoforge.recipe.load import load_recipe
 from tiny import TINY
 
 STEPS = 1000  # so that the middle of the run is past every warm-up

@@ -1,3 +1,3 @@
-from dinoforge.cli import run
+from dinoforge.cli.main import run
 
 run()

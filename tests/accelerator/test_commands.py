@@ -12,13 +12,20 @@ import torch
 from rich.console import Console
 
 import dinoforge
-from dinoforge import api, features
+from dinoforge.commands import replay as replay_command
+from dinoforge.commands.embed import write_features
+from dinoforge.commands.evaluate import evaluate_classifier, evaluate_knn
+from dinoforge.commands.export import export
+from dinoforge.commands.report import report
+from dinoforge.data.batch import prepare
 from dinoforge.evaluation import classifiers
 from dinoforge.evaluation.knn import knn_predict
+from dinoforge.features import extract
+from dinoforge.planning.bench import StepBench
+from dinoforge.runs import replay
+from dinoforge.runs.directory import RunDirectory
 from dinoforge.selfcheck.fake import DEVICE, Counts, fake_accelerator
-from dinoforge.training import replay
-from dinoforge.training.bench import StepBench
-from dinoforge.training.run import RunDirectory
+from dinoforge.system.device import resolve_device
 from tiny import TINY
 
 KEYS = TINY | {"train.steps": 6, "optim.warmup_length": "20%", "report.every_minutes": None}
@@ -40,7 +47,7 @@ def accelerator() -> Iterator[Counts]:
 
 
 def test_auto_finds_it(accelerator):
-    assert api.devices.resolve_device("auto") == DEVICE
+    assert resolve_device("auto") == DEVICE
 
 
 def test_features_are_those_of_the_cpu(run, classes, accelerator, tmp_path):
@@ -49,7 +56,7 @@ def test_features_are_those_of_the_cpu(run, classes, accelerator, tmp_path):
     assert accelerator.kernels > 0
     expected = dinoforge.embed(run, classes, device="cpu", precision="fp32")
     np.testing.assert_allclose(ours, expected, atol=1e-5)
-    result = api.write_features(run, classes, tmp_path / "features.npy", patches=True)
+    result = write_features(run, classes, tmp_path / "features.npy", patches=True)
     assert result.images == len(expected)
     np.testing.assert_allclose(np.load(tmp_path / "features.npy"), expected, atol=1e-5)
 
@@ -66,7 +73,7 @@ def test_a_backbone_that_was_given_is_put_back(run, classes, accelerator):
 
 def test_a_backbone_on_the_device_is_exported(run, accelerator, tmp_path):
     backbone = dinoforge.load(run).to(DEVICE)
-    api.export(backbone, "safetensors", tmp_path / "exported.safetensors")
+    export(backbone, "safetensors", tmp_path / "exported.safetensors")
     again = dinoforge.load(tmp_path / "exported.safetensors").state_dict()
     for name, tensor in dinoforge.load(run).state_dict().items():
         assert torch.equal(again[name], tensor), name
@@ -79,10 +86,10 @@ def test_evaluations_are_those_of_the_cpu(method, run, classes, accelerator, mon
 
     def measure(**keys: object) -> dict[str, float]:
         if method == "knn":
-            result, _ = api.evaluate_knn(run, classes, **keys)
+            result, _ = evaluate_knn(run, classes, **keys)
             rows = result["knn"]
         else:
-            classified, _ = api.evaluate_classifier(method, run, classes, **keys)
+            classified, _ = evaluate_classifier(method, run, classes, **keys)
             rows = classified["rows"]
         return {name: row["mean"] for name, row in rows.items()}
 
@@ -138,7 +145,7 @@ def test_a_run_is_that_of_the_cpu(keys, classes, accelerator, tmp_path):
 
 def test_a_report_is_made_there(run, classes, accelerator):
     accelerator.clear()
-    written = api.report(run, data=classes)
+    written = report(run, data=classes)
     assert accelerator.kernels > 0
     assert written.page.stat().st_size > 100_000
 
@@ -146,19 +153,19 @@ def test_a_report_is_made_there(run, classes, accelerator):
 def test_a_batch_is_replayed_there(run, accelerator, tmp_path):
     recipe = RunDirectory(run).recipe()
     batch = StepBench(recipe, torch.device("cpu"), torch.float32).batch()
-    batch = api.prepare(batch, device=torch.device("cpu"), mean=recipe.data.mean, std=recipe.data.std)
+    batch = prepare(batch, device=torch.device("cpu"), mean=recipe.data.mean, std=recipe.data.std)
     batch.global_crops[3] = torch.nan
     file = tmp_path / "batch.safetensors"
     replay.save_batch(file, replay.SavedBatch(batch, 6, 6, tuple("abcdefgh"), {"total": float("nan")}))
     accelerator.clear()
-    findings, _, _ = api.replay(run, file)
+    findings, _, _ = replay_command.replay(run, file)
     assert accelerator.kernels > 0
     assert findings.inputs == findings.images == (3,)
 
 
-@pytest.mark.parametrize("call", [dinoforge.embed, lambda run, data, **keys: api.evaluate_knn(run, data, **keys)])
+@pytest.mark.parametrize("call", [dinoforge.embed, lambda run, data, **keys: evaluate_knn(run, data, **keys)])
 def test_a_backbone_that_is_left_behind_is_found(call: Callable[..., object], run, classes, accelerator, monkeypatch):
     """What these tests are for: without the placement, they fail."""
-    monkeypatch.setattr(features, "placed", lambda network, device: nullcontext())
+    monkeypatch.setattr(extract, "placed", lambda network, device: nullcontext())
     with pytest.raises(RuntimeError, match="one device"):
         call(run, classes)

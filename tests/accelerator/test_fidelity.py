@@ -12,9 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dinoforge import products, student_teacher
-from dinoforge.losses import cross_entropy, tiles
-from dinoforge.models import layers
+from dinoforge.kernels import cross_entropy, products, rows, tiles
+from dinoforge.method import dinov2
 from dinoforge.selfcheck.fake import DEVICE, fake_accelerator
 from dinoforge.selfcheck.fidelity import AMPLIFIED, BOUNDS, CASES, HALF_BOUNDS, Errors, run_case, world_size_of
 
@@ -47,10 +46,10 @@ def test_steps_in_half_precision(name, dtype):
 
 def branches_of_an_accelerator() -> None:
     """Forces off, in this process, what is only done on a CPU."""
-    layers._on_cpu = lambda x: False  # type: ignore[assignment]
+    rows.on_cpu = lambda x: False  # type: ignore[assignment]
     tiles._ON_CPU = tiles._ON_ACCELERATOR
     products._BY_ONEDNN = False
-    for module in (student_teacher, cross_entropy):
+    for module in (dinov2, cross_entropy):
         module.largest_logit = lambda weight_g, temp: None
 
 

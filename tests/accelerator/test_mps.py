@@ -8,7 +8,9 @@ import torchgen
 import yaml
 from rich.console import Console
 
-from dinoforge import api
+from dinoforge.commands.embed import embed
+from dinoforge.commands.report import report
+from dinoforge.commands.train import train
 from dinoforge.selfcheck.fake import fake_accelerator
 from tiny import TINY
 from variants import VARIANTS, bench
@@ -51,9 +53,9 @@ def test_every_operation_exists_on_mps(kernels, classes, tmp_path):
     settings = TINY | {"train.steps": 2, "optim.warmup_length": "50%", "augment.device": "train"}
     with fake_accelerator(float64=False, found=True) as counts:
         run = tmp_path / "run"
-        api.train(classes, out=run, console=Console(quiet=True), **settings, **{"probe.every_steps": 2})
-        api.embed(run, classes)
-        api.report(run, data=classes)
+        train(classes, out=run, console=Console(quiet=True), **settings, **{"probe.every_steps": 2})
+        embed(run, classes)
+        report(run, data=classes)
         operations |= counts.operations
     assert len(operations) > 100
     assert missing(operations, kernels) == set()

@@ -4,8 +4,8 @@ from contextlib import nullcontext
 
 import pytest
 
-from dinoforge import features
-from dinoforge.losses import diagnostics
+from dinoforge.features import extract
+from dinoforge.health import numbers
 from dinoforge.selfcheck import placement
 from dinoforge.selfcheck.settings import Settings
 
@@ -27,7 +27,7 @@ def test_all_is_well(lines):
 
 def test_a_backbone_that_is_left_on_the_cpu_fails(lines, monkeypatch):
     monkeypatch.setattr(placement, "_RECIPES", {"one": {}})
-    monkeypatch.setattr(features, "placed", lambda network, device: nullcontext())
+    monkeypatch.setattr(extract, "placed", lambda network, device: nullcontext())
     found = lines()
     failed = {name for name, line in found.items() if line.status == "FAIL"}
     assert {"embed", "eval knn"} <= failed, found
@@ -36,8 +36,8 @@ def test_a_backbone_that_is_left_on_the_cpu_fails(lines, monkeypatch):
 
 def test_float64_on_the_device_fails(lines, monkeypatch):
     monkeypatch.setattr(placement, "_RECIPES", {"one": {}})
-    rank = diagnostics.effective_rank
-    monkeypatch.setattr(diagnostics, "effective_rank", lambda x: rank(x.double().float()))
+    rank = numbers.effective_rank
+    monkeypatch.setattr(numbers, "effective_rank", lambda x: rank(x.double().float()))
     assert "float64" in lines()["train, with a probe"].text
 
 

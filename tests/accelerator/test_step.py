@@ -9,12 +9,12 @@ from functools import partial
 import pytest
 import torch
 
-from dinoforge.config import load_recipe
+from dinoforge.builders.data import build_data
 from dinoforge.data.batch import Batch, prepare
 from dinoforge.data.sources import open_source
+from dinoforge.planning import bench as bench_module
+from dinoforge.recipe.load import load_recipe
 from dinoforge.selfcheck.fake import DEVICE, Counts, DeviceMismatchError, fake_accelerator
-from dinoforge.training import bench as benchmarks
-from dinoforge.training.build import build_data
 from dinoforge.training.step import train_step
 from tiny import TINY
 from variants import VARIANTS, bench
@@ -29,7 +29,7 @@ def counts() -> Iterator[Counts]:
         yield counted
 
 
-def weights(bench: benchmarks.StepBench) -> dict[str, torch.Tensor]:
+def weights(bench: bench_module.StepBench) -> dict[str, torch.Tensor]:
     return {name: tensor.cpu() for name, tensor in bench._state.student_teacher.state_dict().items()}
 
 
@@ -104,7 +104,7 @@ def test_a_measured_step_needs_no_float64_there(counts, monkeypatch):
         results.append(train_step(*args, **keys, measure=True))
         return results[0]
 
-    monkeypatch.setattr(benchmarks, "train_step", measured)
+    monkeypatch.setattr(bench_module, "train_step", measured)
     ours.step(ours.batch().pin_memory())
     values = results[0].values()
     assert values["diag.effective_rank"] > 1

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinoforge.config import load_recipe
-from dinoforge.training.build import build_student_teacher
-from dinoforge.training.memory import estimate
+from dinoforge.builders.networks import build_student_teacher
+from dinoforge.planning.memory import estimate
+from dinoforge.recipe.load import load_recipe
 from tiny import TINY
 
 SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "memory.py"

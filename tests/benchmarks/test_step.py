@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dinoforge.config import load_recipe
+from dinoforge.recipe.load import load_recipe
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
 import step as benchmark

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "distributed"))
 import continuing
 import slurm as clusters
 
-from dinoforge.cli import main
+from dinoforge.cli.main import main
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -87,7 +87,7 @@ def test_a_continued_run_says_that_images_were_replaced(tmp_path):
             raise Stopped
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("dinoforge.api.Display.__call__", stop)
+        patched.setattr("dinoforge.runs.display.Display.__call__", stop)
         with pytest.raises(Stopped):
             run(2)
     assert len((tmp_path / "run" / "images.tsv").read_text().splitlines()) == 16

@@ -16,7 +16,7 @@ from dinoforge.data.planes import PlanesOf
 from dinoforge.data.sources import OnePlane, SequenceSource
 from dinoforge.data.statistics import look
 from dinoforge.data.summary import Depth, inspect
-from dinoforge.training.auto import facts_of
+from dinoforge.planning.auto import facts_of
 
 
 def tif(values: Any, **keys: Any) -> bytes:

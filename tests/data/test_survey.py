@@ -10,13 +10,13 @@ from PIL import Image
 from rich.console import Console
 
 import dinoforge
-from dinoforge.config import load_recipe
+from dinoforge.builders.data import image_input
 from dinoforge.data.decode import decode
 from dinoforge.data.sources import FolderSource, SequenceSource
 from dinoforge.data.survey import MeasuredRange, measure_range
 from dinoforge.errors import RecipeError
-from dinoforge.training.build import image_input
-from dinoforge.training.run import RunDirectory
+from dinoforge.recipe.load import load_recipe
+from dinoforge.runs.directory import RunDirectory
 from tiny import TINY
 
 Values = npt.NDArray[np.generic]

@@ -16,9 +16,12 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parent))
 import ranks
 
-from dinoforge import api, distributed
+from dinoforge.commands import run as run_command
+from dinoforge.commands import train as train_command
+from dinoforge.commands.train import train
 from dinoforge.data.batch import Batch
-from dinoforge.training.stopping import Stop
+from dinoforge.runs.stopping import Stop
+from dinoforge.system import distributed
 
 STEPS = 9
 KEYS = {
@@ -73,18 +76,18 @@ class _StopAfter(Stop):
 def go_on(folder: Path, name: str, steps: int, **keys: Any) -> list[list[tuple[int, str, str]]]:
     """Runs some steps of a run; gives what came in each: index, hash of the crops, hash of the masks of each image."""
     seen: list[list[tuple[int, str, str]]] = []
-    prepare, stop = api.prepare, api.Stop
+    prepare, stop = run_command.prepare, train_command.Stop
 
     def record(batch: Batch, **given: Any) -> Batch:
         seen.append(list(map(tuple, _identities(batch))))
         return prepare(batch, **given)
 
-    api.prepare, api.Stop = record, lambda minutes, is_program: _StopAfter(steps)  # type: ignore[assignment,misc]
+    run_command.prepare, train_command.Stop = record, lambda minutes, is_program: _StopAfter(steps)  # type: ignore[assignment,misc]
     try:
         with suppress(KeyboardInterrupt):
-            api.train(folder / "images", out=folder / name, console=Console(quiet=True), **(KEYS | keys))
+            train(folder / "images", out=folder / name, console=Console(quiet=True), **(KEYS | keys))
     finally:
-        api.prepare, api.Stop = prepare, stop  # type: ignore[misc]
+        run_command.prepare, train_command.Stop = prepare, stop  # type: ignore[misc]
     return seen
 
 
@@ -106,7 +109,7 @@ def _identities(batch: Batch) -> list[tuple[int, str, str]]:
 
 def ended(folder: Path, name: str, recipe: str = "small", **keys: Any) -> tuple[int, int, str | None]:
     """Runs; gives steps, steps in all, and what stopped it."""
-    result = api.train(folder / "images", recipe, folder / name, console=Console(quiet=True), **keys)
+    result = train(folder / "images", recipe, folder / name, console=Console(quiet=True), **keys)
     return result.steps, result.total_steps, result.stopped_by
 
 

@@ -12,13 +12,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import ranks
 
-from dinoforge import distributed
-from dinoforge.config import load_recipe
+from dinoforge.builders.networks import build_optimizer, build_student_teacher
 from dinoforge.data.batch import Batch, masked_patches
 from dinoforge.optim.schedules import Hyperparameters
-from dinoforge.training.build import build_optimizer, build_student_teacher
-from dinoforge.training.loop import kept_samples
+from dinoforge.recipe.load import load_recipe
+from dinoforge.system import distributed
 from dinoforge.training.parallel import Mode, wrap
+from dinoforge.training.pieces import kept_samples
 from dinoforge.training.step import train_step
 
 IMAGES, STEPS, MEASURED = 8, 10, 3

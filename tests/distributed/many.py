@@ -13,8 +13,8 @@ import continuing
 import layouts
 import ranks
 
-from dinoforge.config import load_recipe
-from dinoforge.training.build import build_student_teacher
+from dinoforge.builders.networks import build_student_teacher
+from dinoforge.recipe.load import load_recipe
 from dinoforge.training.parallel import wrap
 
 KEYS = {"train.batch_size": 24, "checkpoint.every_steps": 2}

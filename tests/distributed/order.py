@@ -21,11 +21,12 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).parent))
 import layouts
 
-from dinoforge import checkpoint
-from dinoforge.config import load_recipe
+from dinoforge.builders.lengths import build_schedules, run_length
+from dinoforge.builders.networks import build_state
 from dinoforge.data.batch import Batch, masked_patches
-from dinoforge.training import loop
-from dinoforge.training.build import build_schedules, build_state, run_length
+from dinoforge.recipe.load import load_recipe
+from dinoforge.runs import checkpoint
+from dinoforge.training.loop import train
 from dinoforge.training.parallel import Parallel, wrap
 
 WORLD, STEPS = 64, 2
@@ -147,7 +148,7 @@ def collectives_of(rank: int, keys: dict[str, Any]) -> list[Collective]:
         length = run_length(recipe, images=10_000, world_size=WORLD)
         started = len(collectives.seen)
         losses: list[float] = []
-        loop.train(
+        train(
             state,
             (batch_of(rank, number, 2 * recipe.train.accumulate) for number in range(STEPS)),
             build_schedules(recipe, length),

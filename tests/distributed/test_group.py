@@ -11,11 +11,14 @@ import torch.distributed as dist
 from torch.distributed import HashStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from dinoforge import distributed, errors
-from dinoforge.config import load_recipe
+from dinoforge import errors
+from dinoforge.builders.networks import build_student_teacher
+from dinoforge.builders.resolved import mode_here, note_of_mode
+from dinoforge.cli import ranks as ranks_module
 from dinoforge.errors import DataError, LostRankError, OutOfMemoryError, RecipeError, TrainingError, WorkerError
-from dinoforge.training import launch, parallel
-from dinoforge.training.build import build_student_teacher
+from dinoforge.recipe.load import load_recipe
+from dinoforge.system import distributed
+from dinoforge.training.parallel import copies_and_shards
 
 GPU = torch.device("cuda", 1)
 
@@ -88,9 +91,9 @@ def test_gloo_cannot_shard_what_is_on_a_gpu(monkeypatch, mode):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     with torch.device("meta"):
         networks = build_student_teacher(recipe)
-    assert parallel.mode_here(recipe, networks, torch.device("cpu")) == mode
+    assert mode_here(recipe, networks, torch.device("cpu")) == mode
     with pytest.raises(RecipeError, match=rf"parallel\.backend=gloo cannot shard .*parallel\.mode is {mode}"):
-        parallel.mode_here(recipe, networks, GPU)
+        mode_here(recipe, networks, GPU)
 
 
 @pytest.mark.parametrize(
@@ -103,15 +106,15 @@ def test_gloo_cannot_shard_what_is_on_a_gpu(monkeypatch, mode):
 )
 def test_copies_of_shards_that_cannot_be(ranks, inner, words):
     with pytest.raises(RecipeError, match=words):
-        parallel.copies_and_shards(ranks, inner)
-    assert parallel.copies_and_shards(64, 8) == (8, 8)
+        copies_and_shards(ranks, inner)
+    assert copies_and_shards(64, 8) == (8, 8)
 
 
 def test_a_mode_that_one_process_cannot_have_is_told():
     sharded, plain = (load_recipe("small", keys)[0] for keys in ({"parallel.mode": "fsdp"}, {}))
-    assert "parallel.mode=fsdp means nothing: start several ranks" in parallel.note_of_mode(sharded, "none")
-    assert parallel.note_of_mode(sharded, "fsdp") is None
-    assert parallel.note_of_mode(plain, "none") is None
+    assert "parallel.mode=fsdp means nothing: start several ranks" in note_of_mode(sharded, "none")
+    assert note_of_mode(sharded, "fsdp") is None
+    assert note_of_mode(plain, "none") is None
 
 
 @pytest.mark.parametrize(
@@ -212,8 +215,8 @@ def test_the_launcher_tells_the_cause(failures, line, code, tmp_path, monkeypatc
         rank: failure(tmp_path, rank, exitcode, error, later=later, monkeypatch=monkeypatch)
         for rank, (exitcode, error, later) in failures.items()
     }
-    monkeypatch.setattr(launch, "_run", lambda arguments, ranks: made)
-    assert launch.launch(["train"], ranks=4, restarts=0) == code
+    monkeypatch.setattr(ranks_module, "_run", lambda arguments, ranks: made)
+    assert ranks_module.launch(["train"], ranks=4, restarts=0) == code
     assert capsys.readouterr().err.startswith(line)
 
 
@@ -237,8 +240,8 @@ def test_only_what_may_end_otherwise_is_started_again(codes, starts, ended, tmp_
         code = left.pop(0)
         return {1: failure(tmp_path, 1, code, monkeypatch=monkeypatch)} if code else {}
 
-    monkeypatch.setattr(launch, "_run", run)
-    assert launch.launch(["train"], ranks=2, restarts=2) == ended
+    monkeypatch.setattr(ranks_module, "_run", run)
+    assert ranks_module.launch(["train"], ranks=2, restarts=2) == ended
     assert len(codes) - len(left) == starts
 
 

@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import order
 
-from dinoforge import distributed
+from dinoforge.system import distributed
 
 
 @pytest.fixture(scope="module")

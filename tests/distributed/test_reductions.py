@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dinoforge import distributed
+from dinoforge.system import distributed
 from plain_losses import sinkhorn_knopp
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -12,9 +12,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import continuing
 
-from dinoforge.cli import main
+from dinoforge.cli import slurm
+from dinoforge.cli.main import main
 from dinoforge.errors import RunError
-from dinoforge.training import submit
 
 
 @pytest.mark.timeout(600)
@@ -22,7 +22,7 @@ def test_a_job_that_is_taken_away_is_queued_again_and_goes_on(tmp_path):
     images, run = continuing.make_images(tmp_path / "images"), tmp_path / "run"
     keys = continuing.KEYS | {"train.steps": 60}
     arguments = ["train", str(images), "--recipe", "small", "--out", str(run), *(f"{k}={v}" for k, v in keys.items())]
-    job = submit.submit(arguments, submit.Resources(ranks_per_node=2), folder=tmp_path / "jobs", cluster="local")
+    job = slurm.submit(arguments, slurm.Resources(ranks_per_node=2), folder=tmp_path / "jobs", cluster="local")
     metrics = run / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
@@ -42,7 +42,7 @@ def test_a_job_that_is_taken_away_is_queued_again_and_goes_on(tmp_path):
 
 def test_no_slurm_here(tmp_path):
     with pytest.raises(RunError, match="the job was not taken"):
-        submit.submit(["train"], submit.Resources(), folder=tmp_path, cluster="slurm")
+        slurm.submit(["train"], slurm.Resources(), folder=tmp_path, cluster="slurm")
 
 
 def test_mistakes_are_told_before_anything_is_queued(tmp_path, capsys):

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dinoforge import distributed
-from dinoforge.config import load_recipe
+from dinoforge.builders.networks import build_optimizer, build_student_teacher
 from dinoforge.data.batch import Batch, masked_patches
+from dinoforge.method.dinov2 import StudentTeacher
 from dinoforge.optim.schedules import Hyperparameters
-from dinoforge.student_teacher import StudentTeacher
-from dinoforge.training.build import build_optimizer, build_student_teacher
+from dinoforge.recipe.load import load_recipe
+from dinoforge.system import distributed
 from dinoforge.training.parallel import wrap
 from dinoforge.training.step import train_step
 

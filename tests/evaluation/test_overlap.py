@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import dinoforge
-from dinoforge.cli import main
+from dinoforge.cli.main import main
 from dinoforge.data.duplicates import fingerprint
 from dinoforge.data.sources import SequenceSource, open_source
 from dinoforge.evaluation import overlap

@@ -12,12 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dinoforge import load, train
-from dinoforge.api import export
-from dinoforge.cli import main
+from dinoforge.cli.main import main
+from dinoforge.commands.export import export
+from dinoforge.data.image_input import ImageInput
 from dinoforge.errors import ExportError, RecipeError, RunError
 from dinoforge.export import make
 from dinoforge.models.vit import VisionTransformer
-from dinoforge.weights import Backbone, ImageInput
+from dinoforge.weights.backbone import Backbone
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")

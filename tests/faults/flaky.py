@@ -5,7 +5,7 @@ import random
 import sys
 from pathlib import Path
 
-from dinoforge.cli import run
+from dinoforge.cli.main import run
 
 read_bytes = Path.read_bytes
 chance = random.Random(int(sys.argv.pop(1)))

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from dinoforge import features
-from dinoforge.data import loader, preflight, workers
-from dinoforge.data.loader import make_loader
+from dinoforge.data import preflight, workers
+from dinoforge.data.batches import _needs, make_loader
 from dinoforge.data.preflight import Needs, require_room, require_sendable
 from dinoforge.data.sources import open_source
 from dinoforge.data.workers import Table
 from dinoforge.errors import DataError, WorkerError
+from dinoforge.features import extract
 from faults.test_images import SIZES, training_data  # type: ignore[import-not-found]
 
 TESTS = str(Path(__file__).parent.parent)
@@ -32,8 +32,8 @@ PROGRAM = """
 import os, resource, sys
 sys.path.insert(0, {tests!r})
 import numpy as np
-from dinoforge import features
-from dinoforge.data import loader, workers
+from dinoforge.features import extract
+from dinoforge.data import batches as loader, workers
 from dinoforge.errors import DataError
 from faults.test_images import training_data
 
@@ -132,7 +132,7 @@ def test_what_a_batch_takes_is_known_before_there_is_one(photometry):
     batch = data[0]
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
     more = [v for part in batch.photometry or () for v in vars(part).values() if isinstance(v, torch.Tensor)]
-    needs = loader._needs(data, 2, 5)
+    needs = _needs(data, 2, 5)
     size = sum(tensor.nbytes for tensor in tensors)
     assert size / 1.05 < needs.batch_bytes <= size
     assert len(tensors) + len(more) <= needs.batch_tensors <= len(tensors) + len(more) + 2
@@ -437,7 +437,7 @@ def test_a_process_that_may_have_no_workers(monkeypatch):
 
 def features_of(images):
     reading = {"size": 8, "channels": 3, "mean": [0.5], "std": [0.5], "num_workers": 1}
-    return features.extract(torch.nn.Identity(), open_source(images), range(40), **reading)
+    return extract.extract(torch.nn.Identity(), open_source(images), range(40), **reading)
 
 
 def test_features_name_what_workers_cannot_be_given(spawning):
@@ -450,7 +450,7 @@ def test_features_look_for_room(monkeypatch):
         assert (needs.workers, needs.batch_bytes, needs.key) == (1, 64 * 3 * 8 * 8, "num_workers")
         raise DataError("too little")
 
-    monkeypatch.setattr(features, "require_room", too_little)
+    monkeypatch.setattr(extract, "require_room", too_little)
     with pytest.raises(DataError, match="too little"):
         features_of(Holder(0))
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import dinoforge
-from dinoforge import checkpoint
 from dinoforge.errors import RunError
+from dinoforge.runs import checkpoint
 from faults.test_images import SIZES  # type: ignore[import-not-found]
 
 STEPS = 12

@@ -16,13 +16,17 @@ import pytest
 from PIL import Image
 
 import dinoforge
-from dinoforge import api
-from dinoforge.data.bad_images import BadImagesError
+from dinoforge.commands.bench import bench
+from dinoforge.commands.export import export
+from dinoforge.commands.run import _listed
+from dinoforge.data.bad_images import BadImages, BadImagesError
+from dinoforge.data.batches import TrainingData, make_loader
 from dinoforge.data.crops import MultiCrop
 from dinoforge.data.decode import decode
-from dinoforge.data.loader import BadImages, TrainingData, make_loader
 from dinoforge.data.sources import open_source
 from dinoforge.errors import DataError, ImageError
+from dinoforge.runs import directory
+from dinoforge.system import distributed
 
 MAX_PIXELS = 2**20
 SIZES = {
@@ -343,15 +347,15 @@ def test_bad_images_are_listed_where_none_is_found_for_a_batch(tmp_path):
 
 
 def test_a_rank_lists_what_it_alone_met(tmp_path, monkeypatch):
-    run = api.RunDirectory(tmp_path)
+    run = directory.RunDirectory(tmp_path)
     known = BadImages(0.1, 100)
     known.update([(1, "1.png", "empty file")], 64)
     skipped = [(1, "1.png", "empty file"), (2, "2.png", "empty file"), (2, "2.png", "empty file")]
-    monkeypatch.setattr(api.distributed, "is_first", lambda: False)
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
     told = []
-    api._listed(BadImagesError("as all ranks have it", skipped), run, known, told.append)
+    _listed(BadImagesError("as all ranks have it", skipped), run, known, told.append)
     assert not run.skipped.exists()
-    error = api._listed(BadImagesError("of this one", skipped, of_one_rank=True), run, known, told.append)
+    error = _listed(BadImagesError("of this one", skipped, of_one_rank=True), run, known, told.append)
     assert run.skipped.read_text() == "2.png\tempty file\n"
     assert str(error) == f"of this one. Each one is listed in {run.skipped}"
     assert told == []
@@ -380,7 +384,7 @@ def test_what_cannot_be_read_at_all_is_told_by_kind(tmp_path, call):
     calls = {
         "dry run": lambda: dinoforge.train(images, "small", tmp_path / "run", dry_run=True, **SIZES),
         "auto": lambda: dinoforge.train(images, "auto", tmp_path / "run", dry_run=True),
-        "bench": lambda: api.bench(images, "small", **SIZES),
+        "bench": lambda: bench(images, "small", **SIZES),
     }
     told = r"none of 12 .*: 9 such as bad000\.png: damaged[^;]*; 3 such as pointer0\.jpg: "
     with pytest.raises(DataError, match=told):
@@ -409,11 +413,11 @@ def test_a_probe_tells_which_of_its_images_it_could_not_read(tmp_path, capsys):
 
 
 def test_an_export_names_the_image_that_it_cannot_compare_on(tmp_path, run):
-    images = Path(api.RunDirectory(run).info()["data"]["path"])
+    images = Path(directory.RunDirectory(run).info()["data"]["path"])
     first = sorted(images.iterdir())[0]
     data = first.read_bytes()
     first.write_bytes(b"")
-    report = api.export(run, "safetensors", tmp_path / "x.safetensors")
+    report = export(run, "safetensors", tmp_path / "x.safetensors")
     first.write_bytes(data)
     assert f"random images, because {first.name} of the run's cannot be read (empty file)" in str(report)
 

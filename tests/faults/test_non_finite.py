@@ -9,11 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 import dinoforge
-from dinoforge import api, checkpoint, cli
-from dinoforge.config import load_recipe
+from dinoforge.builders.lengths import build_schedules, run_length
+from dinoforge.builders.networks import build_state
+from dinoforge.cli.main import main
+from dinoforge.commands import replay as replay_command
 from dinoforge.errors import RunError, TrainingError, WeightsError
-from dinoforge.training import build, replay
-from dinoforge.training.device import autocast
+from dinoforge.recipe.load import load_recipe
+from dinoforge.runs import checkpoint, replay
+from dinoforge.system.device import autocast
 
 SIZES = {
     "student.embed_dim": 32,
@@ -175,12 +178,12 @@ def test_replay_finds_the_image(tmp_path, capsys):
     run = dinoforge.train(Images({7}), "small", tmp_path / "run", **SIZES | OVERFLOW).out
     batch = saved_batches(run)[-1]
     capsys.readouterr()
-    assert cli.main(["replay", str(run), "--batch", str(batch)]) == 0
+    assert main(["replay", str(run), "--batch", str(batch)]) == 0
     output = capsys.readouterr().out
     assert "the first output that is not finite is that of teacher.backbone." in output
     name = replay.load_batch(batch).names[replay.load_batch(batch).batch.indices.tolist().index(7)]
     assert f"{name} not finite when alone" in output
-    findings, saved, step = api.replay(run, batch)
+    findings, saved, step = replay_command.replay(run, batch)
     assert step <= saved.step
     assert [saved.batch.indices[i] for i in findings.images] == [7]
     assert not findings.finite
@@ -193,7 +196,7 @@ def test_replay_tells_weights_from_images(tmp_path, capsys):
     settings = SIZES | {"optim.base_lr": 1e30, "optim.warmup_length": "0 steps", "optim.clip_grad": 0}
     with pytest.raises(TrainingError):
         dinoforge.train(images, "small", tmp_path / "run", **settings)
-    assert cli.main(["replay", str(tmp_path / "run"), "--batch", str(saved_batches(tmp_path / "run")[0])]) == 0
+    assert main(["replay", str(tmp_path / "run"), "--batch", str(saved_batches(tmp_path / "run")[0])]) == 0
     output = capsys.readouterr().out
     assert "weights    of step 0" in output
     assert "every module's output is finite" in output
@@ -203,29 +206,29 @@ def test_replay_tells_weights_from_images(tmp_path, capsys):
 def test_replay_of_what_is_none(tmp_path, capsys):
     run = dinoforge.train(Images({7}), "small", tmp_path / "run", **SIZES | OVERFLOW).out
     with pytest.raises(RunError, match="no run directory"):
-        api.replay(tmp_path, saved_batches(run)[0])
+        replay_command.replay(tmp_path, saved_batches(run)[0])
     with pytest.raises(WeightsError, match="there is no file"):
-        api.replay(run, tmp_path / "missing")
+        replay_command.replay(run, tmp_path / "missing")
     with pytest.raises(WeightsError, match="no batch that a run has saved"):
-        api.replay(run, run / "teacher.safetensors")
+        replay_command.replay(run, run / "teacher.safetensors")
     damaged = tmp_path / "damaged"
     damaged.write_bytes(saved_batches(run)[0].read_bytes()[:-5])
     with pytest.raises(WeightsError, match="damaged"):
-        api.replay(run, damaged)
+        replay_command.replay(run, damaged)
     other = dinoforge.train(
         Images({}), "small", tmp_path / "other", **SIZES | {"crops.global_crops_size": 24, "train.steps": 1}
     ).out
     with pytest.raises(WeightsError, match="another run"):
-        api.replay(other, saved_batches(run)[0])
+        replay_command.replay(other, saved_batches(run)[0])
 
 
 def test_what_is_found_leaves_the_networks_alone(tmp_path):
 
     run = dinoforge.train(Images({7}), "small", tmp_path / "run", **SIZES | OVERFLOW).out
     recipe, _ = load_recipe(run / "recipe.yaml")
-    state = build.build_state(recipe, torch.device("cpu"), images=64)
+    state = build_state(recipe, torch.device("cpu"), images=64)
     before = {name: tensor.clone() for name, tensor in state.tensors().items()}
-    schedules = build.build_schedules(recipe, build.run_length(recipe, images=64))
+    schedules = build_schedules(recipe, run_length(recipe, images=64))
     replay.find(
         state.student_teacher,
         replay.load_batch(saved_batches(run)[0]).batch,

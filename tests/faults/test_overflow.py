@@ -9,10 +9,10 @@ import torch
 from rich.console import Console
 
 import dinoforge
-from dinoforge.config import load_recipe
+from dinoforge.builders import networks as networks_module
 from dinoforge.errors import TrainingError
-from dinoforge.training import build
-from dinoforge.training.bench import StepBench
+from dinoforge.planning.bench import StepBench
+from dinoforge.recipe.load import load_recipe
 from dinoforge.training.step import NonFiniteError
 from tiny import TINY
 
@@ -41,13 +41,13 @@ def poison(monkeypatch):
             self.passes += 1
             return torch.full_like(gradient, torch.nan) if self.when(self.passes) else gradient
 
-    make, spoil = build.build_optimizer, Poison()
+    make, spoil = networks_module.build_optimizer, Poison()
 
     def build_optimizer(recipe, networks):
         networks.student["backbone"].norm.weight.register_hook(spoil)
         return make(recipe, networks)
 
-    monkeypatch.setattr(build, "build_optimizer", build_optimizer)
+    monkeypatch.setattr(networks_module, "build_optimizer", build_optimizer)
     return spoil
 
 

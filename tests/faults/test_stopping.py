@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from dinoforge import api, checkpoint
+from dinoforge.commands.train import train
 from dinoforge.optim.adamw import AdamW
+from dinoforge.runs import checkpoint
 from faults import soak  # type: ignore[import-not-found]
 
 STEPS = 40
@@ -126,8 +127,8 @@ def test_output_that_lacks_letters(images, tmp_path, encoding):
 HANGS = """
 import os, pathlib, sys, time
 import numpy as np
-from dinoforge import api
-from dinoforge.config import parse_override
+from dinoforge.commands.train import train_as_program
+from dinoforge.recipe.load import parse_override
 
 class Images:
     def __len__(self):
@@ -139,7 +140,7 @@ class Images:
         return np.random.default_rng(index).integers(0, 256, (20, 20, 3), dtype=np.uint8)
 
 if __name__ == "__main__":
-    result = api.train_as_program(Images(), "small", sys.argv[1], **dict(map(parse_override, sys.argv[4:])))
+    result = train_as_program(Images(), "small", sys.argv[1], **dict(map(parse_override, sys.argv[4:])))
     sys.exit({"SIGTERM": 143}[result.stopped_by])
 """
 
@@ -177,15 +178,15 @@ def test_a_signal_ends_waiting_for_a_batch(tmp_path, workers):
 
 SEVERAL = """
 import sys
-from dinoforge import api
-from dinoforge.config import parse_override
+from dinoforge import train
+from dinoforge.recipe.load import parse_override
 import signal
 
 keys = dict(map(parse_override, sys.argv[3:]))
 before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 for name in ("first", "second"):
     try:
-        api.train(sys.argv[1], "small", f"{sys.argv[2]}/{name}", **keys)
+        train(sys.argv[1], "small", f"{sys.argv[2]}/{name}", **keys)
     finally:
         assert {number: signal.getsignal(number) for number in before} == before
 """
@@ -225,15 +226,15 @@ def test_any_error_between_two_steps_saves_what_was_done(images, tmp_path, monke
         if metrics["step"] == 7:
             raise error
 
-    monkeypatch.setattr("dinoforge.api.Display.__call__", fail)
+    monkeypatch.setattr("dinoforge.runs.display.Display.__call__", fail)
     keys = soak.KEYS | {"train.steps": 20, "train.num_workers": 0, "checkpoint.every_steps": 5}
     with pytest.raises(type(error)):
-        api.train(images, "small", tmp_path / "run", **keys)
+        train(images, "small", tmp_path / "run", **keys)
     assert checkpoint.steps(tmp_path / "run") == [5, 7]
     assert "saved      step 7" in capsys.readouterr().out
     monkeypatch.undo()
-    api.train(images, "small", tmp_path / "run", **keys)
-    api.train(images, "small", tmp_path / "alone", **keys)
+    train(images, "small", tmp_path / "run", **keys)
+    train(images, "small", tmp_path / "alone", **keys)
     assert soak.differences(tmp_path / "run", tmp_path / "alone", 20) == []
 
 
@@ -249,6 +250,6 @@ def test_an_error_while_weights_change_saves_nothing(images, tmp_path, monkeypat
     monkeypatch.setattr(AdamW, "step", fail)
     keys = soak.KEYS | {"train.steps": 20, "train.num_workers": 0, "checkpoint.every_steps": 5}
     with pytest.raises(Broken):
-        api.train(images, "small", tmp_path / "run", **keys)
+        train(images, "small", tmp_path / "run", **keys)
     assert checkpoint.steps(tmp_path / "run") == [5]
     assert "not saved" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dinoforge
-from dinoforge.data.loader import make_loader
+from dinoforge.data.batches import make_loader
 from dinoforge.errors import DataError
 from faults.test_images import SIZES, training_data  # type: ignore[import-not-found]
 

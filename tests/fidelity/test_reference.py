@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent))
 import check
 
-from dinoforge.config import load_recipe
-from dinoforge.losses.koleo import koleo_loss
+from dinoforge.builders.lengths import RunLength, build_schedules
+from dinoforge.method.koleo import koleo_loss
 from dinoforge.models.head import DINOHead
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.optim.param_groups import parameter_groups
-from dinoforge.training.build import RunLength, build_schedules
+from dinoforge.recipe.load import load_recipe
 from plain_losses import centering, dino_loss, ibot_loss, sinkhorn_knopp, updated_center
 
 DATA = Path(__file__).parent / "data"

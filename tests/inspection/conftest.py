@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from dinoforge import cli
+from dinoforge.cli.main import main
 
 
 def run(*arguments: str | Path) -> tuple[int, str]:
     """Exit code of the command and what it prints."""
     out = StringIO()
     with redirect_stdout(out):
-        code = cli.main(["inspect", *map(str, arguments)])
+        code = main(["inspect", *map(str, arguments)])
     return code, out.getvalue()
 
 

@@ -9,13 +9,14 @@ import pytest
 from PIL import Image
 
 import dinoforge
-from dinoforge.config import flatten
+from dinoforge.commands.recipe import auto_recipe
 from dinoforge.data.decode import working_bytes
 from dinoforge.data.sources import FolderSource, Item
 from dinoforge.errors import ImageError
 from dinoforge.inspection import passing
 from dinoforge.inspection import run as inspections
 from dinoforge.inspection.advice import in_words
+from dinoforge.recipe.schema import flatten
 
 from . import troubled as made
 
@@ -72,7 +73,7 @@ def test_the_keys_that_are_given_are_those_that_count(twelve_bits, inspect):
 
 def test_the_measured_range_is_that_of_training(twelve_bits, inspect):
     told = found(inspect, twelve_bits)
-    recipe, _ = dinoforge.api.auto_recipe(str(twelve_bits))
+    recipe, _ = auto_recipe(str(twelve_bits))
     assert recipe.data.range == (0, 4095)
     chosen = {key: in_words(value) for key, value in flatten(recipe).items()}
     advised = {one["key"]: one["value"] for one in told["advice"] if one["by"] == "auto"}

@@ -10,17 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dinoforge.models.layers import (
-    Block,
-    Kept,
-    SwiGLU,
-    _AttentionOnCpu,
-    _HalfAttentionOnCpu,
-    norm_linear,
-    scaled_linear,
-    subset_of,
-)
-from dinoforge.models.vit import SIZES, KeptSamples, VisionTransformer, draw_kept_samples, drop_path_rates
+from dinoforge.kernels.attention import AttentionOnCpu, HalfAttentionOnCpu
+from dinoforge.kernels.ops import norm_linear, scaled_linear
+from dinoforge.kernels.types import Kept
+from dinoforge.models.layers import Block, SwiGLU
+from dinoforge.models.stochastic_depth import KeptSamples, draw_kept_samples, drop_path_rates, subset_of
+from dinoforge.models.vit import SIZES, VisionTransformer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -565,7 +560,7 @@ def test_the_fused_layers_and_their_gradients_are_those_of_plain_ones(gelu, bias
 
 @pytest.mark.parametrize(
     ("dtype", "function"),
-    [(torch.float32, _AttentionOnCpu), (torch.float64, _AttentionOnCpu), (torch.bfloat16, _HalfAttentionOnCpu)],
+    [(torch.float32, AttentionOnCpu), (torch.float64, AttentionOnCpu), (torch.bfloat16, HalfAttentionOnCpu)],
 )
 @pytest.mark.parametrize("groups", [((2, 5), (3, 4)), ((16, 200), (1, 30))], ids=["few", "many"])
 def test_attention_on_the_cpu_is_scaled_dot_product_attention_per_group(groups, dtype, function):

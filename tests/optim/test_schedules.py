@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinoforge.config import load_recipe
+from dinoforge.builders.lengths import RunLength, build_schedules, run_length
 from dinoforge.errors import RecipeError
 from dinoforge.optim.schedules import cosine, sqrt_scaled_lr
-from dinoforge.training.build import RunLength, build_schedules, run_length
+from dinoforge.recipe.load import load_recipe
 
 
 def as_list(base, final, total, warmup=0, start=0.0):

@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from dinoforge import api
+from dinoforge.commands.backbone import load
 from dinoforge.data.sources import Item
 from dinoforge.errors import DataError, ImageError
-from dinoforge.report import figures, learned
+from dinoforge.report import learned
+from dinoforge.report.analysis import pca_colours, project
 from dinoforge.report.learned import study
-from dinoforge.weights import Backbone
+from dinoforge.weights.backbone import Backbone
 
 
 @pytest.fixture(scope="module")
 def backbone(run) -> Backbone:
-    return api.load(run)
+    return load(run)
 
 
 class Million:
@@ -124,10 +125,10 @@ def test_the_background_is_parted_off_only_where_each_image_has_one() -> None:
     kinds = torch.zeros(200, 8)
     kinds[:, 0] = 5.0
     within = kinds * torch.tensor([1.0 if i % 4 == 0 else -1.0 for i in range(200)])[:, None] + noise
-    _, foreground = figures.pca_colours(within, [100, 100])
+    _, foreground = pca_colours(within, [100, 100])
     assert foreground.tolist() == [i % 4 == 0 for i in range(200)]  # the smaller kind
     between = kinds * torch.tensor([1.0 if i < 80 else -1.0 for i in range(200)])[:, None] + noise
-    colours, foreground = figures.pca_colours(between, [80, 120])
+    colours, foreground = pca_colours(between, [80, 120])
     assert foreground.all()
     assert colours.min() >= 0
     assert colours.max() <= 1
@@ -137,12 +138,12 @@ def test_without_scikit_learn_the_map_is_of_principal_components(monkeypatch) ->
     import sys
 
     features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
-    placed, how = figures.project(features)
-    again, _ = figures.project(features)
+    placed, how = project(features)
+    again, _ = project(features)
     assert torch.equal(placed, again)  # and it draws nothing from global random states
     assert "t-SNE" in how
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    placed, how = figures.project(features)
+    placed, how = project(features)
     assert "principal components; pip install" in how
     unit = torch.nn.functional.normalize(features, dim=-1)
     _, spread, _ = torch.linalg.svd(unit - unit.mean(0))

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 import dinoforge
-from dinoforge import api
 from dinoforge.report import live, page
 from dinoforge.report.live import Live
 from report_sizes import SIZES
@@ -33,7 +32,7 @@ def states() -> tuple[object, ...]:
 
 
 def results_of(run: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    from dinoforge.report.figures import read_metrics
+    from dinoforge.runs.metrics import read_metrics
 
     timed = {"images_per_second", "data_wait_share", "memory_gib", "train_seconds"}
     (newest,) = sorted((run / "checkpoints").iterdir())[-1:]
@@ -44,7 +43,7 @@ def results_of(run: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float
 def test_a_run_ends_bitwise_the_same_with_and_without_reports(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(live, "SHARE", 1e9)  # a report after every step
     written = []
-    monkeypatch.setattr(api, "write_text", lambda path, text: written.append((path, text)))
+    monkeypatch.setattr("dinoforge.commands.run.write_text", lambda path, text: written.append((path, text)))
     settings = SIZES | {"train.steps": 5, "checkpoint.every_steps": 2, "student.drop_path_rate": 0.2}
     torch.manual_seed(3)
     often = dinoforge.train(Drawing(), "small", tmp_path / "often", **settings, **{"report.every_minutes": 1e-9}).out

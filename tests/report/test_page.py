@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 import dinoforge
-from dinoforge import api, cli
-from dinoforge.diagnosis import Finding
+from dinoforge.cli.main import main
+from dinoforge.commands.report import open_run, report
 from dinoforge.errors import RecipeError, RunError
+from dinoforge.health.rules import Finding
 from report_sizes import SIZES
 
 
@@ -98,7 +99,7 @@ def test_maps_have_the_shape_of_their_images(path, show):
 
 def test_similarity_in_the_page_is_the_cosine(run, path, show):
     page = show(path)
-    found = api.open_run(run).learned
+    found = open_run(run).learned
     m = found.maps[0]
     reveal(page.locator("#similarity img").first).click(position={"x": 1, "y": 1})
     box = page.locator("#similarity canvas").first.bounding_box()
@@ -169,7 +170,7 @@ def test_runs_side_by_side(run, images, tmp_path, evil, show):
     metrics = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
     metrics[-1] |= {"probe.knn": 0.9, "probe.pixels.knn": 0.5, "probe.untrained.knn": 0.4}
     (other / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    path = api.report(run, other).page
+    path = report(run, other).page
     assert path.name == "comparison.html"
     page = show(path, viewport={"width": 360, "height": 800})
     assert page.locator("[data-title=Loss] tr.u-series:not(.running)").count() == 3  # steps, and a curve of each
@@ -191,8 +192,8 @@ def test_probes_and_findings_are_the_first_to_be_seen(run, tmp_path, show, monke
         line |= {"probe.knn": accuracy, "probe.pixels.knn": 0.5, "probe.untrained.knn": 0.4}
     (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics) + '{"step": 7, "tot')
     finding = Finding("uniform_collapse", 4, "Targets are <b>uniform</b>.", ())
-    monkeypatch.setattr(api, "diagnose", lambda metrics, recipe: [finding])
-    page = show(api.report(copy).page)
+    monkeypatch.setattr("dinoforge.commands.report.diagnose", lambda metrics, recipe: [finding])
+    page = show(report(copy).page)
     text = text_of(page)
     assert "Step 4: Targets are <b>uniform</b>." in text
     assert "Yes, it is learning. By k-NN it is right on 70.0 % of the images at step 6" in text
@@ -209,7 +210,7 @@ def test_a_run_of_which_much_is_missing(run, tmp_path, show):
         shutil.copy(run / name, bare)
     info = json.loads((bare / "run.json").read_text())
     (bare / "run.json").write_text(json.dumps(info | {"data": info["data"] | {"path": str(tmp_path / "gone")}}))
-    text = text_of(show(api.report(bare).page))
+    text = text_of(show(report(bare).page))
     assert "the images are not found" in text
     assert "no checkpoint yet" in text
     assert "has not logged a step yet" in text
@@ -223,7 +224,7 @@ def test_a_run_of_an_earlier_version_and_a_damaged_network_cost_only_what_they_l
     del info["base"], info["data"]["look"]
     (copy / "teacher.safetensors").write_bytes(b"damaged")
     (copy / "run.json").write_text(json.dumps(info))
-    text = text_of(show(api.report(copy).page))
+    text = text_of(show(report(copy).page))
     assert "what differs from dinov2" in text
     assert "There are no maps of features" in text
 
@@ -245,7 +246,7 @@ def test_a_killed_run(images, tmp_path, show):
     assert "no checkpoint yet" in text
     assert "What the network saw" in text
     assert "What it learned" not in text
-    assert "continue" in text_of(show(api.report(out).page))
+    assert "continue" in text_of(show(report(out).page))
 
 
 def test_one_channel_and_one_readable_image(tmp_path, show):
@@ -255,9 +256,9 @@ def test_one_channel_and_one_readable_image(tmp_path, show):
     run = dinoforge.train(tmp_path / "data", "small", tmp_path / "run", **settings).out
     assert "need at least four readable images" in text_of(show(run / "report.html"))
     (tmp_path / "data" / "broken.png").write_bytes(b"no image")
-    assert "1 of 2 sampled images cannot be read, such as broken.png" in text_of(show(api.report(run).page))
+    assert "1 of 2 sampled images cannot be read, such as broken.png" in text_of(show(report(run).page))
     (tmp_path / "data" / "only.png").write_bytes(b"no image, either")
-    assert "Pictures are left out" in text_of(show(api.report(run).page))
+    assert "Pictures are left out" in text_of(show(report(run).page))
 
 
 def test_more_than_three_channels_say_which_are_shown(tmp_path, show):
@@ -273,28 +274,28 @@ def test_more_than_three_channels_say_which_are_shown(tmp_path, show):
     page = show(run / "report.html")
     assert "of 13 channels, counted from 0, channel 0 as red, 1 as green, 2 as blue" in text_of(page)
     assert page.locator("#pca canvas").count() == 6
-    page = show(api.report(run, data=Satellite(), channels=[12, 7, 1]).page)
+    page = show(report(run, data=Satellite(), channels=[12, 7, 1]).page)
     assert "channel 12 as red, 7 as green, 1 as blue" in text_of(page)
     with pytest.raises(RecipeError, match=r"channels: expected one channel, or three .* from 0 to 12, got \[13\]"):
-        api.report(run, channels=[13])
+        report(run, channels=[13])
 
 
 def test_labels_from_a_table(run, images, tmp_path, evil, show):
     table = tmp_path / "labels.csv"
     names = sorted(path.relative_to(images) for path in images.rglob("*.png"))
     table.write_text("".join(f'"{name}",{evil if i % 3 else "b"}\n' for i, name in enumerate(names)))
-    page = show(api.report(run, labels=table).page)
+    page = show(report(run, labels=table).page)
     assert page.locator(".key").all_inner_texts() == [f"{evil} (26)", "b (14)"]
 
 
 def test_the_command(run, tmp_path, capsys, monkeypatch):
     opened = []
     monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
-    assert cli.main(["report", str(run), "--open"]) == 0
+    assert main(["report", str(run), "--open"]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     assert opened == [(run / "report.html").resolve().as_uri()]
     assert (run / "report.html").stat().st_size < 10_000_000
     with pytest.raises(RunError, match="holds no run"):
-        api.report(tmp_path)
+        report(tmp_path)
     with pytest.raises(RunError, match="of one run"):
-        api.report(run, run, figures=tmp_path)
+        report(run, run, figures=tmp_path)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinoforge import api, cli
+from dinoforge.cli.main import main
+from dinoforge.commands.report import open_run, report
 from dinoforge.errors import DataError, DinoforgeError
 from dinoforge.report import plots
 from dinoforge.report.charts import curve
@@ -18,11 +19,11 @@ LACKING = {"probes"}  # such metrics the run has not
 
 @pytest.fixture(scope="module")
 def opened(run):
-    return api.open_run(run)
+    return open_run(run)
 
 
 def test_the_command_writes_each_as_png_and_svg_and_says_what_it_left_out(run, tmp_path, capsys) -> None:
-    assert cli.main(["report", str(run), "--figures", str(tmp_path / "new")]) == 0
+    assert main(["report", str(run), "--figures", str(tmp_path / "new")]) == 0
     said = capsys.readouterr()
     names = plots.FIGURES.keys() - LACKING
     files = {path.name for path in (tmp_path / "new").iterdir()}
@@ -67,4 +68,4 @@ def test_crops_show_what_the_network_saw(opened) -> None:
 def test_without_matplotlib_it_says_what_to_install(run, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(DinoforgeError, match=r"pip install 'dinoforge\[plot\]'"):
-        api.report(run, figures=tmp_path)
+        report(run, figures=tmp_path)

@@ -39,7 +39,7 @@ def test_json_holds_everything():
 
 def test_an_exception_is_a_failure_that_says_where():
     def look() -> Line:
-        from dinoforge.config import load_recipe
+        from dinoforge.recipe.load import load_recipe
 
         load_recipe("no such recipe")
         raise AssertionError
@@ -47,7 +47,7 @@ def test_an_exception_is_a_failure_that_says_where():
     line = guarded("recipe", look)
     assert line.status == "FAIL"
     assert line.text.startswith("RecipeError: no recipe 'no such recipe'")
-    assert any("dinoforge/config.py" in row for row in line.details)
+    assert any("dinoforge/recipe/load.py" in row for row in line.details)
 
 
 def test_an_exception_ends_a_part_with_a_failure():

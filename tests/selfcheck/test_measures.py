@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from dinoforge.config import load_recipe
+from dinoforge.recipe.load import load_recipe
 from dinoforge.selfcheck import environment, memory, speed, waiting
 from dinoforge.selfcheck.settings import Settings
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dinoforge import cli
+from dinoforge.cli.main import main
 from dinoforge.selfcheck import part, run
 from dinoforge.selfcheck.lines import fail, not_here, ok
 from dinoforge.selfcheck.settings import Settings
@@ -128,14 +128,14 @@ def test_exit_code_and_json(monkeypatch, capsys, line, code):
 
     monkeypatch.setattr(run, "selfcheck", found)
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    assert cli.main(["selfcheck", "--json"]) == code
+    assert main(["selfcheck", "--json"]) == code
     out, err = capsys.readouterr()
     told = json.loads(out)
     assert out.count("\n") == 1
     assert told["passed"] is (code == 0)
     assert [each["name"] for each in told["lines"]] == ["a"]
     assert line.status in err
-    assert cli.main(["selfcheck"]) == code
+    assert main(["selfcheck"]) == code
     assert capsys.readouterr().out.splitlines()[0].startswith(line.status)
 
 
@@ -144,7 +144,7 @@ def test_exit_code_and_json(monkeypatch, capsys, line, code):
 )
 def test_a_mistyped_option_is_told_at_once(options, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["selfcheck", *options])
+        main(["selfcheck", *options])
     assert stopped.value.code == 2
     assert options[0] in capsys.readouterr().err
 

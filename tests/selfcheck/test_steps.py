@@ -5,8 +5,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from dinoforge.config import load_recipe
-from dinoforge.losses import koleo
+from dinoforge.method import koleo
+from dinoforge.recipe.load import load_recipe
 from dinoforge.selfcheck import fidelity, steps
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def test_a_wrong_sign_in_the_gradient_of_koleo(cases, monkeypatch):
         loss = koleo.koleo_loss(x)
         return 2 * loss.detach() - loss
 
-    monkeypatch.setattr("dinoforge.student_teacher.koleo_loss", wrong)
+    monkeypatch.setattr("dinoforge.method.dinov2.koleo_loss", wrong)
     line = steps._steps("steps", cases, torch.float32, CPU)
     assert line.status == "FAIL"
     assert line.values["errors"]["gradient"]["share_of_bound"] > 10

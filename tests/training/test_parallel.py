@@ -5,14 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from dinoforge.cli import main
-from dinoforge.config import load_recipe
+from dinoforge.builders.lengths import run_length, with_batch_cut
+from dinoforge.builders.resolved import choose_mode
+from dinoforge.cli import ranks
+from dinoforge.cli.main import main
 from dinoforge.data.batch import Batch, masked_patches
 from dinoforge.errors import RecipeError
-from dinoforge.losses.koleo import koleo_loss, koleo_loss_among
-from dinoforge.training import launch
-from dinoforge.training.build import run_length, with_batch_cut
-from dinoforge.training.parallel import choose_mode
+from dinoforge.method.koleo import koleo_loss, koleo_loss_among
+from dinoforge.recipe.load import load_recipe
+from dinoforge.system.device import number_of_ranks
 
 
 @pytest.mark.parametrize(
@@ -124,24 +125,24 @@ def test_koleo_among_all_has_the_gradient_of_the_whole(group):
 
 
 def test_the_number_of_ranks():
-    assert launch.number_of_ranks("3") == 3
-    assert launch.number_of_ranks("auto") == max(1, torch.cuda.device_count())
+    assert number_of_ranks("3") == 3
+    assert number_of_ranks("auto") == max(1, torch.cuda.device_count())
     for text in ("0", "-1", "two", "1.5"):
         with pytest.raises(RecipeError, match="--nproc: expected"):
-            launch.number_of_ranks(text)
+            number_of_ranks(text)
 
 
 def test_ranks_are_started_with_what_the_user_said(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     started = []
-    monkeypatch.setattr(launch, "launch", lambda arguments, **how: started.append((arguments, how)) or 7)
+    monkeypatch.setattr(ranks, "launch", lambda arguments, **how: started.append((arguments, how)) or 7)
     said = ["train", "photos", "--recipe", "auto", "--out", "run", "--labels", "labels.csv", "--dry-run"]
     assert main([*said, "--nproc", "2", "--restarts", "5", "train.steps=9"]) == 7
     assert started == [([*said, "train.steps=9"], {"ranks": 2, "restarts": 5})]
 
 
 def test_keys_of_the_cut_may_change_between_starts():
-    from dinoforge.config import FREE_KEYS, differences
+    from dinoforge.recipe.schema import FREE_KEYS, differences
 
     recipe = load_recipe("small")[0]
     cut = dataclasses.replace(

@@ -7,7 +7,7 @@ from itertools import chain
 import torch
 
 from dinoforge.data.photometry import Photometry, PhotometryBatch, recolour_batch
-from dinoforge.transfer import to_device
+from dinoforge.system.transfer import to_device
 
 
 @dataclass(frozen=True)

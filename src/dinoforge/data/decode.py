@@ -101,7 +101,7 @@ def decode(
         with _reading(max_pixels, image):
             found = _read(image, channels, plane, max_pixels)
             if isinstance(found, Samples):
-                pixels = _finish(found, channels, scaling)
+                pixels = finish(found, channels, scaling)
             else:
                 pixels = _decode_picture(found, channels, scaling, max_pixels, reduction, plane, image)
     elif isinstance(image, Image.Image):
@@ -110,7 +110,7 @@ def decode(
     else:
         samples = _of_array(image)
         check_size(samples.values.shape[1], samples.values.shape[0], max_pixels)
-        pixels = _finish(samples, channels, scaling)
+        pixels = finish(samples, channels, scaling)
     return np.require(pixels, requirements=["C", "W"])
 
 
@@ -367,7 +367,7 @@ def _read(
     return _open(data) if found is None else found
 
 
-def _finish(samples: Samples, channels: int | None, scaling: Scaling) -> UInt8:
+def finish(samples: Samples, channels: int | None, scaling: Scaling) -> UInt8:
     """Choose channels, scale values to levels, and make grey of colour or colour of grey."""
     have = samples.values.shape[2]
     if channels in (1, 3) and not samples.alpha:
@@ -420,14 +420,14 @@ def _decode_picture(
     picture = _loaded(picture, reduction, data)
     orientation = _orientation(picture)  # a loaded TIFF is upright already, and says so
     if picture.mode.startswith("I") or picture.mode == "F":
-        pixels = _finish(Samples(np.asarray(picture)[:, :, np.newaxis], colour=1), channels, scaling)
+        pixels = finish(Samples(np.asarray(picture)[:, :, np.newaxis], colour=1), channels, scaling)
     elif scaling.plain:
         pixels = _picture_to_array(_match(picture, channels))
     else:
         picture = _plain(picture)
         alpha = picture.mode in ("LA", "RGBA")
         values = _picture_to_array(picture)
-        pixels = _finish(Samples(values, None, 3 if values.shape[2] > 2 else 1, alpha), channels, scaling)
+        pixels = finish(Samples(values, None, 3 if values.shape[2] > 2 else 1, alpha), channels, scaling)
     return tiff.upright(pixels, orientation)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
 from dinoforge.data import formats, kinds, tiff
-from dinoforge.data.decode import MAX_PIXELS, AnImage, UInt8, _finish, count_planes, decode, describe, raw
+from dinoforge.data.decode import MAX_PIXELS, AnImage, UInt8, count_planes, decode, describe, finish, raw
 from dinoforge.data.kinds import Kind, kind_of
 from dinoforge.data.sources import OnePlane
 from dinoforge.data.values import Decoding, Samples, Scaling
@@ -120,7 +120,7 @@ def look(image: AnImage, *, channels: int, decoding: Decoding | None = None) -> 
         if is_picture and planes > 1 and plane == "max":  # of frames that are grey already, where grey is wanted
             pixels = decode(image, channels=channels, **keys)
         else:
-            pixels = _finish(samples, channels, _scaling(keys))
+            pixels = finish(samples, channels, _scaling(keys))
     except ImageError as error:
         refused = _why_not(image, channels, keys) if is_picture else str(error)
     seconds = time.perf_counter() - start

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from dinoforge.transfer import to_device
+from dinoforge.system.transfer import to_device
 
 UInt8 = npt.NDArray[np.uint8]
 

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dinoforge import distributed
 from dinoforge.errors import DataError
+from dinoforge.system import distributed
 
 SHM = Path("/dev/shm")
 UNGUARDED = 86  # exit code of a worker that would have started the run again

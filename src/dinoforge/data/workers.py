@@ -29,15 +29,12 @@ from dinoforge.data.preflight import (
     with_advice,
 )
 from dinoforge.errors import DataError, WorkerError
+from dinoforge.system.signals import STOP_SIGNALS
 
 T = TypeVar("T")
 
 LOOK_SECONDS = 1.0
 """Between two looks at the workers while a batch is waited for."""
-
-_STOPS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-STOP_SIGNALS = [getattr(signal, name) for name in _STOPS if hasattr(signal, name)]
-"""What stops a run. Schedulers announce the end of a job by SIGTERM, or by a signal of the user's choice."""
 
 _WORDS = 500  # bytes of a worker's last words
 

@@ -19,7 +19,7 @@ from dinoforge.data.sources import Source
 from dinoforge.errors import DataError
 from dinoforge.evaluation.overlap import Duplicates
 from dinoforge.evaluation.protocol import auroc, balanced_accuracy, describe, gather, percent, stratified_splits
-from dinoforge.features import Reading, Skipped
+from dinoforge.features.extract import Reading, Skipped
 from dinoforge.models.vit import Tokens, VisionTransformer
 
 Method = Literal["linear", "logreg"]

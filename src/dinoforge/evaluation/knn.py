@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dinoforge.data.sources import Source
 from dinoforge.evaluation.overlap import Duplicates
 from dinoforge.evaluation.protocol import balanced_accuracy, describe, few_shot, gather, percent
-from dinoforge.features import Reading, Skipped
+from dinoforge.features.extract import Reading, Skipped
 
 KS = (10, 20, 100, 200)  # DINO's
 TEMPERATURE = 0.07  # DINO's
@@ -76,7 +76,7 @@ def run_knn(
         n_splits: at least 2; each holds out ``1 / n_splits`` of the images.
         shots: at most so many labelled images of each class; ``None``: the whole training part.
         seed: of the splits, and of the choice of shots.
-        reading: see ``dinoforge.features.Reading``.
+        reading: see ``features.extract.Reading``.
 
     Returns:
         The result, and the images that could not be read and took no part.

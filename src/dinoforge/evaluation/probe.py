@@ -18,7 +18,7 @@ from dinoforge.data.sources import Source, printable
 from dinoforge.errors import DataError
 from dinoforge.evaluation import overlap
 from dinoforge.evaluation.knn import knn_predict
-from dinoforge.features import Reading, Skipped, embed, extract
+from dinoforge.features.extract import Reading, Skipped, embed, extract
 
 K = 20  # DINO's best for most networks
 PENALTIES = tuple(10.0**power for power in range(-6, 1))  # of the linear classifier
@@ -45,7 +45,7 @@ class Probe:
         labels: one for each of them; those without one, None, take no part.
         max_images: at most so many take part, drawn at random; fewer where they would take more than 256 MiB.
         seed: of the choice.
-        reading: how they are shown to a backbone; see ``dinoforge.features.Reading``.
+        reading: how they are shown to a backbone; see ``features.extract.Reading``.
 
     Raises:
         DataError: labels by which nothing can be measured.

@@ -11,7 +11,7 @@ from dinoforge.data.duplicates import Fingerprint
 from dinoforge.data.sources import Source, printable
 from dinoforge.errors import DataError
 from dinoforge.evaluation import overlap
-from dinoforge.features import Reading, Skipped, embed, extract
+from dinoforge.features.extract import Reading, Skipped, embed, extract
 
 
 @dataclass(frozen=True)

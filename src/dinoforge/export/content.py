@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dinoforge.errors import ExportError
 from dinoforge.models.vit import VisionTransformer
-from dinoforge.weights import Backbone
+from dinoforge.weights.backbone import Backbone
 
 Size = tuple[int, int]  # height and width in pixels
 Rule = tuple[bool, float]  # antialias and offset: how position embeddings are resampled for another size

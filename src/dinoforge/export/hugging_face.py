@@ -7,41 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dinoforge import __version__
 from dinoforge.errors import ExportError
 from dinoforge.export.content import Content, Format, Outputs, Rule, completed, library
-from dinoforge.files import save_tensors
-
-_RENAMED = (
-    ("pos_embed", "embeddings.position_embeddings"),
-    ("cls_token", "embeddings.cls_token"),
-    ("mask_token", "embeddings.mask_token"),
-    ("register_tokens", "embeddings.register_tokens"),
-    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
-    ("blocks.", "encoder.layer."),
-    (".attn.proj.", ".attention.output.dense."),
-    (".ls1.gamma", ".layer_scale1.lambda1"),
-    (".ls2.gamma", ".layer_scale2.lambda1"),
-    (".mlp.w12.", ".mlp.weights_in."),
-    (".mlp.w3.", ".mlp.weights_out."),
-)
-
-
-def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official names to those of Hugging Face's files, which every version of transformers reads."""
-    result: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("norm."):
-            result[f"layer{name}"] = tensor
-            continue
-        for official, theirs in _RENAMED:
-            name = name.replace(official, theirs)
-        if ".attn.qkv." in name:
-            for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                result[name.replace(".attn.qkv.", f".attention.attention.{part}.")] = rows.contiguous()
-        else:
-            result[name] = tensor
-    return result
+from dinoforge.system.files import save_tensors
+from dinoforge.version import __version__
+from dinoforge.weights.hugging_face import renamed
 
 
 def _config(content: Content) -> dict[str, Any]:

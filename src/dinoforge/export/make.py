@@ -13,8 +13,8 @@ from dinoforge.export.hugging_face import HUGGING_FACE
 from dinoforge.export.onnx import ONNX
 from dinoforge.export.plain import OFFICIAL, SAFETENSORS
 from dinoforge.export.timm import TIMM
-from dinoforge.files import written_aside
-from dinoforge.weights import Backbone
+from dinoforge.system.files import written_aside
+from dinoforge.weights.backbone import Backbone
 
 FORMATS = {"safetensors": SAFETENSORS, "official": OFFICIAL, "timm": TIMM, "hf": HUGGING_FACE, "onnx": ONNX}
 

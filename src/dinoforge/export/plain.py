@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dinoforge.export.content import Content, Format, Outputs, Rule
-from dinoforge.models.layouts import architecture_of
 from dinoforge.models.vit import VisionTransformer
-from dinoforge.weights import Backbone, load_backbone, save_backbone
+from dinoforge.weights.architecture import architecture_of
+from dinoforge.weights.backbone import Backbone, load_backbone, save_backbone
 
 
 def _write_own(content: Content, path: Path) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dinoforge.export.content import Content, Format, Outputs, completed, library
-from dinoforge.files import save_tensors
+from dinoforge.system.files import save_tensors
 
 _SIZES = {(384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large", (1536, 40, 24): "giant"}
 _GIANT_RATIO = 2.66667 * 2  # timm's own: hidden width of both halves of SwiGLU

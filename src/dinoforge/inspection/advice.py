@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dinoforge.config import Recipe
 from dinoforge.inspection.gather import Seen
 from dinoforge.inspection.result import Advice, Values
 from dinoforge.inspection.troubles import NARROW, suspected_nodata
-from dinoforge.training.auto import Choice
+from dinoforge.planning.auto import Choice
+from dinoforge.recipe.schema import Recipe
 
 _OF_IMAGES = (
     "student.in_chans",

@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dinoforge.config import Recipe, converted, load_recipe
+from dinoforge.builders.data import build_data, image_input
+from dinoforge.builders.lengths import in_one
 from dinoforge.data import duplicates
 from dinoforge.data.channels import Channels, channels_of
 from dinoforge.data.decode import raw
@@ -27,10 +28,12 @@ from dinoforge.errors import DataError, ImageError
 from dinoforge.inspection import advice, copies, troubles
 from dinoforge.inspection.passing import Pass, cost_of, file_name, sizes_of
 from dinoforge.inspection.result import Copies, Crops, Inspection, LabelsFound, Sampling
-from dinoforge.report import figures
+from dinoforge.planning import auto
+from dinoforge.recipe.load import converted, load_recipe
+from dinoforge.recipe.schema import Recipe
+from dinoforge.report.analysis import false_colour, resized, seen_crops
 from dinoforge.report.page import picture
-from dinoforge.training import auto, build
-from dinoforge.training.device import resolve_device
+from dinoforge.system.device import resolve_device
 
 IMAGES, SECONDS = 1024, 8.0
 """By default so many images are looked at, in so many seconds."""
@@ -153,7 +156,7 @@ def _looked_at(data: Any, keys: Mapping[str, Any], images: int, seconds: float, 
     compared, total = 0, None
     if isinstance(files, FolderSource):
         same_files, compared, total = copies.same_files(files, time.monotonic() + seconds * _FOR_FILES)
-    pass_ = Pass(source, why.count, build.image_input(base).decoding, images)
+    pass_ = Pass(source, why.count, image_input(base).decoding, images)
     pass_.run(start + until)
     return _Looked(files, source, said, why, base, measured, same_files, compared, total, pass_)
 
@@ -343,20 +346,20 @@ def _counted(counts: Mapping[str, int]) -> dict[str, int]:
 def _sheets(recipe: Recipe, source: Source, end: float) -> tuple[tuple[Crops, ...], str]:
     """Crops of the first images of a run, and which channels are shown."""
     batch = min(recipe.train.batch_size_per_gpu, len(source))
-    data = build.build_data(build.in_one(recipe, batch), source)
+    data = build_data(in_one(recipe, batch), source)
     channels = recipe.report.channels
     found: list[Crops] = []
     shown: set[int] = set()
     for number in range(min(2 * _SHEETS, len(source))):
         if len(found) == _SHEETS or time.monotonic() > end:
             break
-        made = figures.seen_crops(data, number // batch, number % batch)
+        made = seen_crops(data, number // batch, number % batch)
         if made is None or made.index in shown:
             continue
         shown.add(made.index)
         height, width, _ = made.image.shape
         scale = min(1.0, _SHOWN / max(height, width))
-        small = figures.resized(made.image, max(1, round(height * scale)), max(1, round(width * scale)))
+        small = resized(made.image, max(1, round(height * scale)), max(1, round(width * scale)))
         found.append(
             Crops(
                 name=printable(source.name(made.index)),
@@ -365,4 +368,4 @@ def _sheets(recipe: Recipe, source: Source, end: float) -> tuple[tuple[Crops, ..
                 crops=tuple(picture(crop, channels) for crop in made.after),
             )
         )
-    return tuple(found), figures.false_colour(data.channels, channels) or ""
+    return tuple(found), false_colour(data.channels, channels) or ""

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoforge.models.layers import scaled_linear
-from dinoforge.products import padded
+from dinoforge.kernels.ops import scaled_linear
+from dinoforge.kernels.products import padded
 
 
 class Prototypes(nn.Module):

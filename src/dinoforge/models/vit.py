@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoforge.models.layers import Block, Groups, Kept, PatchEmbed, Subset, narrowing_to, subset_of
+from dinoforge.kernels.types import Groups
+from dinoforge.models.layers import Block, PatchEmbed
+from dinoforge.models.stochastic_depth import KeptSamples, subsets
+from dinoforge.models.wanted import narrowing_to
 
 # embed_dim, depth, num_heads; arXiv 2010.11929, 2012.12877 and, for giant, 2304.07193.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -27,27 +30,6 @@ class Tokens:
     cls: Tensor  # [B, D]
     registers: Tensor  # [B, R, D]
     patches: Tensor  # [B, N, D]
-
-
-@dataclass(frozen=True)
-class KeptSamples:
-    """What the two residual branches of a block keep of each resolution group."""
-
-    attn: list[Kept]
-    ffn: list[Kept]
-
-    def of(self, parts: Sequence[tuple[int, slice]]) -> "KeptSamples":
-        """What is kept of parts of the groups: each the number of a group and a slice of its images."""
-
-        def cut(kept: list[Kept]) -> list[Kept]:
-            cuts = []
-            for group, images in parts:
-                indices, scale = kept[group]
-                inside = (indices >= images.start) & (indices < images.stop)
-                cuts.append(Kept(indices[inside] - images.start, scale))
-            return cuts
-
-        return KeptSamples(attn=cut(self.attn), ffn=cut(self.ffn))
 
 
 class VisionTransformer(nn.Module):
@@ -156,7 +138,7 @@ class VisionTransformer(nn.Module):
         """
         x, groups = self._packed(crops, masks)
         for i, block in enumerate(self.blocks):
-            x = block(x, groups, *_subsets(kept, i, groups, x.device))
+            x = block(x, groups, *subsets(kept, i, groups, x.device))
         x = self.norm(x)
 
         first_patch = 1 + self.num_register_tokens
@@ -221,7 +203,7 @@ class VisionTransformer(nn.Module):
         x, groups = self._packed(crops, masks)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks[:last]):
-            x = block(x, groups, *_subsets(kept, i, groups, x.device))
+            x = block(x, groups, *subsets(kept, i, groups, x.device))
 
         wanted: list[Tensor] = []  # packed rows
         start = 0
@@ -233,7 +215,7 @@ class VisionTransformer(nn.Module):
             else:
                 wanted.append(torch.arange(0))
             start += images * tokens
-        keep_attn, _ = _subsets(kept, last, groups, x.device)
+        keep_attn, _ = subsets(kept, last, groups, x.device)
         attn = kept[last].attn if kept is not None and keep_attn is not None else None
         ffn = kept[last].ffn if kept is not None else None
         narrowing = narrowing_to(torch.cat(wanted), groups, attn, ffn, x.device)
@@ -285,44 +267,3 @@ class VisionTransformer(nn.Module):
         grid = F.interpolate(grid, mode="bicubic", antialias=self.interpolate_antialias, **target)
         assert grid.shape[-2:] == (rows, columns)
         return cls, grid.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def _subsets(
-    kept: Sequence[KeptSamples] | None, block: int, groups: Groups, device: torch.device
-) -> tuple[Subset | None, Subset | None]:
-    """What the branches of a block keep; None for all."""
-
-    def subset(branch: list[Kept]) -> Subset | None:
-        return None if all(scale == 1 for _, scale in branch) else subset_of(branch, groups, device)
-
-    return (None, None) if kept is None else (subset(kept[block].attn), subset(kept[block].ffn))
-
-
-def drop_path_rates(rate: float, depth: int, uniform: bool) -> list[float]:
-    """Rate of stochastic depth of each block: the same for all, or rising linearly from 0 to ``rate``."""
-    return [rate] * depth if uniform else [rate * i / max(depth - 1, 1) for i in range(depth)]
-
-
-def draw_kept_samples(
-    rates: Sequence[float], batch_sizes: Sequence[int], generator: torch.Generator
-) -> list[KeptSamples]:
-    """Draws stochastic depth: every residual branch keeps ``max(⌊B·(1 - rate)⌋, 1)`` random images of each group.
-
-    Args:
-        rates: per block, in [0, 1).
-        batch_sizes: per resolution group, its number of images.
-        generator: on the CPU.
-
-    Source: DINOv2 (arXiv 2304.07193), section 4, "Efficient stochastic depth".
-    """
-
-    def draw(rate: float) -> list[Kept]:
-        if rate == 0:
-            return [Kept(torch.arange(size), 1.0) for size in batch_sizes]
-        counts = [max(int(size * (1 - rate)), 1) for size in batch_sizes]
-        return [
-            Kept(torch.randperm(size, generator=generator)[:count], size / count)
-            for size, count in zip(batch_sizes, counts, strict=True)
-        ]
-
-    return [KeptSamples(attn=draw(rate), ffn=draw(rate)) for rate in rates]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dinoforge import distributed
+from dinoforge.system import distributed
 
 
 def clip_gradients(networks: Mapping[str, nn.Module], max_norm: float) -> dict[str, Tensor]:

@@ -17,11 +17,12 @@ from torch import Tensor
 from dinoforge.data.batch import normalize
 from dinoforge.data.crops import whole
 from dinoforge.data.decode import decode
+from dinoforge.data.image_input import ImageInput
 from dinoforge.data.sources import Source, printable
 from dinoforge.errors import DataError, ImageError
-from dinoforge.features import embed
-from dinoforge.report import figures
-from dinoforge.weights import Backbone, ImageInput
+from dinoforge.features.extract import embed
+from dinoforge.report import analysis
+from dinoforge.weights.backbone import Backbone
 
 SAMPLE = 300  # images that are looked at
 EXAMPLES = 6  # of them with maps
@@ -154,12 +155,12 @@ def study(
         device=device,
     )
     tokens = torch.cat([m.tokens for m in maps])
-    colours, foreground = figures.pca_colours(tokens, [len(m.tokens) for m in maps])
+    colours, foreground = analysis.pca_colours(tokens, [len(m.tokens) for m in maps])
     neighbours: list[Neighbours] = []
     same = None
     positions, how = None, ""
     if len(rows) > 3:
-        positions, how = figures.project(features)
+        positions, how = analysis.project(features)
         neighbours, same = _neighbours(features, known)
     else:
         missing.append("Neighbours and the map of the data set need at least four readable images.")
@@ -242,9 +243,9 @@ def _map(backbone: Backbone, name: str, pixels: np.ndarray, side: int, device: t
     height, width, _ = pixels.shape
     longer = max(height, width)
     rows, columns = (max(1, round(side * edge / longer)) for edge in (height, width))
-    resized = figures.resized(pixels, rows * network.patch_size, columns * network.patch_size)
+    resized = analysis.resized(pixels, rows * network.patch_size, columns * network.patch_size)
     images = normalize(resized[None].to(device), image.mean, image.std)
-    tokens, attention = figures.tokens_and_attention(network, images)
+    tokens, attention = analysis.tokens_and_attention(network, images)
     first_patch = 1 + network.num_register_tokens
     return PatchMap(
         name, resized, (rows, columns), tokens[0].float().cpu(), attention[0, :, first_patch:].float().cpu()
@@ -254,7 +255,7 @@ def _map(backbone: Backbone, name: str, pixels: np.ndarray, side: int, device: t
 def _neighbours(features: Tensor, labels: Sequence[str] | None) -> tuple[list[Neighbours], float | None]:
     """Three good and three bad examples, and the share of all neighbours that have the image's label."""
     count = len(features)
-    values, rows = figures.neighbours(features, range(count), NEIGHBOURS)  # [N, k]
+    values, rows = analysis.neighbours(features, range(count), NEIGHBOURS)  # [N, k]
     scores, share = values[:, 0], None
     if labels is not None and len(set(labels)) > 1:
         numbers = {label: i for i, label in enumerate(dict.fromkeys(labels))}

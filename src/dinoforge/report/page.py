@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dinoforge.data.sources import Source, printable
 from dinoforge.errors import DinoforgeError
-from dinoforge.report import figures
+from dinoforge.report.analysis import Seen, displayed, false_colour, resized
 from dinoforge.report.charts import charts_of, curve
 from dinoforge.report.learned import Learned, bright
 from dinoforge.report.run import Run
@@ -99,7 +99,7 @@ def _content(run: Run, *, alone: bool) -> Json:
                 missing += run.learned.missing
         except DinoforgeError as error:
             missing.append(f"Pictures are left out: {error}.")
-        if said := figures.false_colour(run.data.channels, run.shown_channels):
+        if said := false_colour(run.data.channels, run.shown_channels):
             missing.append(f"Pictures are in false colour: {said}. The key report.channels chooses others.")
     result["missing"] = missing
     return result
@@ -127,7 +127,7 @@ def _commands(run: Run) -> list[list[str]]:
     ]
 
 
-def _seen(seen: figures.Seen, source: Source, columns: int, channels: Sequence[int] | None) -> Json:
+def _seen(seen: Seen, source: Source, columns: int, channels: Sequence[int] | None) -> Json:
     height, width, _ = seen.image.shape
     return {
         "name": printable(source.name(seen.index)),
@@ -145,7 +145,7 @@ def _fitted(image: npt.NDArray[np.uint8]) -> Tensor:
     """The whole image, its longer side at most ``_SHOWN`` pixels: uint8 [C, h, w]."""
     height, width, _ = image.shape
     scale = min(1.0, _SHOWN / max(height, width))
-    return figures.resized(image, max(1, round(height * scale)), max(1, round(width * scale)))
+    return resized(image, max(1, round(height * scale)), max(1, round(width * scale)))
 
 
 def _learned(learned: Learned, channels: Sequence[int] | None) -> Json:
@@ -202,7 +202,7 @@ def picture(pixels: Tensor, channels: Sequence[int] | None = None, side: int | N
         side: Pixels along each side; None: as many as there are.
     """
     file = io.BytesIO()
-    shown = Image.fromarray(figures.displayed(pixels, channels))
+    shown = Image.fromarray(displayed(pixels, channels))
     if side is not None:
         shown = shown.resize((side, side))
     shown.save(file, "JPEG", quality=82)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from dinoforge.errors import DataError, DinoforgeError, WeightsError
-from dinoforge.files import write_atomically
-from dinoforge.report import figures
+from dinoforge.report import analysis
 from dinoforge.report.charts import Chart, charts_of, curve, smoothed
 from dinoforge.report.learned import Learned, PatchMap, bright
 from dinoforge.report.run import Run
+from dinoforge.system.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +63,7 @@ def crops(run: Run) -> Figure:
         rows = masks = one.masks.shape[1]
         for j in range(count):
             for k, crop in enumerate((one.before[j], one.after[j])):
-                axes = _picture(grid[2 * i + k, j], figures.displayed(crop, run.shown_channels))
+                axes = _picture(grid[2 * i + k, j], analysis.displayed(crop, run.shown_channels))
                 if k == 1 and j < 2:
                     side = crop.shape[-1]
                     cover = np.kron(one.masks[j].numpy(), np.ones((side // rows, side // masks)))
@@ -81,7 +81,7 @@ def pca(run: Run) -> Figure:
     if found.hides:
         colours[~found.foreground] = 0.1
     for column, (m, part) in enumerate(zip(found.maps, _parts(found, colours), strict=True)):
-        _picture(grid[0, column], figures.displayed(m.image, run.shown_channels))
+        _picture(grid[0, column], analysis.displayed(m.image, run.shown_channels))
         _picture(grid[1, column], part.view(*m.grid, 3).numpy())
     return figure
 
@@ -92,7 +92,7 @@ def attention(run: Run) -> Figure:
     heads = len(maps[0].attention)
     figure = _figure(1.3 * (1 + heads), 1.3 * len(maps), pictures=True)
     for row, m in zip(figure.subplots(len(maps), 1 + heads, squeeze=False), maps, strict=True):
-        _picture(row[0], figures.displayed(m.image, run.shown_channels))
+        _picture(row[0], analysis.displayed(m.image, run.shown_channels))
         for axes, head in zip(row[1:], m.attention, strict=True):
             _picture(axes, head.view(m.grid).numpy(), cmap="viridis", vmin=0, vmax=float(bright(head)))
     return figure
@@ -117,11 +117,11 @@ def similarity(run: Run, image: int = 0, row: int | None = None, column: int | N
     if not (0 <= row < rows and 0 <= column < columns):
         raise DataError(f"patch {row}, {column}: the image has {rows} × {columns} patches")
     before = sum(len(m.tokens) for m in found.maps[:image])
-    values = figures.similarity(found.tokens, before + row * columns + column)
+    values = analysis.similarity(found.tokens, before + row * columns + column)
     figure = _figure(1.6 * len(found.maps), 3.2, pictures=True)
     grid = figure.subplots(2, len(found.maps), squeeze=False)
     for i, (m, part) in enumerate(zip(found.maps, _parts(found, values), strict=True)):
-        _picture(grid[0, i], figures.displayed(m.image, run.shown_channels))
+        _picture(grid[0, i], analysis.displayed(m.image, run.shown_channels))
         axes = _picture(grid[1, i], part.view(m.grid).numpy(), cmap="viridis", vmin=float(values.min()), vmax=1)
         if i == image:
             axes.plot(column, row, "s", markersize=5, markerfacecolor="none", markeredgecolor="#e0201a")
@@ -138,7 +138,7 @@ def neighbours(run: Run) -> Figure:
     figure.subplots_adjust(hspace=0.25)
     for row, n in zip(figure.subplots(len(found.neighbours), count, squeeze=False), found.neighbours, strict=True):
         for axes, i, value in zip(row, [n.query, *n.rows], [None, *n.similarities], strict=True):
-            _picture(axes, figures.displayed(found.shown[i], run.shown_channels))
+            _picture(axes, analysis.displayed(found.shown[i], run.shown_channels))
             label = found.labels[i] if found.labels else ""
             title = label if value is None else f"{label} {value:.3f}".strip()
             axes.set_title(_plain(title), fontsize=7, color="#b3382c" if _differs(found, n.query, i) else "black")

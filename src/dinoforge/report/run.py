@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from dinoforge.data.loader import TrainingData
+from dinoforge.data.batches import TrainingData
 from dinoforge.errors import DataError
-from dinoforge.report import figures
+from dinoforge.report.analysis import Seen, seen_crops
 from dinoforge.report.learned import EXAMPLES, Learned, study, within
 from dinoforge.report.verdict import Verdict, judge
-from dinoforge.weights import Backbone
+from dinoforge.weights.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Run:
         return judge(self.metrics, self.summary, checkpoints=self.checkpoints, teacher_step=step)
 
     @cached_property
-    def seen(self) -> list[figures.Seen]:
+    def seen(self) -> list[Seen]:
         """What the network saw of the first images of its first step.
 
         Raises:
@@ -92,7 +92,7 @@ class Run:
         if data is None:
             raise DataError(f"{self.name}: the images are not there")
         places = range(min(EXAMPLES, data.batch_size))
-        look = partial(figures.seen_crops, data, 0)
+        look = partial(seen_crops, data, 0)
         found = within(self.seconds, lambda: [look(place) for place in places], "images of the first step were")
         kept = [seen for seen in found if seen is not None]
         if not kept:

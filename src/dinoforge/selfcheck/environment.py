@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dinoforge import __version__
 from dinoforge.errors import RecipeError
 from dinoforge.selfcheck.lines import Line, fail, guarded, judged, not_here, ok
 from dinoforge.selfcheck.settings import Settings
-from dinoforge.training.device import in_use, note_of_fallback, resolve_device, resolve_precision, usable_processors
-from dinoforge.training.machine import free_memory
+from dinoforge.system.device import in_use, note_of_fallback, resolve_device, resolve_precision, usable_processors
+from dinoforge.system.machine import free_memory
+from dinoforge.version import __version__
 
 _FLOAT32_ERROR = 1e-5  # relative, of a product's largest entry; TF32 gives 3e-4
 _HEADS, _HEAD_DIM, _TOKENS = 6, 64, 197  # of ViT-S at 224 pixels and patches of 16
@@ -143,7 +143,7 @@ def _attention(device: torch.device) -> Line:
     if device.type == "cpu":
         half = dtype.itemsize == 2
         kind = "products in half precision, a few images at a time" if half else "PyTorch's flash attention for CPUs"
-        return ok("attention", f"{kind} (dinoforge.models.layers)", backend="cpu half" if half else "cpu flash")
+        return ok("attention", f"{kind} (dinoforge.kernels.attention)", backend="cpu half" if half else "cpu flash")
     q = torch.randn(2, _HEADS, _TOKENS, _HEAD_DIM, device=device, dtype=dtype)
     backend = "unknown"
     choose: Callable[..., int] | None = getattr(torch, "_fused_sdp_choice", None)

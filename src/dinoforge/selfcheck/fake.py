@@ -27,8 +27,8 @@ from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from dinoforge import transfer
-from dinoforge.training import device as devices
+from dinoforge.system import device as devices
+from dinoforge.system import transfer
 
 DEVICE = torch.device("lazy:0")
 
@@ -319,7 +319,7 @@ def fake_accelerator(*, float64: bool = True, found: bool = False) -> Iterator[C
         return accelerator.half[-1] or torch.bfloat16 if device_type == DEVICE.type else dtype_of(device_type)
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(transfer, "_PAGE_LOCKED", transfer._PAGE_LOCKED | {DEVICE.type}))
+        stack.enter_context(patch.object(transfer, "PAGE_LOCKED", transfer.PAGE_LOCKED | {DEVICE.type}))
         for name, value in {
             "autocast": Autocast,
             "is_autocast_enabled": is_autocast_enabled,

@@ -12,11 +12,12 @@ from unittest.mock import patch
 
 import torch
 
-from dinoforge import api, distributed
-from dinoforge.config import parse_override
+from dinoforge.commands.train import train_as_program
 from dinoforge.errors import DataError, RecipeError
-from dinoforge.student_teacher import StudentTeacher
-from dinoforge.training import loop
+from dinoforge.method.dinov2 import StudentTeacher
+from dinoforge.recipe.load import parse_override
+from dinoforge.system import distributed
+from dinoforge.training import step
 from dinoforge.training.step import StepResult, train_step
 
 AT_CALL = 3
@@ -74,8 +75,8 @@ def train_with(fault: Fault) -> int:
             happen(networks)
         return train_step(networks, *arguments, **more)
 
-    with patch.object(loop, "train_step", faulty_step):
-        api.train_as_program(fault.images, "small", fault.out, **dict(map(parse_override, fault.keys)))
+    with patch.object(step, "train_step", faulty_step):
+        train_as_program(fault.images, "small", fault.out, **dict(map(parse_override, fault.keys)))
     return 0
 
 

@@ -18,15 +18,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from dinoforge import distributed
-from dinoforge.config import Recipe, load_recipe
+from dinoforge.builders.networks import build_optimizer, build_student_teacher
 from dinoforge.data.batch import Batch, masked_patches
-from dinoforge.models.layers import Kept
-from dinoforge.models.vit import KeptSamples
+from dinoforge.kernels.types import Kept
+from dinoforge.method.dinov2 import StudentTeacher
+from dinoforge.models.stochastic_depth import KeptSamples
 from dinoforge.optim.schedules import Hyperparameters
-from dinoforge.student_teacher import StudentTeacher
-from dinoforge.training.build import build_optimizer, build_student_teacher
-from dinoforge.training.device import autocast, in_use
+from dinoforge.recipe.load import load_recipe
+from dinoforge.recipe.schema import Recipe
+from dinoforge.system import distributed
+from dinoforge.system.device import autocast, in_use
 from dinoforge.training.parallel import Mode, wrap
 from dinoforge.training.step import train_step
 

@@ -18,7 +18,7 @@ from dinoforge.selfcheck.images import KINDS, make_images
 from dinoforge.selfcheck.lines import Line, fail, guarded, judged, not_here, ok, percent
 from dinoforge.selfcheck.processes import Ended, Program
 from dinoforge.selfcheck.settings import Settings
-from dinoforge.training.device import resolve_device
+from dinoforge.system.device import resolve_device
 
 IMAGES = 24  # of each kind
 LOSS_BOUND = 0.01

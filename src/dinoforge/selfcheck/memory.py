@@ -6,16 +6,16 @@ from functools import partial
 
 import torch
 
-from dinoforge.config import load_recipe
+from dinoforge.builders.networks import build_student_teacher
+from dinoforge.planning.bench import StepBench
+from dinoforge.planning.memory import estimate, of_tensors
+from dinoforge.recipe.load import load_recipe
 from dinoforge.selfcheck.faults import AT_CALL, Fault
 from dinoforge.selfcheck.images import make_images
 from dinoforge.selfcheck.lines import Line, fail, guarded, judged, not_here, ok
 from dinoforge.selfcheck.processes import Program
 from dinoforge.selfcheck.settings import Settings
-from dinoforge.training.bench import StepBench
-from dinoforge.training.build import build_student_teacher
-from dinoforge.training.device import in_use, peak_memory_gib, resolve_device, resolve_precision
-from dinoforge.training.memory import estimate, of_tensors
+from dinoforge.system.device import in_use, peak_memory_gib, resolve_device, resolve_precision
 
 PROCESS_BOUND = 0.35  # of a process on a CPU, relative: systems differ by 0.15 in what they count
 TENSORS_BOUND = 0.25  # of the tensors on a GPU; counted on a CPU, they were within 0.08

@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dinoforge import api
-from dinoforge.config import load_recipe
+from dinoforge.commands.embed import embed
+from dinoforge.commands.evaluate import evaluate_knn
+from dinoforge.commands.report import report
+from dinoforge.commands.train import train
+from dinoforge.planning.bench import StepBench
+from dinoforge.recipe.load import load_recipe
 from dinoforge.selfcheck.fake import DEVICE, fake_accelerator
 from dinoforge.selfcheck.images import make_images
 from dinoforge.selfcheck.lines import Line, guarded, judged, not_here
 from dinoforge.selfcheck.settings import Settings
-from dinoforge.training.bench import StepBench
 
 WAITS = 1
 """Of the host for the device, in a step: whether its loss and gradients are finite."""
@@ -58,12 +61,12 @@ def check(settings: Settings) -> Iterator[Line]:
     run = settings.folder / "placement-run"
     quiet = Console(quiet=True)
     commands: dict[str, Callable[[], object]] = {
-        "train, with a probe": lambda: api.train(
+        "train, with a probe": lambda: train(
             images, out=run, console=quiet, **(_SMALL | {"augment.device": "train", "probe.every_steps": 2})
         ),
-        "embed": lambda: api.embed(run, images),
-        "eval knn": lambda: api.evaluate_knn(run, images),
-        "report": lambda: api.report(run, data=images),
+        "embed": lambda: embed(run, images),
+        "eval knn": lambda: evaluate_knn(run, images),
+        "report": lambda: report(run, data=images),
     }
     for name, call in commands.items():
         yield guarded(f"one device: {name}", partial(_command, f"one device: {name}", call, run))

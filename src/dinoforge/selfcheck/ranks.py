@@ -17,8 +17,7 @@ from dinoforge.selfcheck.images import make_images
 from dinoforge.selfcheck.lines import Line, fail, guarded, judged, not_here
 from dinoforge.selfcheck.processes import Ended, Program
 from dinoforge.selfcheck.settings import Settings
-from dinoforge.training.device import resolve_device
-from dinoforge.training.launch import number_of_ranks
+from dinoforge.system.device import number_of_ranks, resolve_device
 
 STEPS, SAVED_EVERY = 12, 4
 LOSS_BOUND, WEIGHTS_BOUND = 1e-4, 0.02

@@ -10,11 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from dinoforge import __version__
 from dinoforge.selfcheck.lines import Line, fail, not_here
 from dinoforge.selfcheck.part import PARTS, command, other_output, read
 from dinoforge.selfcheck.processes import Ended, Program
 from dinoforge.selfcheck.settings import Settings
+from dinoforge.version import __version__
 
 _LOOK_SECONDS = 0.05
 _BESIDE = {"steps": ("placement",), "ranks": ("memory",)}

@@ -11,22 +11,17 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dinoforge.config import Recipe, load_recipe
+from dinoforge.builders.data import build_data
 from dinoforge.data.batch import Batch
-from dinoforge.data.loader import make_loader
+from dinoforge.data.batches import make_loader
 from dinoforge.data.sources import open_source
+from dinoforge.planning.bench import StepBench, gemm_peak
+from dinoforge.recipe.load import load_recipe
+from dinoforge.recipe.schema import Recipe
 from dinoforge.selfcheck.images import make_images
 from dinoforge.selfcheck.lines import Line, guarded, not_here, ok
 from dinoforge.selfcheck.settings import Settings
-from dinoforge.training.bench import StepBench, gemm_peak
-from dinoforge.training.build import build_data
-from dinoforge.training.device import (
-    in_use,
-    loader_workers,
-    resolve_device,
-    resolve_precision,
-    usable_processors,
-)
+from dinoforge.system.device import in_use, loader_workers, resolve_device, resolve_precision, usable_processors
 
 NETWORKS = {"ViT-S": "vit_small", "ViT-B": "vit_base", "ViT-L": "vit_large"}
 _IMAGES = 32  # of a step, fewer where they do not fit

@@ -9,14 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dinoforge.config import Recipe, load_recipe
+from dinoforge.builders.networks import build_student_teacher
 from dinoforge.data.batch import prepare
+from dinoforge.planning.bench import StepBench
+from dinoforge.recipe.load import load_recipe
+from dinoforge.recipe.schema import Recipe
 from dinoforge.selfcheck import fidelity
 from dinoforge.selfcheck.lines import Line, guarded, judged, not_here, percent
 from dinoforge.selfcheck.settings import Settings
-from dinoforge.training.bench import StepBench
-from dinoforge.training.build import build_student_teacher
-from dinoforge.training.device import autocast, in_use, resolve_device, resolve_precision
+from dinoforge.system.device import autocast, in_use, resolve_device, resolve_precision
 
 HALVES = (torch.bfloat16, torch.float16)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from dinoforge.config import load_recipe
+from dinoforge.planning.bench import StepBench
+from dinoforge.recipe.load import load_recipe
 from dinoforge.selfcheck.lines import Line, guarded, judged, not_here
 from dinoforge.selfcheck.settings import Settings
-from dinoforge.training.bench import StepBench
-from dinoforge.training.device import in_use, resolve_device, resolve_precision
+from dinoforge.system.device import in_use, resolve_device, resolve_precision
 
 WAITS = 1
 """Whether the loss and the gradients are finite; float16's scaler asks once more."""

@@ -1,86 +1,18 @@
 """The training loop. It knows no recipe: ``build`` makes what it is given."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from dinoforge import distributed
+from dinoforge.data.bad_images import Skipped
 from dinoforge.data.batch import Batch
-from dinoforge.data.loader import BadImages, Skipped
-from dinoforge.models.vit import KeptSamples, draw_kept_samples
 from dinoforge.optim.schedules import Hyperparameters, Schedules
-from dinoforge.student_teacher import StudentTeacher
+from dinoforge.system import distributed
 from dinoforge.training.parallel import Parallel
+from dinoforge.training.pieces import kept_samples
+from dinoforge.training.state import TrainState
 from dinoforge.training.step import NonFiniteError, StepResult, train_step
-
-
-@dataclass
-class TrainState:
-    """All that changes while training: what a checkpoint holds, and nothing else."""
-
-    student_teacher: StudentTeacher
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler | None
-    bad_images: BadImages
-    step: int = 0  # steps done, or skipped
-    seconds: float = 0.0  # spent in them, over all parts of the run
-    skipped_steps: int = 0  # whose loss or gradients were not finite
-    skipped_in_a_row: int = 0  # of them, the last ones
-    rollbacks: int = 0
-    passed_over: int = 0  # batches that rollbacks left out: step n takes batch n + passed_over
-    overflows: int = 0  # steps whose gradients were too large for float16 at the loss scale of then
-    overflows_in_a_row: int = 0  # of them, the last ones
-
-    @property
-    def next_batch(self) -> int:
-        """Number of the batch that the next step takes."""
-        return self.step + self.passed_over
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by name, as it is kept: writing to one changes the state."""
-        named: dict[str, Tensor] = dict(self.student_teacher.state_dict())
-        for group in self.optimizer.param_groups:
-            for name, parameter in zip(group["names"], group["params"], strict=True):
-                for key, tensor in self.optimizer.state[parameter].items():
-                    named[f"optimizer.{group['module']}.{name}.{key}"] = tensor
-        return named
-
-    def values(self) -> dict[str, Any]:
-        """Everything else, as JSON has it."""
-        return {name: getattr(self, name) for name in _NUMBERS} | {
-            "scaler": self.scaler.state_dict() if self.scaler else None,
-            "bad_images": self.bad_images.state_dict(),
-        }
-
-    def load_values(self, values: Mapping[str, Any]) -> None:
-        """Sets what ``values`` gave."""
-        for name in _NUMBERS:
-            setattr(self, name, values.get(name, 0))  # checkpoints of earlier versions have fewer of them
-        if self.scaler and values["scaler"]:
-            self.scaler.load_state_dict(values["scaler"])
-        self.bad_images.load_state_dict(values["bad_images"])
-
-    def go_back(self, values: Mapping[str, Any]) -> None:
-        """Sets what ``values`` gave earlier in this run, but keeps count, and goes on with batches not seen since."""
-        next_batch, rollbacks, skipped = self.next_batch, self.rollbacks, self.skipped_steps
-        overflows = self.overflows
-        known = self.bad_images.state_dict()
-        self.load_values(values)
-        self.passed_over = next_batch - self.step
-        self.rollbacks, self.skipped_steps, self.skipped_in_a_row = rollbacks + 1, skipped, 0
-        self.overflows, self.overflows_in_a_row = overflows, 0
-        self.bad_images.load_state_dict(known)
-
-
-_NUMBERS = (
-    *("step", "seconds", "skipped_steps", "skipped_in_a_row", "rollbacks", "passed_over"),
-    *("overflows", "overflows_in_a_row"),
-)
 
 
 @dataclass(frozen=True)
@@ -190,33 +122,3 @@ def _skipped_on_any_rank(batch: Batch) -> list[Skipped]:
     if not distributed.any_over_ranks(bool(batch.skipped)):
         return []
     return [image for skipped in distributed.all_ranks(batch.skipped) for image in skipped]
-
-
-def kept_samples(
-    student_teacher: StudentTeacher,
-    batch: Batch,
-    drop_path_rates: Sequence[float],
-    *,
-    seed: int,
-    number: int,
-    parts: int = 1,
-    rank: int | None = None,
-) -> list[list[KeptSamples] | None]:
-    """Stochastic depth of each micro-batch of a batch, whatever happened before; None where no block has any.
-
-    Args:
-        student_teacher: the networks.
-        batch: of one rank, on any device.
-        drop_path_rates: per block of the student.
-        seed: of the run.
-        number: of the batch; see ``TrainState.next_batch``.
-        parts: micro-batches that the batch is cut into.
-        rank: whose batch it is; None: this one's.
-    """
-    if not any(drop_path_rates):
-        return [None] * parts
-    # By its place in the global batch, so that it is the same on two ranks and in two micro-batches.
-    first = parts * (distributed.rank() if rank is None else rank)
-    sizes = [len(crops) // parts for crops in student_teacher.student_crops(batch)]
-    mixed = [((seed * 1_000_003 + number) * 65_537 + first + part) % 2**63 for part in range(parts)]
-    return [draw_kept_samples(drop_path_rates, sizes, torch.Generator().manual_seed(m)) for m in mixed]

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dinoforge import distributed
 from dinoforge.data.batch import Batch
-from dinoforge.losses.diagnostics import Diagnostics
-from dinoforge.models.vit import KeptSamples
+from dinoforge.health.numbers import Diagnostics
+from dinoforge.method.dinov2 import Losses, OtherParts, StudentTeacher, Turn
+from dinoforge.models.stochastic_depth import KeptSamples
 from dinoforge.optim.clipping import clip_gradients
 from dinoforge.optim.movement import sampled, update_ratios
 from dinoforge.optim.param_groups import set_hyperparameters
 from dinoforge.optim.schedules import Hyperparameters
-from dinoforge.phases import phase
-from dinoforge.student_teacher import Losses, OtherParts, StudentTeacher, Turn
+from dinoforge.system import distributed
+from dinoforge.system.phases import phase
 from dinoforge.training.parallel import Parallel
 
 

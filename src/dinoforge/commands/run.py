@@ -1,0 +1,338 @@
+"""A run of training, from its first step or its newest checkpoint to its end."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dinoforge.builders.data import build_data, image_input
+from dinoforge.builders.networks import build_drop_path_rates, vit_arguments
+from dinoforge.builders.resolved import turn_tokens
+from dinoforge.commands.backbone import reading_of, untrained_network
+from dinoforge.commands.report import open_run
+from dinoforge.commands.start import Start
+from dinoforge.data.bad_images import BadImages, BadImagesError, Skipped, by_reason
+from dinoforge.data.batch import prepare
+from dinoforge.data.batches import make_loader
+from dinoforge.data.image_input import ImageInput
+from dinoforge.data.sources import Source
+from dinoforge.data.stamps import stamps_of
+from dinoforge.errors import DataError
+from dinoforge.evaluation.probe import Probe
+from dinoforge.features import extract
+from dinoforge.models.vit import VisionTransformer
+from dinoforge.planning import dry_run as plans
+from dinoforge.recipe.schema import flatten
+from dinoforge.report import page as pages
+from dinoforge.report.live import Live
+from dinoforge.runs import checkpoint
+from dinoforge.runs.directory import DataIdentity, RunDirectory
+from dinoforge.runs.display import Display, duration
+from dinoforge.runs.last_step import LastStep
+from dinoforge.runs.lock import RunLock
+from dinoforge.runs.metrics import Alarm, JsonLines, MetricsHook, TensorBoard
+from dinoforge.runs.non_finite import NonFinitePolicy, OverflowAlarm, RollBackError
+from dinoforge.runs.probes import Probes
+from dinoforge.runs.saver import Saver
+from dinoforge.runs.stopping import Interruptible, Stop
+from dinoforge.system import device as devices
+from dinoforge.system import distributed
+from dinoforge.system.files import write_text
+from dinoforge.training import loop
+from dinoforge.training.state import TrainState
+
+_LIVE_REPORT_SECONDS = 20.0  # for reading images: training waits
+_TOLD_AT_ONCE = 20  # unreadable images of a step
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a call of ``train`` ended."""
+
+    out: Path
+    steps: int
+    total_steps: int
+    stopped_by: str | None = None  # None: finished; SIGINT, SIGTERM, max_minutes or probe.patience
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        return self.steps >= self.total_steps
+
+
+def run_training(
+    plan: plans.Plan,
+    source: Source,
+    labels: list[str | None] | None,
+    run: RunDirectory,
+    identity: DataIdentity,
+    base: str,
+    console: Console,
+    lock: RunLock | None,
+    stop: Stop,
+) -> RunResult:
+    recipe, device = plan.recipe, plan.device
+    image = image_input(recipe)
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    saved, found = distributed.from_first(lambda: _open_for_writing(run, plan))
+    devices.keep_freed_memory(device)
+    for sentence in found:
+        say(f"\n{sentence}.")
+    start = Start(plan, say)
+    state = start.state(images=len(source), fresh=saved is None)
+    if saved is not None:
+        state.load_values(checkpoint.load(run.path, saved, state.tensors(), verify=False))
+        say(f"\nContinuing at step {state.step:,} of {plan.length.steps:,}.")
+    if distributed.is_first():
+        if changed := run.compare_stamps(stamps_of(source)):
+            say(f"note     {changed}")
+        run.list_skipped(state.bad_images.skipped.values(), first=True)
+        run.record_start(
+            recipe,
+            identity,
+            base=base,
+            look=plan.data,
+            device=device,
+            precision=plan.precision,
+            step=state.step,
+            ranks=distributed.world_size(),
+            mode=plan.mode,
+            batch_size=plan.length.batch_size,
+        )
+
+    limit = recipe.train.max_minutes
+    first_step = state.step
+    files: list[JsonLines | TensorBoard] = []
+    alarms: list[Alarm] = []
+    if distributed.is_first():
+        metrics_file = JsonLines(run.metrics, first_step=first_step)
+        files.append(metrics_file)
+        alarms.append(Alarm(flatten(recipe), metrics_file, say))
+        if recipe.log.tensorboard:
+            files.append(TensorBoard(run.path / "tensorboard", first_step=first_step))
+    say("")
+    with (
+        stop,
+        Display(console, total_steps=plan.length.steps, first_step=first_step) as display,
+        Saver(run, state, plan, image, say) as saver,
+    ):
+        probes = _probes(run, state, plan, image, source, labels, say)
+        metrics_hook = MetricsHook(
+            [*files, *alarms],
+            display,
+            every_steps=recipe.log.every_steps,
+            total_steps=plan.length.steps,
+            batch_size=plan.length.batch_size,
+            device=device,
+            probes=probes,
+        )
+        on_non_finite = NonFinitePolicy(run, state, plan, source, say)
+        live = _live_report(run, plan, source, labels, say)
+        last_step = LastStep(state)
+        try:
+            while True:
+                batches = make_loader(
+                    build_data(recipe, source, rank=distributed.rank(), world_size=distributed.world_size()),
+                    start_step=state.next_batch,
+                    end_step=plan.length.steps + state.passed_over,
+                    num_workers=plan.num_workers,
+                    pin_memory=device.type == "cuda",
+                    timeout=recipe.data.timeout,
+                )
+                try:
+                    loop.train(
+                        state,
+                        Interruptible(batches, stop),
+                        plan.schedules,
+                        seed=recipe.train.seed,
+                        samples_per_step=plan.length.batch_size,
+                        accumulate=recipe.train.accumulate,
+                        parallel=start.parallel,
+                        turn_tokens=turn_tokens(recipe.parallel, device, start.parallel.mode),
+                        drop_path_rates=build_drop_path_rates(recipe),
+                        clip_grad=recipe.optim.clip_grad,
+                        prepare=last_step.remembered(partial(prepare, device=device, mean=image.mean, std=image.std)),
+                        autocast=partial(devices.autocast, device, plan.precision),
+                        hooks=[hook for hook in (lock, metrics_hook, OverflowAlarm(say), saver, live) if hook],
+                        is_measured=metrics_hook.is_due,
+                        should_stop=lambda: stop() or (probes is not None and probes.should_stop()),
+                        on_skipped=lambda new: _tell_skipped(run, say, new),
+                        on_non_finite=on_non_finite,
+                    )
+                    break
+                except RollBackError:
+                    saver.wait()
+                    _roll_back(run, state, start)
+                    for written in (*files, probes):
+                        if written:
+                            written.cut(state.step)
+                    for alarm in alarms:
+                        alarm.cut()
+                except Exception as error:
+                    last_step.save_after(error, saver, say)
+                    if isinstance(error, BadImagesError):
+                        raise _listed(error, run, state.bad_images, say) from error
+                    raise
+                finally:
+                    batches.close()  # ends the workers
+            saver.finish()
+            reason = next((told for told in distributed.all_ranks(stop.reason) if told), None)
+            hurried = reason not in (None, "max_minutes")  # whoever sent a signal is in a hurry
+            reported = live is not None and not hurried and live.make()
+        finally:
+            for file in files:
+                file.close()
+
+    if reason is None and state.step < plan.length.steps:
+        reason = "probe.patience"
+    result = RunResult(run.path, state.step, plan.length.steps, reason, run.read_summary())
+    trained = duration(state.seconds)
+    if result.finished:
+        waited = f"{saver.waited:.1f} s of waiting for checkpoints"
+        say(f"\nDone: {state.step:,} steps in {trained} and {waited}. The backbone is {run.teacher}")
+    else:
+        why = f"by {reason}"
+        if reason == "max_minutes":
+            why = f"after {limit:g} minutes (train.max_minutes)"
+        elif reason == "probe.patience":
+            why = f"after {recipe.probe.patience} probes without a better one (probe.patience)"
+        say(
+            f"\nStopped {why} at step {state.step:,} of {plan.length.steps:,}, with a checkpoint. "
+            + ("Raise probe.patience" if reason == "probe.patience" else "Run the same command again")
+            + " to continue."
+        )
+    if probes and probes.best:
+        say(f"The best k-NN while training, {probes.best['knn']:.1%}, is of step {probes.best['step']:,}: {run.best}")
+    if reported:
+        say(f"A page that shows the run: {run.report}")
+    return result
+
+
+def _live_report(
+    run: RunDirectory, plan: plans.Plan, source: Source, labels: list[str | None] | None, say: Callable[[str], object]
+) -> Live | None:
+    """What writes the report while the run trains; None if the recipe does not want it."""
+    minutes = plan.recipe.report.every_minutes
+    if minutes is None or distributed.rank() != 0:
+        return None
+
+    def write() -> None:
+        opened = open_run(run.path, data=source, labels=labels, device=plan.device, seconds=_LIVE_REPORT_SECONDS)
+        write_text(run.report, pages.page([opened]))
+
+    return Live(write, every_minutes=minutes, say=say)
+
+
+def _probes(
+    run: RunDirectory,
+    state: TrainState,
+    plan: plans.Plan,
+    image: ImageInput,
+    source: Source,
+    labels: list[str | None] | None,
+    say: Callable[[str], object],
+) -> Probes | None:
+    """What measures the teacher while it trains; None without labels, or where the recipe wants none."""
+    settings = plan.recipe.probe
+    if labels is None or not settings.is_on or not distributed.is_first():
+        return None
+    if plan.mode in ("fsdp", "hsdp"):
+        say(f"probe    none, since no rank has the whole teacher (parallel.mode is {plan.mode})")
+        return None
+    architecture = vit_arguments(plan.recipe)
+    reading = reading_of(image, architecture["patch_size"], plan.recipe.eval, plan.device, plan.precision)
+    seed = plan.recipe.train.seed
+    try:
+        probe = Probe(source, labels, max_images=settings.max_images, seed=seed, **reading)
+    except DataError as error:
+        say(f"probe    none, since the labels do not serve: {error}")
+        return None
+
+    told: list[extract.Skipped] = []
+
+    def tell_skipped() -> None:
+        new = probe.skipped[len(told) :]
+        told.extend(new)
+        if new:
+            why = by_reason((0, one.name, one.reason) for one in new)
+            say(f"probe      {len(new)} of its {len(new) + len(probe):,} images cannot be read and take no part: {why}")
+
+    def measure(backbone: VisionTransformer) -> dict[str, float]:
+        scores = probe.measure(backbone)
+        tell_skipped()
+        return dict(vars(scores))
+
+    def baselines() -> dict[str, dict[str, float]]:
+        untrained = untrained_network(architecture, seed).to(plan.device)
+        found = {name: vars(scores) for name, scores in probe.baselines(untrained).items()}
+        tell_skipped()
+        return found
+
+    return Probes(
+        run,
+        state,
+        plan,
+        image,
+        measure=measure,
+        baselines=baselines,
+        fingerprint=probe.fingerprint,
+        say=say,
+        duplicates=lambda: probe.duplicates,
+    )
+
+
+def _open_for_writing(run: RunDirectory, plan: plans.Plan) -> tuple[int | None, list[str]]:
+    """Sees that there is room for the run; ``checkpoint.newest`` of what is there, and what else is to be told."""
+    run.require_space(int((plan.recipe.checkpoint.keep_last + 1) * _checkpoint_bytes(plan)))
+    kept = checkpoint.clean(run.path)
+    newest, damage = checkpoint.newest(run.path)
+    return newest, [*kept, *(f"{sentence}. It is set aside; continuing from the one before it" for sentence in damage)]
+
+
+def _roll_back(run: RunDirectory, state: TrainState, start: Start) -> None:
+    """Takes the state of the newest checkpoint, or of the start, and leaves out the batches since."""
+    tensors, batch, step, train = state.tensors(), state.next_batch, state.step, start.plan.recipe.train
+    saved, damage = distributed.from_first(lambda: checkpoint.newest(run.path))
+    for sentence in damage:
+        start.say(f"{sentence}. It is set aside.")
+    if saved is None:
+        fresh = start.state(images=state.bad_images.length)
+        with torch.no_grad():
+            for name, tensor in fresh.tensors().items():
+                tensors[name].copy_(tensor)
+        values = fresh.values()
+    else:
+        values = checkpoint.load(run.path, saved, tensors, verify=False)
+    state.go_back(values)
+    start.say(
+        f"rollback   at step {step:,}, the last {train.max_skips} of them skipped: back to step {state.step:,}, "
+        f"and on with the batches from number {batch:,} (rollback {state.rollbacks} of {train.max_rollbacks})"
+    )
+
+
+def _checkpoint_bytes(plan: plans.Plan) -> float:
+    return sum(plan.parameters.values()) * 4 * 4 * 1.05  # student, teacher, two moments
+
+
+def _tell_skipped(run: RunDirectory, say: Callable[[str], object], new: Sequence[Skipped]) -> None:
+    if not distributed.is_first():
+        return
+    for _, name, reason in new[:_TOLD_AT_ONCE]:
+        say(f"skipped  {name}: {reason}")
+    if len(new) > _TOLD_AT_ONCE:
+        say(f"skipped  and {len(new) - _TOLD_AT_ONCE:,} more, which {run.skipped} lists")
+    run.list_skipped((name, reason) for _, name, reason in new)
+
+
+def _listed(error: BadImagesError, run: RunDirectory, known: BadImages, say: Callable[[str], object]) -> BadImagesError:
+    """The error of too many unreadable images, after each of them was listed."""
+    new = {index: (name, reason) for index, name, reason in error.skipped if index not in known.skipped}
+    if distributed.is_first():
+        _tell_skipped(run, say, [(index, *told) for index, told in new.items()])
+    elif error.of_one_rank:  # the first does not know of them
+        run.list_skipped(new.values())
+    return BadImagesError(f"{error}. Each one is listed in {run.skipped}", error.skipped)

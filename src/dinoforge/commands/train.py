@@ -1,0 +1,225 @@
+"""Train a backbone: see what the call means, then run it on the ranks that there are."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dinoforge.builders.lengths import with_batch_cut
+from dinoforge.builders.networks import build_student_teacher
+from dinoforge.commands.given import flat_keys, images_and_keys
+from dinoforge.commands.recipe import choose_recipe, plan_of, resolve, source_for_auto, with_range
+from dinoforge.commands.run import RunResult, run_training
+from dinoforge.commands.start import take_weights
+from dinoforge.data.labels import Labels, label_table, labels_of
+from dinoforge.data.planes import taken_apart
+from dinoforge.data.preflight import refuse_second_start
+from dinoforge.data.sources import Source, open_source
+from dinoforge.planning import auto
+from dinoforge.planning import dry_run as plans
+from dinoforge.planning.dry_run import ways_to_train
+from dinoforge.recipe.load import base_of, converted, dump, load_recipe
+from dinoforge.recipe.schema import Recipe, flatten
+from dinoforge.runs.directory import DataIdentity, RunDirectory, check_writable
+from dinoforge.runs.lock import RunLock
+from dinoforge.runs.stopping import Stop
+from dinoforge.system import device as devices
+from dinoforge.system import distributed
+from dinoforge.system.device import threads
+from dinoforge.system.out_of_memory import out_of_memory_in_words
+from dinoforge.system.terminal import patient
+
+
+def train(
+    images: Any = None,
+    recipe: str | Path | Recipe = "small",
+    out: str | Path | None = None,
+    *,
+    labels: str | Path | None = None,
+    dry_run: bool = False,
+    console: Console | None = None,
+    **keys: Any,
+) -> RunResult:
+    """Pretrains a backbone on images without labels; calling it again with the same arguments continues the run.
+
+    Args:
+        images: a folder of them, walked recursively; or any object with ``__len__`` and ``__getitem__`` that gives
+            images (arrays [H, W, C], tensors [C, H, W], PIL images, paths, bytes) or (image, label). ``data=`` takes
+            them, too.
+        recipe: a name, a YAML file, or a recipe.
+        out: the run directory; by default ``runs/`` with the names of folder and recipe.
+        labels: a CSV file with names and labels; by default the names of sub-folders. Training never sees them: where
+            there are some, the teacher is measured while it trains; see docs/evaluation.md.
+        dry_run: only say what would run; writes nothing.
+        console: where to print; by default the terminal.
+        keys: recipe keys: sections as mappings (``train={"steps": 1000}``, ``data={"sixteen_bit": "minmax"}``), or
+            dotted ``**{"train.steps": 1000}``.
+
+    Raises:
+        RecipeError: a key or value that cannot be; before work starts.
+        DataError: no usable images; too many unreadable ones.
+        RunError: ``out`` is another run's, or cannot be written.
+        TrainingError: losses or gradients that stay non-finite; see docs/reliability.md.
+        OutOfMemoryError: what the device has does not do; what was done until then is saved if there is one process.
+        LostRankError: another rank failed, was killed, or cannot be reached.
+        KeyboardInterrupt: a signal stopped it, after it has saved a checkpoint: what follows in a script does not run.
+    """
+    result = _train_here(images, recipe, out, labels, keys, dry_run=dry_run, console=console, is_program=False)
+    if (result.stopped_by or "").startswith("SIG"):
+        raise KeyboardInterrupt(f"{result.stopped_by} at step {result.steps:,}, which is saved in {result.out}")
+    return result
+
+
+def train_as_program(
+    images: Any,
+    recipe: str | Path | Recipe = "small",
+    out: str | Path | None = None,
+    *,
+    labels: str | Path | None = None,
+    dry_run: bool = False,
+    **keys: Any,
+) -> RunResult:
+    """``train`` where this process is ours to end: a second Ctrl-C ends it at once, and a signal is no exception.
+
+    Args:
+        images, recipe, out, labels, dry_run, keys: as for ``train``.
+
+    Raises:
+        As ``train``, but for KeyboardInterrupt.
+    """
+    return _train_here(images, recipe, out, labels, keys, dry_run=dry_run, console=None, is_program=True)
+
+
+def _train_here(
+    images: Any,
+    recipe: str | Path | Recipe,
+    out: str | Path | None,
+    labels: str | Path | None,
+    keys: dict[str, Any],
+    *,
+    dry_run: bool,
+    console: Console | None,
+    is_program: bool,
+) -> RunResult:
+    """``train`` on the device of this rank, with the others if there are any."""
+    refuse_second_start()
+    images, keys = images_and_keys(images, keys)
+    said = _said(recipe, flat_keys(keys))
+    device, patience = devices.rank_device(said["device"]), timedelta(minutes=said["parallel.timeout_minutes"])
+    devices.use_expandable_segments(device)
+    with (
+        distributed.process_group(device, said["parallel.backend"], patience),
+        devices.in_use(device, allow_tf32=said["allow_tf32"]),
+    ):
+        if console is None or not distributed.is_first():
+            console = Console(quiet=not distributed.is_first())
+        try:
+            with patient(console):
+                return _train_together(
+                    images, recipe, keys, out, labels, dry_run=dry_run, console=console, is_program=is_program
+                )
+        except RuntimeError as error:
+            if distributed.is_active() and distributed.is_lost_connection(error):
+                raise distributed.lost_rank() from error
+            raise
+
+
+def _said(recipe: str | Path | Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe says by dotted keys, before the images are known."""
+    if recipe == "auto":
+        return flatten(Recipe()) | converted(given)
+    return flatten(load_recipe(recipe, given)[0])
+
+
+def _train_together(
+    images: Any,
+    recipe: str | Path | Recipe,
+    keys: Mapping[str, Any],
+    out: str | Path | None,
+    labels: str | Path | None,
+    *,
+    dry_run: bool,
+    console: Console,
+    is_program: bool,
+) -> RunResult:
+    """``train`` on the ranks that there are."""
+    data_name = str(images) if isinstance(images, str | os.PathLike) else type(images).__name__
+    if out is None:
+        recipe_name = "custom" if isinstance(recipe, Recipe) else Path(recipe).stem
+        out = Path("runs", f"{Path(os.path.abspath(data_name)).name}-{recipe_name}")
+    run = RunDirectory(Path(out).expanduser())
+    choices: dict[str, auto.Choice] = {}
+    if recipe == "auto":
+        source = source_for_auto(images, keys)
+        resolved, ignored, choices = choose_recipe(source, flat_keys(keys), run)
+    else:
+        resolved, ignored = distributed.from_first(lambda: resolve(recipe, keys, run))
+        source = open_source(images)
+    source = taken_apart(source, resolved.data.plane, resolved.student.in_chans)
+    resolved = with_batch_cut(resolved, world_size=distributed.world_size())
+    resolved, measured = distributed.from_first(lambda: with_range(resolved, source, run))
+    identity = DataIdentity(os.path.abspath(data_name), len(source), source.fingerprint())
+    plan = plan_of(resolved, source)
+    # Only the first looks, since the others might see what it writes.
+    distributed.from_first(lambda: run.require_free_or_same(resolved, identity, batch_size=plan.length.batch_size))
+    known = distributed.from_first(lambda: _labels(labels, source, resolved))
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    say(plans.render(plan, data_path=data_name, out=str(run.path)))
+    if measured is None and "data.range" in choices and not run.exists:
+        say(f"values   {choices['data.range'].reason}")
+    elif measured is not None:
+        say(f"values   {measured}")
+    for text in filter(None, (known.said, *known.notes)):
+        say(f"labels   {text}")
+    if choices and dry_run:
+        say(f"\n{auto.render(choices)}\n")
+    if ignored:
+        say(f"ignored  {'; '.join(f'{key}: {reason}' for key, reason in ignored.items())}")
+    if dry_run:
+        with torch.device("meta"):
+            networks = build_student_teacher(resolved)
+        take_weights(networks, resolved, say)
+        say(f"\n{plans.render_schedules(plan)}\n\n{dump(resolved)}", end="")
+        return RunResult(run.path, 0, plan.length.steps)
+
+    finished = distributed.from_first(lambda: run.exists and run.read_summary().get("finished"))
+    if finished:
+        result = RunResult(run.path, plan.length.steps, plan.length.steps, summary=run.read_summary())
+        say(f"\nThis run is finished: the backbone is {run.teacher}. For another one, choose another --out.")
+        return result
+    with threads(plan.threads), out_of_memory_in_words(plan.device, partial(ways_to_train, plan)):
+        base = auto.BASE if choices else base_of(recipe)
+        with _only_writer(run, say) as lock:
+            # It may have begun, or gone on, since it was looked at.
+            distributed.from_first(
+                lambda: run.require_free_or_same(plan.recipe, identity, batch_size=plan.length.batch_size)
+            )
+            stop = Stop(plan.recipe.train.max_minutes, is_program=is_program)
+            return run_training(plan, source, known.values, run, identity, base, console, lock, stop)
+
+
+@contextmanager
+def _only_writer(run: RunDirectory, say: Callable[[str], object]) -> Iterator[RunLock | None]:
+    """Hold the run's lock on the first rank; None on the others."""
+    with ExitStack() as stack:
+        lock = RunLock(run.path, say)
+
+        def enter() -> None:
+            check_writable(run.path)
+            stack.enter_context(lock)
+
+        distributed.from_first(enter)
+        yield lock if distributed.is_first() else None
+
+
+def _labels(labels: str | Path | None, source: Source, recipe: Recipe) -> Labels:
+    """Of each image, if there is a table or a use for them."""
+    if labels is not None:
+        return label_table(labels, source)
+    return labels_of(source) if recipe.probe.is_on else Labels(None, "")

@@ -1,0 +1,338 @@
+"""How much memory a run will take, by part, before it is started.
+
+A step takes most at one of three moments: when the losses are done; when the heads have their gradients and those of
+the backbone begin; when nearly all gradients are there. What is alive then follows from the sizes of network, crops and
+batch, and the estimate is that of the largest. docs/running.md compares it with measured runs.
+"""
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+
+from dinoforge.builders.networks import build_student_teacher
+from dinoforge.builders.resolved import turn_tokens
+from dinoforge.data.batches import PREFETCH
+from dinoforge.kernels.tiles import SPARE, columns_at_once
+from dinoforge.method.dinov2 import StudentTeacher
+from dinoforge.models.head import DINOHead
+from dinoforge.models.layers import Block, Mlp, SwiGLU
+from dinoforge.models.vit import VisionTransformer
+from dinoforge.recipe.schema import Recipe
+from dinoforge.training.parallel import Mode, shard_count
+
+_LIBRARIES = 0.65 * 2**30  # on a CPU: the interpreter, PyTorch and the others
+_WORKER = 0.06 * 2**30  # that a process which makes batches does not share with the rank
+_COMPILER = 0.15 * 2**30  # PyTorch's, which its activation checkpointing, DDP and FSDP2 import
+_GAPS = 0.1  # bytes that the C library holds between blocks for each byte of tensors
+_WORTH_IT = 0.95  # of what the recipe takes: a way to save less is not told
+
+
+def estimate(
+    recipe: Recipe,
+    networks: StudentTeacher,
+    *,
+    precision: torch.dtype,
+    device: torch.device,
+    mode: Mode = "none",
+    shards: int = 1,
+    reading: float = 0.0,
+) -> dict[str, float]:
+    """Bytes per part of the peak of one rank: its tensors, and on a CPU what else the process and its workers take.
+
+    Args:
+        recipe: the run.
+        networks: unsharded, on any device, also ``meta``.
+        precision: of matrix products.
+        device: what it would run on; need not be here.
+        mode: how the networks are laid over ranks.
+        shards: over how many of them weights are sharded.
+        reading: bytes of main memory that it takes to read images, from ``of_reading``.
+    """
+    parts = of_tensors(recipe, networks, precision=precision, device=device, mode=mode, shards=shards)
+    if device.type == "cpu":
+        compiler = mode != "none" or recipe.parallel.activation_checkpointing
+        libraries = _LIBRARIES + (_COMPILER if compiler else 0)
+        parts |= {"libraries": libraries, "gaps between tensors": _GAPS * sum(parts.values())}
+        if recipe.checkpoint.asynchronous:
+            parts["checkpoint"] = 16.0 * sum(p.numel() for p in networks.student.parameters())
+        if reading:
+            parts["reading"] = reading
+    return parts
+
+
+def of_reading(recipe: Recipe, working_bytes: float, workers: int) -> float:
+    """Bytes of main memory that reading images takes for one rank, beside the batch that a step works on.
+
+    Args:
+        recipe: the run.
+        working_bytes: that decoding an image takes at most; see ``dinoforge.data.decode.working_bytes``.
+        workers: processes that make batches; 0: the rank itself does.
+    """
+    if not workers:
+        return working_bytes
+    # Each worker makes one batch and has others ready, in shared memory.
+    batches = (1 + PREFETCH) * _values_of_batch(recipe)
+    return workers * (_WORKER + working_bytes + batches)
+
+
+def _values_of_batch(recipe: Recipe) -> int:
+    """Values of a rank's crops of a step, a byte each before they are normalised."""
+    crops, train = recipe.crops, recipe.train
+    values = 2 * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2
+    return train.batch_size_per_gpu * train.accumulate * recipe.student.in_chans * values
+
+
+def of_tensors(
+    recipe: Recipe,
+    networks: StudentTeacher,
+    *,
+    precision: torch.dtype,
+    device: torch.device,
+    mode: Mode = "none",
+    shards: int = 1,
+) -> dict[str, float]:
+    """Bytes per part of the peak of one rank's tensors, which is what accelerators count; as ``estimate``."""
+    weights = _Weights.of(networks)
+    images = recipe.train.batch_size_per_gpu
+    local = recipe.crops.local_crops_number if networks.objective.dino_local_weight > 0 else 0
+    least = turn_tokens(recipe.parallel, device, mode)
+    turns = networks.crops_in_turn(images, local, _tokens(recipe, networks), least)
+    passes = [(images * len(c.views), images * c.local_number) for c in turns]
+    in_turn = len(passes) > 1
+
+    def moment(step: _Step, activations: float, gradients: int) -> dict[str, float]:
+        parts = {
+            "student and teacher": 8 * weights.all / shards,
+            "optimizer": 8 * weights.all / shards,
+            # DDP makes room for all of them at once, in the buckets that it sends; those of a first pass are beside it.
+            "gradients": 4 * ((1 + in_turn) * weights.all if mode == "ddp" else gradients) / shards,
+            "activations": activations,
+            "losses": step.losses,
+            "batch": step.batch,
+        }
+        if mode in ("fsdp", "hsdp"):
+            # The last layers' copies and their gradients; two blocks that are gathered, and the gradient of one.
+            # Between passes, one gradient of a last layer waits.
+            parts["whole layers"] = 4.0 * ((2 + in_turn) * weights.last + 3 * weights.block)
+        return parts
+
+    moments = []
+    for number, counts in enumerate(passes):
+        step = _Step(recipe, networks, precision, device, counts, in_turn=in_turn)
+        # The others find the gradients of the first.
+        last, heads = (weights.all, weights.all) if number else (weights.last, weights.heads)
+        moments += [
+            moment(step, step.activations, last),
+            moment(step, step.activations + step.working, heads),
+            moment(step, step.one_block + step.working, weights.all),
+        ]
+    return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def ways_to_save(
+    recipe: Recipe,
+    *,
+    ranks: int,
+    mode: str,
+    device: torch.device | None = None,
+    precision: torch.dtype = torch.bfloat16,
+    reading: float = 0.0,
+) -> list[str]:
+    """Keys that would take less memory than the recipe does, each with its estimate, in the order to try them.
+
+    The first costs least. What is on already is left out, and so is what would not help by the estimate.
+
+    Args:
+        recipe: the run, with its batch cut for the ranks.
+        ranks: over all machines.
+        mode: how the networks are laid over them; see ``dinoforge.training.parallel.Mode``.
+        device: what it runs on; None: an accelerator.
+        precision: of matrix products.
+        reading: as for ``estimate``.
+    """
+    device = device or torch.device("cuda")
+    with torch.device("meta"):
+        networks = build_student_teacher(recipe)
+
+    def size(recipe: Recipe, mode: str, shards: int, precision: torch.dtype = precision) -> float:
+        parts = estimate(
+            recipe,
+            networks,
+            precision=precision,
+            device=device,
+            mode=cast(Mode, mode),
+            shards=shards,
+            reading=reading,
+        )
+        return sum(parts.values())
+
+    shards = {"fsdp": ranks, "hsdp": shard_count("hsdp", recipe.parallel.shard_ranks)}.get(mode, 1)
+    train, parallel = recipe.train, recipe.parallel
+    ways: list[tuple[str, float]] = []
+    if recipe.checkpoint.asynchronous:  # takes memory on a CPU, where the copy is beside all else
+        waiting = replace(recipe, checkpoint=replace(recipe.checkpoint, asynchronous=False))
+        ways.append(("checkpoint.asynchronous=false", size(waiting, mode, shards)))
+    parts = next((n for n in range(2, train.batch_size_per_gpu + 1) if train.batch_size_per_gpu % n == 0), None)
+    if parts is not None:
+        images, accumulate = train.batch_size_per_gpu // parts, train.accumulate * parts
+        keys = f"train.accumulate={accumulate}"
+        if train.batch_size is None:  # or else the keys contradict each other, and that one wins
+            keys = f"train.batch_size_per_gpu={images} {keys}"
+        kept = "the same global batch"
+        if recipe.dino.koleo_loss_weight > 0 and recipe.dino.koleo_scope == "rank":
+            kept += f", but KoLeo compares {images} images at a time"
+        cut = replace(recipe, train=replace(train, batch_size_per_gpu=images, accumulate=accumulate))
+        ways.append((f"{keys} ({kept})", size(cut, mode, shards)))
+    if parallel.crops_in_turn is not True:
+        in_turn = replace(recipe, parallel=replace(parallel, crops_in_turn=True))
+        ways.append(("parallel.crops_in_turn=true", size(in_turn, mode, shards)))
+    if not parallel.activation_checkpointing:
+        again = replace(recipe, parallel=replace(parallel, activation_checkpointing=True))
+        ways.append(("parallel.activation_checkpointing=true", size(again, mode, shards)))
+    refused = recipe.precision == "fp16" or (device.type == "cuda" and parallel.backend == "gloo")
+    if ranks > 1 and mode not in ("fsdp", "hsdp") and not refused:
+        sharded = torch.float32 if precision is torch.float16 else precision
+        ways.append(("parallel.mode=fsdp", size(recipe, "fsdp", ranks, sharded)))
+    now = size(recipe, mode, shards)
+    return [f"{keys}: about {total / 2**30:.1f} GiB" for keys, total in ways if total < _WORTH_IT * now]
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Numbers of parameters of the student, which are the teacher's too."""
+
+    all: int
+    heads: int
+    last: int  # of heads: prototypes
+    block: int  # of the backbone: one of its blocks
+
+    @classmethod
+    def of(cls, networks: StudentTeacher) -> "_Weights":
+        def count(prefix: str, ending: str = "") -> int:
+            named = networks.student.named_parameters()
+            return sum(p.numel() for name, p in named if name.startswith(prefix) and name.endswith(ending))
+
+        total = count("")
+        return cls(total, total - count("backbone."), count("", "last_layer.weight_v"), count("backbone.blocks.0."))
+
+
+class _Step:
+    """Bytes that one forward and backward pass of a micro-batch takes beside weights and gradients.
+
+    Args:
+        recipe, networks, precision, device: as for ``estimate``.
+        counts: global and local crops that the student sees in it.
+        in_turn: whether there are others.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        networks: StudentTeacher,
+        precision: torch.dtype,
+        device: torch.device,
+        counts: tuple[int, int],
+        *,
+        in_turn: bool,
+    ) -> None:
+        backbone = cast(VisionTransformer, networks.student["backbone"])
+        student = recipe.student
+        tokens = sum(n * each for n, each in zip(counts, _tokens(recipe, networks), strict=True))
+        rate = student.drop_path_rate if student.drop_path_uniform else student.drop_path_rate / 2
+        branch = tokens * (1 - rate)  # that a residual branch sees
+
+        size, width = precision.itemsize, backbone.embed_dim
+        on_cpu = device.type == "cpu"
+        block = cast(Block, backbone.blocks[0])
+        hidden = _hidden(block.mlp)
+        # What both LayerNorms read, queries, keys and values, and what attention gave; on accelerators that twice,
+        # since it is put together from the crops of each size.
+        attended = width if on_cpu or not all(counts) else 2 * width
+        # In float16 also what LayerScale multiplies, twice, and what the GELU gave: see models.layers.scaled_linear.
+        gelu = hidden if isinstance(block.mlp, Mlp) else 0
+        unscaled = 2 * width + gelu if precision is torch.float16 and student.layerscale else 0
+        of_a_block = branch * size * (2 * width + 3 * width + attended + hidden + unscaled)
+        stream = tokens * width * 4
+        masked = counts[0] * _masked_patches(recipe, networks)
+        wanted = sum(counts) + masked
+        keeps_attended = on_cpu and size == 2  # only what came in is kept there
+        of_the_last = branch * size * (4 * width + (0 if keeps_attended else attended))
+        of_the_last += wanted * (1 - rate) * size * (2 * width + hidden + unscaled)
+        heads = wanted * self._of_heads(recipe, size)
+        depth = len(backbone.blocks)
+        if recipe.parallel.activation_checkpointing:
+            # The inputs of all blocks but the last, which is done; one block made again, and the gradient in it.
+            kept = float((depth - 1) * stream)
+            self.one_block: float = stream
+            shared = stream if size == 4 and branch == tokens else 0.0  # what its LayerNorm reads is the input itself
+            self.working = of_a_block - shared + branch * size * hidden + stream
+        else:
+            kept = (depth - 1) * of_a_block + of_the_last
+            self.one_block = of_a_block
+            self.working = branch * size * 3 * width + stream
+        self.activations = kept + heads
+        self.losses = self._scratch(recipe, networks, precision, device, sum(counts) + masked, in_turn)
+        # As uint8, as float32, and in half precision for the patch embedding.
+        self.batch = _values_of_batch(recipe) * (5 + (2 if size == 2 else 0))
+
+    @staticmethod
+    def _of_heads(recipe: Recipe, size: int) -> float:
+        """Bytes of a sample: what each GELU of the MLP reads, and the bottleneck."""
+        d = recipe.dino
+        return (d.head_nlayers - 1) * d.head_hidden_dim * size + 4 * 4 * d.head_bottleneck_dim
+
+    @staticmethod
+    def _scratch(
+        recipe: Recipe,
+        networks: StudentTeacher,
+        precision: torch.dtype,
+        device: torch.device,
+        seen: float,
+        in_turn: bool,
+    ) -> float:
+        """The memory that the losses keep: targets, an effective weight, a chunk of the student's logits.
+
+        Between turns, each head's weight is kept.
+        """
+        size = precision.itemsize if precision is not torch.float16 else 4
+        targets = 0.0
+        weights: list[float] = []
+        chunks: list[float] = []
+        crops = 2.0 * recipe.train.batch_size_per_gpu
+        masked = crops * _masked_patches(recipe, networks)
+        of_heads = {"dino_head": crops, networks.ibot_head_name: masked}
+        if networks.ibot_head_name == "dino_head":
+            of_heads = {"dino_head": crops + masked}
+        for name, samples in of_heads.items():
+            if name not in networks.student:
+                continue
+            prototypes, width = cast(DINOHead, networks.student[name]).last_layer.weight_v.shape
+            targets += prototypes * samples * size
+            weights.append(prototypes * width * size)
+            chunks.append(prototypes * min(seen, columns_at_once(prototypes, precision, device)) * size)
+        kept = sum(weights) if in_turn else max(weights, default=0.0)
+        return (1 + SPARE) * (targets + kept + max(chunks, default=0.0))
+
+
+def _tokens(recipe: Recipe, networks: StudentTeacher) -> tuple[int, int]:
+    """Of a global and of a local crop."""
+    backbone = cast(VisionTransformer, networks.student["backbone"])
+    sizes = (recipe.crops.global_crops_size, recipe.crops.local_crops_size)
+    of_global, of_local = (backbone.tokens_of((size, size)) for size in sizes)
+    return of_global, of_local
+
+
+def _masked_patches(recipe: Recipe, networks: StudentTeacher) -> float:
+    """Of a global crop, on average, where a loss reads them."""
+    ibot = recipe.ibot
+    patches = (recipe.crops.global_crops_size // recipe.student.patch_size) ** 2
+    share = ibot.mask_sample_probability * sum(ibot.mask_ratio_min_max) / 2
+    return patches * share if networks.objective.has_ibot else 0.0
+
+
+def _hidden(mlp: Mlp | SwiGLU) -> float:
+    """Values of a token that the feed-forward network keeps."""
+    if isinstance(mlp, SwiGLU):
+        return 4 * mlp.w3.in_features  # gate and value, the gate's SiLU, their product
+    return mlp.fc1.out_features  # the GELU is made again

@@ -1,0 +1,112 @@
+"""What the tensors of a backbone say about its network."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dinoforge.errors import WeightsError
+from dinoforge.models.vit import SIZES
+
+
+def architecture_of(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The arguments of ``VisionTransformer`` that tensors with official names imply, and what had to be assumed.
+
+    Args:
+        tensors: with official names.
+        given: arguments that are known from elsewhere; they win over assumptions.
+
+    Raises:
+        WeightsError: tensors without which nothing can be said are missing or have another shape.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    needed = {"patch_embed.proj.weight": 4, "pos_embed": 3, "cls_token": 3, "mask_token": 2}
+    if wrong := [
+        f"{name} {shapes.get(name, 'missing')}" for name, n in needed.items() if len(shapes.get(name, ())) != n
+    ]:
+        raise WeightsError(f"not a DINOv2 backbone: {', '.join(wrong)}; it has {listed(list(shapes))}")
+    dim, channels, patch, width = shapes["patch_embed.proj.weight"]
+    positions = shapes["pos_embed"][1] - 1
+    side = math.isqrt(max(positions, 0))
+    if patch != width or side == 0 or side * side != positions:
+        raise WeightsError(f"patches of {patch} × {width} on {positions} positions: expected squares")
+    numbers = sorted({int(m[1]) for name in shapes if (m := re.match(r"blocks\.(\d+)\.", name))})
+    if gaps := [str(i) for i, number in enumerate(numbers) if number != i]:
+        raise WeightsError(
+            f"part of the weights is missing: there are blocks {numbers[0]} to {numbers[-1]}, but only {len(numbers)} "
+            f"of them; the first that is not there is {gaps[0]}"
+        )
+    swiglu = "blocks.0.mlp.w3.weight" in shapes
+    feed_forward = shapes.get(f"blocks.0.mlp.{'w3' if swiglu else 'fc2'}.weight")
+    if feed_forward is None or len(feed_forward) != 2:
+        raise WeightsError(f"no feed-forward layer blocks.0.mlp.fc2 or .w3; it has {listed(list(shapes))}")
+    hidden = feed_forward[1] * 3 // 2 if swiglu else feed_forward[1]
+    ratio = hidden / dim
+    ratio = ratio if int(dim * ratio) == hidden else (hidden + 0.5) / dim
+    if swiglu and feed_forward[1] == (int(dim * 8 / 3) + 7) // 8 * 8:
+        ratio = 4.0
+    registers = shapes["register_tokens"][1] if "register_tokens" in shapes else 0
+    depth = max(numbers) + 1
+    known = {(d, n): heads for d, n, heads in SIZES.values()}
+    notes = []
+    assumed: dict[str, Any] = {
+        "num_heads": known.get((dim, depth), max(dim // 64, 1)),
+        "interpolate_antialias": bool(registers),
+        "interpolate_offset": 0.0 if registers else 0.1,
+    }
+    rules = {
+        "num_heads": "the known size" if (dim, depth) in known else "64 per head",
+        "interpolate_antialias": "registers" if registers else "no registers",
+        "interpolate_offset": "registers" if registers else "no registers",
+    }
+    notes += [f"assumed {key}={value} ({rules[key]})" for key, value in assumed.items() if key not in given]
+    architecture = {
+        "embed_dim": dim,
+        "depth": depth,
+        "patch_size": patch,
+        "image_size": side * patch,
+        "in_chans": channels,
+        "mlp_ratio": ratio,
+        "ffn_layer": "swiglu" if swiglu else "mlp",
+        "layerscale": 1.0 if "blocks.0.ls1.gamma" in shapes else 0.0,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
+        "proj_bias": "blocks.0.attn.proj.bias" in shapes,
+        "ffn_bias": f"blocks.0.mlp.{'w3' if swiglu else 'fc2'}.bias" in shapes,
+        "num_register_tokens": registers,
+        **assumed,
+    }
+    return architecture | dict(given), notes
+
+
+def misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """What of ``tensors`` does not fit a state dict: missing, unexpected and otherwise shaped entries, in words.
+
+    The first few of each kind, and how many more there are.
+    """
+    kinds = (
+        [f"missing {name}" for name in expected if name not in tensors],
+        [f"unexpected {name}" for name in tensors if name not in expected],
+        [
+            f"{name} has shape {list(tensors[name].shape)}, expected {list(t.shape)}"
+            for name, t in expected.items()
+            if name in tensors and tensors[name].shape != t.shape
+        ],
+    )
+    return [listed(kind) for kind in kinds if kind]
+
+
+def described(value: Any) -> str:
+    """The type of something that is no state dict, and the first few of its keys, for a refusal."""
+    kind = type(value).__name__
+    if not isinstance(value, Mapping):
+        return f"a {kind} of {len(value)}" if isinstance(value, list | tuple) else f"a {kind}"
+    if not value:
+        return f"an empty {kind}"
+    return f"a {kind} with the keys {listed([f'{key!s:.60} ({type(each).__name__})' for key, each in value.items()])}"
+
+
+def listed(names: list[str]) -> str:
+    """The first few of them."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
