@@ -148,7 +148,7 @@ def teachers(run: Path) -> Iterator[tuple[int, VisionTransformer]]:
     for step in checkpoint.steps(run):
         networks = build_student_teacher(recipe)
         checkpoint.load(run, step, networks.state_dict())
-        yield step, networks.teacher["backbone"].eval()
+        yield step, networks.teacher.backbone.eval()
 
 
 def curve(run: Path, start: VisionTransformer, domain: Domain, size: int, sizes: Sizes) -> list[tuple[int, float]]:

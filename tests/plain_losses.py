@@ -2,6 +2,7 @@
 
 import torch
 
+from dinoforge.data.batch import Share
 from dinoforge.kernels import cross_entropy as terms
 from dinoforge.kernels import targets
 from dinoforge.kernels.tiles import Scratch
@@ -36,11 +37,14 @@ def updated_center(center, logits, momentum, temp=0.5):
     return centers.updated_center(center, [over(logits, temp)], temp, momentum)
 
 
-def dino_loss(global_embeddings, local_embeddings, prototypes, of_teacher, **settings):
+def dino_loss(global_embeddings, local_embeddings, prototypes, of_teacher, *, local_crops_number, student_temp):
     """The global and the local term, each with its gradient."""
-    both = dino_terms(global_embeddings, local_embeddings, of_teacher, **settings)
+    share = Share(images=len(of_teacher.per_sample) // 2, local_crops=local_crops_number)
+    both = dino_terms(global_embeddings, local_embeddings, of_teacher, share, student_temp)
     return tuple(cross_entropy(part, prototypes)[0] if part else torch.zeros(()) for part in both)
 
 
 def ibot_loss(embeddings, prototypes, of_teacher, masks, student_temp):
-    return cross_entropy([ibot_term(embeddings, of_teacher, masks, student_temp)], prototypes)[0]
+    return cross_entropy(
+        [ibot_term(embeddings, of_teacher, masks, Share(len(masks) // 2, 0), student_temp)], prototypes
+    )[0]

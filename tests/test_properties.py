@@ -390,6 +390,6 @@ def test_any_number_of_masked_patches_on_each_crop(masked, targets, separate_hea
     any_masked = bool(counts.any())
     assert (float(losses.ibot.detach()) > 0) == any_masked
     if separate_head:
-        assert any(bool(p.grad.any()) for p in networks.student["ibot_head"].parameters()) == any_masked
+        assert any(bool(p.grad.any()) for p in networks.student.ibot_head.parameters()) == any_masked
     if targets == "centering":
         assert bool(networks.ibot_center.any()) == any_masked

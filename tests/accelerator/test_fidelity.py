@@ -12,8 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dinoforge.kernels import cross_entropy, products, rows, tiles
-from dinoforge.method import dinov2
+from dinoforge.kernels import cross_entropy, ops, products, rows, tiles
 from dinoforge.selfcheck.fake import DEVICE, fake_accelerator
 from dinoforge.selfcheck.fidelity import AMPLIFIED, BOUNDS, CASES, HALF_BOUNDS, Errors, run_case, world_size_of
 
@@ -49,7 +48,7 @@ def branches_of_an_accelerator() -> None:
     rows.on_cpu = lambda x: False  # type: ignore[assignment]
     tiles._ON_CPU = tiles._ON_ACCELERATOR
     products._BY_ONEDNN = False
-    for module in (dinov2, cross_entropy):
+    for module in (ops, cross_entropy):
         module.largest_logit = lambda weight_g, temp: None
 
 

@@ -27,7 +27,7 @@ def test_student_and_teacher_start_from_the_weights():
     given = VisionTransformer(**SIZE, image_size=32)
     both = networks()
     assert initialise(both, given, None) == []
-    for network in (both.student["backbone"], both.teacher["backbone"]):
+    for network in (both.student.backbone, both.teacher.backbone):
         assert all(torch.equal(t, given.state_dict()[name]) for name, t in network.state_dict().items())
 
 
@@ -38,7 +38,7 @@ def test_position_embeddings_are_resampled_and_it_is_told():
     assert "7 × 7 to 4 × 4" in note
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(both.teacher["backbone"](images).cls, given(images).cls)
+        torch.testing.assert_close(both.teacher.backbone(images).cls, given(images).cls)
 
 
 def test_another_rule_of_resampling_is_told():
@@ -56,24 +56,24 @@ def test_channels_that_are_equal_give_what_they_gave(how):
         image = torch.randn(1, 1, 32, 32)
         with torch.no_grad():
             expected = given(image.repeat(1, 3, 1, 1)).cls
-            torch.testing.assert_close(both.student["backbone"](image).cls, expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(both.student.backbone(image).cls, expected, rtol=1e-4, atol=1e-5)
     wider = networks(**{"student.in_chans": 6, "data.mean": 0.5, "data.std": 0.2})
     initialise(wider, given, how)
     image = torch.randn(1, 1, 32, 32)
     with torch.no_grad():
-        six, three = (n(image.repeat(1, c, 1, 1)).cls for n, c in ((wider.student["backbone"], 6), (given, 3)))
+        six, three = (n(image.repeat(1, c, 1, 1)).cls for n, c in ((wider.student.backbone, 6), (given, 3)))
     torch.testing.assert_close(six, three, rtol=1e-4, atol=1e-5)
 
 
 def test_what_does_not_fit_is_listed_and_changes_nothing():
     given = VisionTransformer(**SIZE | {"num_heads": 4}, image_size=32, in_chans=1, num_register_tokens=2)
     both = networks()
-    before = both.student["backbone"].cls_token.clone()
+    before = both.student.backbone.cls_token.clone()
     with pytest.raises(
         WeightsError, match=r"unexpected register_tokens.*4 attention heads, expected 2.*init\.in_chans"
     ):
         initialise(both, given, None)
-    assert torch.equal(both.student["backbone"].cls_token, before)
+    assert torch.equal(both.student.backbone.cls_token, before)
 
 
 def test_a_run_starts_from_a_file(tmp_path):

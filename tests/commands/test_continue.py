@@ -169,9 +169,9 @@ def test_without_a_checkpoint_heads_start_fresh(first, tmp_path):
     shutil.copytree(first, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     recipe, _ = resolve("continue", {"init.weights": str(first)})
     networks = build_student_teacher(recipe)
-    before = networks.student["dino_head"].last_layer.weight_v.clone()
+    before = networks.student.dino_head.last_layer.weight_v.clone()
     assert "fresh" in heads_of_run(networks, tmp_path / "run")
-    assert torch.equal(networks.student["dino_head"].last_layer.weight_v, before)
+    assert torch.equal(networks.student.dino_head.last_layer.weight_v, before)
 
 
 def test_heads_of_another_size_are_refused(first, images, tmp_path):
@@ -187,13 +187,13 @@ def test_the_backbone_stands_still_until_the_heads_have_learned(first, second):
     """20 steps: 2 of them frozen."""
     start = dinoforge.load(first).network.state_dict()
     frozen, after = state_at(second, 2), state_at(second, 4)
-    for network in (frozen.student["backbone"], frozen.teacher["backbone"]):
+    for network in (frozen.student.backbone, frozen.teacher.backbone):
         for name, tensor in network.state_dict().items():
             torch.testing.assert_close(tensor, start[name], rtol=0, atol=1e-6)  # the moving average rounds
-    assert not torch.equal(after.student["backbone"].norm.weight, start["norm.weight"])
+    assert not torch.equal(after.student.backbone.norm.weight, start["norm.weight"])
     warm = state_at(first, 4)
     for side in ("student", "teacher"):
-        before, now = (getattr(s, side)["dino_head"].mlp[0].weight for s in (warm, frozen))
+        before, now = (getattr(s, side).dino_head.mlp[0].weight for s in (warm, frozen))
         assert not torch.equal(before, now)
 
 

@@ -43,12 +43,10 @@ def shards() -> dict[str, Any]:
     recipe, _ = load_recipe("dinov2", layouts.BASE | layouts.KINDS["prime sizes"])
     networks = build_student_teacher(recipe)
     wrap(networks, "fsdp", torch.device("cpu"))
-    head = {
-        name: p.to_local() for name, p in networks.student["dino_head"].named_parameters() if isinstance(p, DTensor)
-    }
+    head = {name: p.to_local() for name, p in networks.student.dino_head.named_parameters() if isinstance(p, DTensor)}
     copied = build_student_teacher(recipe)
     wrap(copied, "hsdp", torch.device("cpu"), shard_ranks=4, timeout=TIMEOUT)
-    mesh = copied.student["dino_head"].last_layer.weight_v.device_mesh
+    mesh = copied.student.dino_head.last_layer.weight_v.device_mesh
     backends = [group._get_backend(torch.device("cpu")) for group in mesh.get_all_groups()]
     return {
         "rows": len(head["last_layer.weight_v"]),

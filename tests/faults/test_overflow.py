@@ -44,7 +44,7 @@ def poison(monkeypatch):
     make, spoil = networks_module.build_optimizer, Poison()
 
     def build_optimizer(recipe, networks):
-        networks.student["backbone"].norm.weight.register_hook(spoil)
+        networks.student.backbone.norm.weight.register_hook(spoil)
         return make(recipe, networks)
 
     monkeypatch.setattr(networks_module, "build_optimizer", build_optimizer)

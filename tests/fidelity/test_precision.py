@@ -41,7 +41,7 @@ def compiler(require_system):
 
 def compile_blocks(student_teacher):
     for networks in (student_teacher.student, student_teacher.teacher):
-        for block in networks["backbone"].blocks:
+        for block in networks.backbone.blocks:
             block.compile()
 
 

@@ -11,34 +11,17 @@ from torch import nn
 
 from dinoforge.builders.lengths import RunLength, build_schedules
 from dinoforge.builders.networks import build_drop_path_rates, build_optimizer, build_state, build_student_teacher
-from dinoforge.builders.resolved import turn_tokens
 from dinoforge.data.batch import Batch, masked_patches
 from dinoforge.health.numbers import Diagnostics, effective_rank, patch_similarity
 from dinoforge.method.koleo import koleo_loss
 from dinoforge.models.stochastic_depth import draw_kept_samples
 from dinoforge.optim.schedules import Hyperparameters
-from dinoforge.recipe.load import load_recipe
-from dinoforge.recipe.schema import Parallel
 from dinoforge.training.loop import train
+from dinoforge.training.pieces import pieces
 from dinoforge.training.step import train_step
 from plain_losses import centering, dino_loss, ibot_loss
+from small_networks import TEMP, make, make_batch, make_recipe
 
-SMALL = {
-    "student.arch": "vit_custom",
-    "student.embed_dim": 16,
-    "student.depth": 2,
-    "student.num_heads": 2,
-    "student.patch_size": 4,
-    "student.layerscale": 1.0,
-    "crops.global_crops_size": 16,
-    "crops.local_crops_size": 12,
-    "crops.local_crops_number": 3,
-    "augment.blur_kernel": 3,
-    **{f"{k}.head_n_prototypes": 8 for k in ("dino", "ibot")},
-    **{f"{k}.head_hidden_dim": 12 for k in ("dino", "ibot")},
-    **{f"{k}.head_bottleneck_dim": 6 for k in ("dino", "ibot")},
-}
-TEMP = 0.05
 TERMS = ("dino_global", "dino_local", "ibot", "koleo")
 KEYS = {
     "dino_global": "dino.global_loss_weight",
@@ -55,33 +38,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def make_recipe(overrides=()):
-    return load_recipe("dinov2", SMALL | dict(overrides))[0]
-
-
-def make(overrides=(), recipe=None):
-    """Networks in which student and teacher differ and every parameter matters."""
-    torch.manual_seed(0)
-    networks = build_student_teacher(recipe or make_recipe(overrides))
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in networks.named_parameters():
-        if not name.endswith("weight_g"):
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return networks
-
-
-def make_batch(images=4, local=3, share=0.4, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    masks = torch.rand(2 * images, 16, generator=generator) < share
-    return Batch(
-        global_crops=torch.randn(2 * images, 3, 16, 16, generator=generator),
-        local_crops=torch.randn(local * images, 3, 12, 12, generator=generator),
-        masks=masks,
-        masked=masked_patches(masks),
-        indices=torch.arange(images),
-    )
 
 
 def terms_of(networks, batch=None):
@@ -129,22 +85,22 @@ def test_the_terms_are_the_losses_of_the_networks_outputs():
 
     student, teacher = networks.student, networks.teacher
     center = torch.zeros(8)
-    tokens = teacher["backbone"](batch.global_crops)
-    cls_targets = centering(teacher["dino_head"](tokens.cls), TEMP, center)
-    patch_targets = centering(teacher["ibot_head"](tokens.patches[batch.masks]), TEMP, center)
-    global_tokens = student["backbone"](batch.global_crops, batch.masks)
-    local_tokens = student["backbone"](batch.local_crops)
+    tokens = teacher.backbone(batch.global_crops)
+    cls_targets = centering(teacher.dino_head(tokens.cls), TEMP, center)
+    patch_targets = centering(teacher.ibot_head(tokens.patches[batch.masks]), TEMP, center)
+    global_tokens = student.backbone(batch.global_crops, batch.masks)
+    local_tokens = student.backbone(batch.local_crops)
     dino_global, dino_local = dino_loss(
-        student["dino_head"].embed(global_tokens.cls),
-        student["dino_head"].embed(local_tokens.cls),
-        student["dino_head"].last_layer.weight(),
+        student.dino_head.embed(global_tokens.cls),
+        student.dino_head.embed(local_tokens.cls),
+        student.dino_head.last_layer.weight(),
         cls_targets,
         local_crops_number=3,
         student_temp=0.1,
     )
     ibot = ibot_loss(
-        student["ibot_head"].embed(global_tokens.patches[batch.masks]),
-        student["ibot_head"].last_layer.weight(),
+        student.ibot_head.embed(global_tokens.patches[batch.masks]),
+        student.ibot_head.last_layer.weight(),
         patch_targets,
         batch.masks,
         0.1,
@@ -224,9 +180,9 @@ def test_targets_of_one_loss_do_not_change_the_other():
 def test_targets_use_the_center_of_earlier_steps():
     networks, batch = make(), make_batch()
     with torch.no_grad():
-        tokens = networks.teacher["backbone"](batch.global_crops)
-        logits = networks.teacher["dino_head"](tokens.cls)
-        patch_logits = networks.teacher["dino_head"](tokens.patches[batch.masks])
+        tokens = networks.teacher.backbone(batch.global_crops)
+        logits = networks.teacher.dino_head(tokens.cls)
+        patch_logits = networks.teacher.dino_head(tokens.patches[batch.masks])
     assert networks.dino_center.eq(0).all()
     first = terms_of(networks, batch)
     torch.testing.assert_close(networks.dino_center, 0.1 * logits.mean(0), rtol=1e-4, atol=1e-6)
@@ -271,7 +227,7 @@ def test_stochastic_depth_touches_the_student_only():
     recipe = make_recipe()
     networks, batch = make(recipe=recipe), make_batch()
     seen = []
-    networks.teacher["backbone"].norm.register_forward_hook(lambda *args: seen.append(args[-1]))
+    networks.teacher.backbone.norm.register_forward_hook(lambda *args: seen.append(args[-1]))
     kept = draw_kept_samples([0.5, 0.5], [8, 12], torch.Generator().manual_seed(0))
     dropped = networks(batch, teacher_temp=TEMP, kept=kept)
     whole = networks(batch, teacher_temp=TEMP)
@@ -309,9 +265,9 @@ def test_losses_are_the_same_under_a_permutation_of_the_images():
 )
 def test_heads_that_no_loss_reads_are_absent(overrides, heads):
     networks = make(overrides)
-    assert set(networks.student) == set(networks.teacher) == {"backbone", *heads}
+    assert set(networks.student.parts) == set(networks.teacher.parts) == {"backbone", *heads}
     networks(make_batch(), teacher_temp=TEMP).total.backward()
-    assert all(p.grad is not None for head in heads for p in networks.student[head].parameters())
+    assert all(p.grad is not None for head in heads for p in networks.student.heads[head].parameters())
 
 
 def test_separate_heads_have_their_own_sizes():
@@ -326,19 +282,19 @@ def test_separate_heads_have_their_own_sizes():
     )
     widths = {
         name: [tuple(m.weight.shape) for m in head.mlp if isinstance(m, nn.Linear)]
-        for name, head in networks.student.items()
+        for name, head in networks.student.parts.items()
         if name != "backbone"
     }
     assert widths == {"dino_head": [(12, 16), (12, 12), (6, 12)], "ibot_head": [(7, 16), (3, 7)]}
-    assert networks.student["dino_head"].last_layer.weight_v.shape == (8, 6)
-    assert networks.student["ibot_head"].last_layer.weight_v.shape == (5, 3)
+    assert networks.student.dino_head.last_layer.weight_v.shape == (8, 6)
+    assert networks.student.ibot_head.last_layer.weight_v.shape == (5, 3)
     assert (networks.dino_center.shape, networks.ibot_center.shape) == ((8,), (5,))
 
 
 def test_cancelling_drops_the_last_layers_gradients_alone():
     networks = make({"ibot.separate_head": True})
     networks(make_batch(), teacher_temp=TEMP).total.backward()
-    networks.cancel_last_layer_gradients()
+    networks.student.drop_last_layer_gradients()
     for name, parameter in networks.student.named_parameters():
         assert (parameter.grad is None) == (".last_layer." in name), name
 
@@ -391,33 +347,41 @@ def test_a_step_moves_student_then_teacher():
 # Diagnostics
 
 
+def measured(networks, batch):
+    numbers = Diagnostics()
+    no_autocast = contextlib.nullcontext()
+    for piece in pieces(networks, batch, teacher_temp=TEMP, autocast=no_autocast, diagnostics=numbers):
+        losses = vars(networks(piece.batch, teacher_temp=TEMP, targets=piece.targets))
+        numbers.add_cross_entropies({name: losses[name].detach() * factor for name, factor in piece.to_means.items()})
+    return numbers
+
+
 def test_diagnostics_are_those_of_the_networks_outputs():
     networks = make({"ibot.separate_head": True, "dino.loss_weight": 0.5, "ibot.loss_weight": 2.0})
     batch = make_batch()
     batch.masks[3] = False  # a crop that counts as zero in the loss and not at all in its divergence
     batch = dataclasses.replace(batch, masked=masked_patches(batch.masks))
-    numbers = Diagnostics()
-    networks(batch, teacher_temp=TEMP, diagnostics=numbers)
+    numbers = measured(networks, batch)
 
     student, teacher = networks.student, networks.teacher
-    tokens = teacher["backbone"](batch.global_crops)
-    global_tokens = student["backbone"](batch.global_crops, batch.masks)
-    local_cls = student["backbone"](batch.local_crops).cls
-    cls_targets = (teacher["dino_head"](tokens.cls) / TEMP).softmax(-1)  # [2B, K]
+    tokens = teacher.backbone(batch.global_crops)
+    global_tokens = student.backbone(batch.global_crops, batch.masks)
+    local_cls = student.backbone(batch.local_crops).cls
+    cls_targets = (teacher.dino_head(tokens.cls) / TEMP).softmax(-1)  # [2B, K]
 
     def divergence(targets, logits):
         log_p = (logits / 0.1).log_softmax(-1)
         return (targets * (targets.log() - log_p)).sum(-1)
 
     first, second = cls_targets.chunk(2)
-    of_globals = student["dino_head"](global_tokens.cls)
-    of_locals = student["dino_head"](local_cls).chunk(3)
+    of_globals = student.dino_head(global_tokens.cls)
+    of_locals = student.dino_head(local_cls).chunk(3)
     local = [divergence(targets, logits).mean() for targets in (first, second) for logits in of_locals]
     ibot = []
     for crop, mask in enumerate(batch.masks):
         if mask.any():
-            targets = (teacher["ibot_head"](tokens.patches[crop, mask]) / TEMP).softmax(-1)
-            ibot.append(divergence(targets, student["ibot_head"](global_tokens.patches[crop, mask])).mean())
+            targets = (teacher.ibot_head(tokens.patches[crop, mask]) / TEMP).softmax(-1)
+            ibot.append(divergence(targets, student.ibot_head(global_tokens.patches[crop, mask])).mean())
     log_k = torch.tensor(8.0).log()
     expected = {
         "diag.effective_rank": effective_rank(tokens.cls[:4]),
@@ -471,8 +435,7 @@ def test_a_step_that_is_measured_gives_bitwise_the_same(targets, precision):
 
 def test_what_a_recipe_does_without_has_no_number():
     def names(overrides, batch=None):
-        numbers = Diagnostics()
-        make(overrides)(batch or make_batch(), teacher_temp=TEMP, diagnostics=numbers)
+        numbers = measured(make(overrides), batch or make_batch())
         return {name.removeprefix("diag.") for name in numbers.values}
 
     features = {"effective_rank", "feature_norm"}
@@ -484,83 +447,6 @@ def test_what_a_recipe_does_without_has_no_number():
     assert names({"dino.loss_weight": 0, "ibot.loss_weight": 0}) == set()
     assert names({}, make_batch(local=0)) == features | (dino - {"kl.dino_local"}) | ibot
     assert names({}, make_batch(share=0.0)) == features | dino
-
-
-def test_crops_are_seen_at_once_if_only_local_ones_read_the_dino_head():
-    ends = []
-    for least in (None, 1):
-        recipe = make_recipe({"dino.global_loss_weight": 0, "ibot.separate_head": True})
-        networks = make(recipe=recipe)
-        optimizer = build_optimizer(recipe, networks)
-        hyper = Hyperparameters(1e-2, 1e-2, 0.04, 0.9, TEMP, last_layer_frozen=False)
-        train_step(networks, optimizer, make_batch(), hyper, clip_grad=3.0, turn_tokens=least)
-        ends.append(networks.student.state_dict())
-    at_once, in_turn = ends
-    assert all(torch.equal(in_turn[name], value) for name, value in at_once.items())
-
-
-@pytest.mark.parametrize(
-    ("overrides", "local", "turns"),
-    [
-        ({}, 3, 4),
-        ({}, 0, 2),
-        ({"dino.local_loss_weight": 0}, 3, 2),
-        ({"dino.loss_weight": 0}, 3, 2),
-        ({"dino.loss_weight": 0, "ibot.separate_head": True}, 3, 1),
-    ],
-)
-def test_turns_are_taken_and_end_as_all_crops_at_once_do(overrides, local, turns):
-    ends = []
-    for least, expected in ((None, 1), (1, turns)):
-        recipe = make_recipe(overrides)
-        networks = make(recipe=recipe)
-        calls = []
-        networks.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        optimizer = build_optimizer(recipe, networks)
-        for group in optimizer.param_groups:
-            group["eps"] = 1e-4  # with a tiny one, a first step is the sign of each gradient, also where that is noise
-        hyper = Hyperparameters(1e-2, 1e-2, 0.04, 0.9, TEMP, last_layer_frozen=False)
-        result = train_step(networks, optimizer, make_batch(local=local), hyper, clip_grad=3.0, turn_tokens=least)
-        assert len(calls) == expected
-        ends.append(networks.student.state_dict() | vars(result.losses))
-    at_once, in_turn = ends
-    for name, value in at_once.items():
-        torch.testing.assert_close(in_turn[name], value, rtol=1e-3, atol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize(
-    ("local", "least", "expected"),
-    [
-        (8, None, [((0, 1), 0, 8)]),
-        (8, 1, [((), 0, 4), ((), 4, 8), ((0,), 8, 8), ((1,), 8, 8)]),
-        (3, 1, [((), 0, 3), ((0,), 3, 3), ((1,), 3, 3)]),  # halves would make no turn smaller than a global crop
-        (1, 1, [((), 0, 1), ((0,), 1, 1), ((1,), 1, 1)]),
-        (0, 1, [((0,), 0, 0), ((1,), 0, 0)]),
-        # Of two images, half of the local crops has 4 · 2 · 5 = 40 tokens, and a global one 2 · 17 = 34.
-        (8, 65, [((0,), 0, 4), ((1,), 4, 8)]),
-        (6, 32, [((), 0, 6), ((0,), 6, 6), ((1,), 6, 6)]),
-        (6, 35, [((0,), 0, 3), ((1,), 3, 6)]),
-        (8, 34, [((), 0, 4), ((), 4, 8), ((0,), 8, 8), ((1,), 8, 8)]),
-        (7, 34, [((), 0, 7), ((0,), 7, 7), ((1,), 7, 7)]),
-        (2, 30, [((0,), 0, 1), ((1,), 1, 2)]),
-        (8, 100, [((0, 1), 0, 8)]),
-    ],
-)
-def test_which_crops_are_seen_together(local, least, expected):
-    turns = make().crops_in_turn(2, local, (17, 5), least)
-    assert [(crops.views, crops.local.start, crops.local.stop) for crops in turns] == expected
-
-
-def test_crops_take_turns_in_one_process_on_a_cpu():
-    def chosen(device="cpu", mode="none", **settings):
-        return turn_tokens(Parallel(**settings), torch.device(device), mode) is not None
-
-    assert chosen()
-    assert not chosen("cuda")
-    assert not chosen(mode="ddp")
-    assert not chosen(activation_checkpointing=True)
-    assert chosen("cuda", "fsdp", crops_in_turn=True)
-    assert not chosen(crops_in_turn=False)
 
 
 def test_a_frozen_backbone_changes_neither_losses_nor_the_heads_gradients():

@@ -21,6 +21,7 @@ from dinoforge.optim.param_groups import set_hyperparameters
 from dinoforge.planning.explain import IMAGENET_1K, as_json, explain, plot_schedules, render
 from dinoforge.planning.work import measure_masks, work_of_a_step
 from dinoforge.recipe.load import load_recipe, recipe_names
+from dinoforge.training.pieces import crop_counts
 
 FILES = sorted((Path(__file__).parents[1] / "recipe" / "official").glob("*.yaml"))
 SMALL = {
@@ -255,7 +256,7 @@ def test_the_work_is_what_a_step_computes(monkeypatch, changes):
         indices=torch.arange(b),
     )
     networks = build_student_teacher(recipe)
-    sizes = [len(crops) for crops in networks.student_crops(batch)]
+    sizes = crop_counts(networks.objective, batch)
     kept = draw_kept_samples(build_drop_path_rates(recipe), sizes, torch.Generator().manual_seed(0))
     aten = torch.ops.aten
     counted = {

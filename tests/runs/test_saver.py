@@ -99,5 +99,5 @@ def test_the_backbone_is_that_of_the_checkpoint(tmp_path):
     state = build_state(recipe, torch.device("cpu"), images=64)
     checkpoint.load(run, 6, state.tensors())
     saved = dinoforge.load(run).network.state_dict()
-    teacher = state.student_teacher.teacher["backbone"].state_dict()
+    teacher = state.student_teacher.teacher.backbone.state_dict()
     assert all(torch.equal(saved[name], teacher[name]) for name in saved)

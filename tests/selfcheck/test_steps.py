@@ -32,7 +32,7 @@ def test_a_wrong_sign_in_the_gradient_of_koleo(cases, monkeypatch):
         loss = koleo.koleo_loss(x)
         return 2 * loss.detach() - loss
 
-    monkeypatch.setattr("dinoforge.method.dinov2.koleo_loss", wrong)
+    monkeypatch.setattr("dinoforge.method.koleo.koleo_loss", wrong)
     line = steps._steps("steps", cases, torch.float32, CPU)
     assert line.status == "FAIL"
     assert line.values["errors"]["gradient"]["share_of_bound"] > 10

@@ -56,6 +56,12 @@ class Network(nn.Module):
             return of_cls + of_patches
         return of_patches if head == "ibot_head" else of_cls
 
+    def drop_last_layer_gradients(self) -> None:
+        """Drop the gradients of the heads' last layers, so that the optimizer passes over them."""
+        for head in self.heads.values():
+            for parameter in head.last_layer.parameters():
+                parameter.grad = None
+
     def embed(self, global_cls: Tensor, local_cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The bottlenecks [N, d] of tokens [N, D], by one pass through each head: one gradient of its weights."""
         if self.ibot_head is not None:

@@ -169,9 +169,7 @@ def _update(
 ) -> None:
     """Move the student by its gradients, then the teacher towards the student."""
     if hyper.last_layer_frozen:
-        for head in student_teacher.student.heads.values():
-            for parameter in head.last_layer.parameters():
-                parameter.grad = None  # the optimizer passes over it
+        student_teacher.student.drop_last_layer_gradients()
     with phase("optimizer"):
         if scaler is None:
             optimizer.step()
