@@ -3,8 +3,11 @@
 import torch
 
 from dinoforge.builders.networks import build_student_teacher
+from dinoforge.data.bad_images import BadImages
 from dinoforge.data.batch import Batch, masked_patches
 from dinoforge.recipe.load import load_recipe
+from dinoforge.training.state import TrainState
+from dinoforge.training.step import Stepper
 
 SMALL = {
     "student.arch": "vit_custom",
@@ -49,3 +52,9 @@ def make_batch(images=4, local=3, share=0.4, seed=0):
         masked=masked_patches(masks),
         indices=torch.arange(images),
     )
+
+
+def make_step(networks, optimizer, batch, hyper, *, kept=None, measure=False, **settings):
+    """A step of networks and their optimizer alone; ``settings`` are those of ``Stepper``."""
+    state = TrainState(networks, optimizer, None, BadImages(0.0, 1))
+    return Stepper(**settings)(state, batch, hyper, kept=kept, measure=measure)

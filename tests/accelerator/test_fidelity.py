@@ -29,7 +29,7 @@ def test_all_cases_are_here():
 @pytest.mark.parametrize("name", ALONE)
 def test_steps_agree_with_the_reference(name, least):
     with fake_accelerator():
-        errors = run_case(CASES / name, device=DEVICE, turn_tokens=least)
+        errors = run_case(CASES / name, device=DEVICE, least_tokens=least)
     assert errors.within_bounds, errors.worst
 
 

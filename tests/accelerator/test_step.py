@@ -15,7 +15,6 @@ from dinoforge.data.sources import open_source
 from dinoforge.planning import bench as bench_module
 from dinoforge.recipe.load import load_recipe
 from dinoforge.selfcheck.fake import DEVICE, Counts, DeviceMismatchError, fake_accelerator
-from dinoforge.training.step import train_step
 from tiny import TINY
 from variants import VARIANTS, bench
 
@@ -100,11 +99,13 @@ def test_a_measured_step_needs_no_float64_there(counts, monkeypatch):
     ours = bench(DEVICE)
     results = []
 
-    def measured(*args, **keys):
-        results.append(train_step(*args, **keys, measure=True))
+    make_step = ours._stepper
+
+    def measured(*given):
+        results.append(make_step(*given, measure=True))
         return results[0]
 
-    monkeypatch.setattr(bench_module, "train_step", measured)
+    monkeypatch.setattr(ours, "_stepper", measured)
     ours.step(ours.batch().pin_memory())
     values = results[0].values()
     assert values["diag.effective_rank"] > 1

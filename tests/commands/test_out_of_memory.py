@@ -20,7 +20,7 @@ from dinoforge.errors import OutOfMemoryError, RunError
 from dinoforge.planning import dry_run
 from dinoforge.runs import checkpoint
 from dinoforge.system import out_of_memory as memory
-from dinoforge.training import loop
+from dinoforge.training.step import Stepper
 from tiny import TINY
 
 CUDA = (
@@ -108,34 +108,35 @@ def run(classes, tmp_path_factory):
 
 def fails_in(part, monkeypatch, *, step=5):
     """Has memory run out in a part of a step."""
-    original, number = loop.train_step, 0
+    original, number = Stepper.__call__, 0
 
     def raising(*given):
         raise torch.OutOfMemoryError(CUDA)
 
-    def train_step(student_teacher, optimizer, batch, *given, parallel, **named):
+    def make_step(stepper, state, *given, **named):
         nonlocal number
         number += 1
         if number != step:
-            return original(student_teacher, optimizer, batch, *given, parallel=parallel, **named)
+            return original(stepper, state, *given, **named)
         with monkeypatch.context() as patch:
             if part == "backward":
-                forward = parallel.forward
+                forward = stepper.parallel.forward
 
                 def with_hook(*given, **named):
                     losses = forward(*given, **named)
                     losses.total.register_hook(raising)
                     return losses
 
-                parallel = dataclasses.replace(parallel, forward=with_hook)
+                parallel = dataclasses.replace(stepper.parallel, forward=with_hook)
+                stepper = dataclasses.replace(stepper, parallel=parallel)
             elif part == "optimizer":  # when moments have moved
-                after = optimizer.step
-                patch.setattr(optimizer, "step", lambda: (after(), raising()))
+                after = state.optimizer.step
+                patch.setattr(state.optimizer, "step", lambda: (after(), raising()))
             else:
-                patch.setattr(student_teacher, "update_teacher", raising)
-            return original(student_teacher, optimizer, batch, *given, parallel=parallel, **named)
+                patch.setattr(state.student_teacher, "update_teacher", raising)
+            return original(stepper, state, *given, **named)
 
-    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(Stepper, "__call__", make_step)
 
 
 def test_the_last_step_is_saved_and_the_run_goes_on_from_it(classes, tmp_path, monkeypatch):

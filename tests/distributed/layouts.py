@@ -13,13 +13,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import ranks
 
 from dinoforge.builders.networks import build_optimizer, build_student_teacher
+from dinoforge.data.bad_images import BadImages
 from dinoforge.data.batch import Batch, masked_patches
 from dinoforge.optim.schedules import Hyperparameters
 from dinoforge.recipe.load import load_recipe
 from dinoforge.system import distributed
 from dinoforge.training.parallel import Mode, wrap
-from dinoforge.training.pieces import kept_samples
-from dinoforge.training.step import train_step
+from dinoforge.training.state import TrainState
+from dinoforge.training.step import Stepper
 
 IMAGES, STEPS, MEASURED = 8, 10, 3
 BASE = {
@@ -71,7 +72,7 @@ class Layout(NamedTuple):
     accumulate: int = 1
     activation_checkpointing: bool = False
     shard_ranks: int | None = None
-    turn_tokens: int | None = None
+    least_tokens: int | None = None
 
 
 ON_TWO = {
@@ -79,8 +80,8 @@ ON_TWO = {
     "fsdp": Layout("fsdp"),
     "ddp, accumulated": Layout("ddp", 2),
     "fsdp, accumulated, checkpointed": Layout("fsdp", 2, True),
-    "ddp, in turn": Layout("ddp", turn_tokens=1),
-    "fsdp, accumulated, in turn": Layout("fsdp", 2, turn_tokens=1),
+    "ddp, in turn": Layout("ddp", least_tokens=1),
+    "fsdp, accumulated, in turn": Layout("fsdp", 2, least_tokens=1),
 }
 COMBINATIONS = [
     *((kind, layout) for kind in ("centering", "sinkhorn_knopp") for layout in ON_TWO),
@@ -95,8 +96,8 @@ ON_ONE = {
     "accumulated": Layout("none", 2),
     "accumulated 4": Layout("none", 4),
     "checkpointed": Layout("none", 1, True),
-    "in turn": Layout("none", turn_tokens=1),
-    "accumulated, in turn": Layout("none", 2, turn_tokens=1),
+    "in turn": Layout("none", least_tokens=1),
+    "accumulated, in turn": Layout("none", 2, least_tokens=1),
 }
 
 
@@ -138,24 +139,21 @@ def run(kind: str, layout: Layout) -> dict[str, torch.Tensor]:
     optimizer = build_optimizer(recipe, networks)
     for group in optimizer.param_groups:
         group["eps"] = 1e-4  # with a tiny one the first steps' length is all there is, also where a gradient is noise
-    rate = recipe.student.drop_path_rate
+    state = TrainState(networks, optimizer, None, BadImages(0.0, 1))
+    stepper = Stepper(
+        clip_grad=0.5,
+        drop_path_rates=[recipe.student.drop_path_rate] * 2,
+        accumulate=layout.accumulate,
+        least_tokens=layout.least_tokens,
+        parallel=parallel,
+    )
     results: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
         only_heads = kind == "only heads learn at first" and step < 3
         hyper = Hyperparameters(2e-3, 2e-3, 0.04, 0.9, 0.07, step == 0, backbone_frozen=only_heads)
         batch = global_batch(step).split(distributed.world_size())[distributed.rank()]
-        kept = kept_samples(networks, batch, [rate] * 2, seed=0, number=step, parts=layout.accumulate)
-        result = train_step(
-            networks,
-            optimizer,
-            batch,
-            hyper,
-            clip_grad=0.5,
-            kept=kept,
-            measure=step == MEASURED,
-            parallel=parallel,
-            turn_tokens=layout.turn_tokens,
-        )
+        result = stepper(state, batch, hyper, measure=step == MEASURED)
+        state.step += 1
         results |= {f"{step} {name}": torch.tensor(value) for name, value in result.values().items()}
     results |= {f"state {k}": distributed.whole(v).detach().clone() for k, v in networks.state_dict().items()}
     return results

@@ -8,7 +8,7 @@ PyTorch's fake process group communicates nothing and gives each rank its own va
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from dinoforge.recipe.load import load_recipe
 from dinoforge.runs import checkpoint
 from dinoforge.training.loop import train
 from dinoforge.training.parallel import Parallel, wrap
+from dinoforge.training.step import Stepper
 
 WORLD, STEPS = 64, 2
 MASKED = {0: 0.4, 8: 0.0, 63: 0.9}
@@ -152,20 +153,20 @@ def collectives_of(rank: int, keys: dict[str, Any]) -> list[Collective]:
             state,
             (batch_of(rank, number, 2 * recipe.train.accumulate) for number in range(STEPS)),
             build_schedules(recipe, length),
-            seed=0,
+            Stepper(
+                clip_grad=3.0,
+                drop_path_rates=[0.3, 0.3],
+                accumulate=recipe.train.accumulate,
+                least_tokens=1 if settings.crops_in_turn else None,
+                parallel=laid_out[0],
+            ),
             samples_per_step=length.batch_size,
-            drop_path_rates=[0.3, 0.3],
-            clip_grad=3.0,
             prepare=lambda batch: batch,
-            autocast=nullcontext,
             hooks=[lambda report: losses.append(report.result.values()["total"])],
             is_measured=lambda step: step == 2,
             should_stop=lambda: False,
             on_skipped=lambda skipped: None,
             on_non_finite=not_expected,
-            accumulate=recipe.train.accumulate,
-            parallel=laid_out[0],
-            turn_tokens=1 if settings.crops_in_turn else None,
         )
         trained = len(collectives.seen)
         checkpoint.whole(state.tensors(), copy=True)

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from dinoforge.builders.networks import build_optimizer, build_student_teacher
+from dinoforge.data.bad_images import BadImages
 from dinoforge.data.batch import Batch, masked_patches
 from dinoforge.method.dinov2 import StudentTeacher
 from dinoforge.optim.schedules import Hyperparameters
 from dinoforge.recipe.load import load_recipe
 from dinoforge.system import distributed
 from dinoforge.training.parallel import wrap
-from dinoforge.training.step import train_step
+from dinoforge.training.state import TrainState
+from dinoforge.training.step import Stepper
 
 sys.path += [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import ranks
@@ -94,12 +96,11 @@ def step(rank: int, folder: Path) -> dict[str, Tensor]:
             torch.manual_seed(0)
             networks: StudentTeacher = build_student_teacher(recipe)
             parallel = wrap(networks, "ddp", torch.device("cpu"))
-            optimizer = build_optimizer(recipe, networks)
+            state = TrainState(networks, build_optimizer(recipe, networks), None, BadImages(0.0, 1))
+            stepper = Stepper(clip_grad=3.0, parallel=parallel)
             hyper = Hyperparameters(1e-2, 1e-2, 0.04, 0.9, 0.05, last_layer_frozen=False)
             for _ in range(2):
-                result = train_step(
-                    networks, optimizer, batch_of(rank, masked_ranks), hyper, clip_grad=3.0, parallel=parallel
-                )
+                result = stepper(state, batch_of(rank, masked_ranks), hyper)
             prefix = f"{targets_name}_{''.join(map(str, masked_ranks))}"
             results |= {f"{prefix}.loss.{k}": v.detach() for k, v in vars(result.losses).items()}
             results |= {f"{prefix}.norm.{k}": v for k, v in result.grad_norms.items()}

@@ -13,7 +13,6 @@ from dinoforge.builders import networks as networks_module
 from dinoforge.errors import TrainingError
 from dinoforge.planning.bench import StepBench
 from dinoforge.recipe.load import load_recipe
-from dinoforge.training.step import NonFiniteError
 from tiny import TINY
 
 FP16 = TINY | {"precision": "fp16", "train.steps": 40, "report.every_minutes": None}
@@ -81,8 +80,7 @@ def test_gradients_that_stay_nan_are_not_blamed_on_the_scale_for_ever(poison):
         assert not ours.step(ours.batch())
     assert ours._state.scaler.get_scale() == 1
     for _ in range(3):  # and the scaler is ready for the next step each time
-        with pytest.raises(NonFiniteError):
-            ours.step(ours.batch())
+        assert not ours.step(ours.batch())
     assert ours._state.scaler.get_scale() == 1
 
 
@@ -92,8 +90,7 @@ def test_a_loss_that_is_not_finite_leaves_the_scaler_as_it_was():
     spoiled = batch.global_crops.float()
     spoiled[0] = torch.nan
     for _ in range(2):
-        with pytest.raises(NonFiniteError):
-            ours.step(replace(batch, global_crops=spoiled))
+        assert not ours.step(replace(batch, global_crops=spoiled))
     assert ours._state.scaler.get_scale() == scale
     assert ours.step(ours.batch())
 

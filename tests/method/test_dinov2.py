@@ -18,9 +18,9 @@ from dinoforge.models.stochastic_depth import draw_kept_samples
 from dinoforge.optim.schedules import Hyperparameters
 from dinoforge.training.loop import train
 from dinoforge.training.pieces import pieces
-from dinoforge.training.step import train_step
+from dinoforge.training.step import Stepper
 from plain_losses import centering, dino_loss, ibot_loss
-from small_networks import TEMP, make, make_batch, make_recipe
+from small_networks import TEMP, make, make_batch, make_recipe, make_step
 
 TERMS = ("dino_global", "dino_local", "ibot", "koleo")
 KEYS = {
@@ -313,12 +313,9 @@ def test_stochastic_depth_when_the_local_term_is_off(key):
         state,
         iter([make_batch()]),
         build_schedules(recipe, RunLength(1, batch_size=4, images=4)),
-        seed=0,
+        Stepper(clip_grad=3.0, drop_path_rates=build_drop_path_rates(recipe)),
         samples_per_step=4,
-        drop_path_rates=build_drop_path_rates(recipe),
-        clip_grad=3.0,
         prepare=lambda batch: batch,
-        autocast=contextlib.nullcontext,
         hooks=[reports.append],
         is_measured=lambda step: False,
         should_stop=lambda: False,
@@ -335,7 +332,7 @@ def test_a_step_moves_student_then_teacher():
     optimizer = build_optimizer(recipe, networks)
     before = {name: p.clone() for name, p in networks.named_parameters()}
     hyper = Hyperparameters(1e-2, 0.0, 0.04, 0.9, TEMP, last_layer_frozen=False)
-    result = train_step(networks, optimizer, make_batch(), hyper, clip_grad=3.0)
+    result = make_step(networks, optimizer, make_batch(), hyper, clip_grad=3.0)
     assert set(result.grad_norms) == {"backbone", "dino_head"}
     for name, student in networks.student.named_parameters():
         assert torch.equal(student, before[f"student.{name}"]) == ("last_layer" in name), name
@@ -349,7 +346,7 @@ def test_a_step_moves_student_then_teacher():
 
 def measured(networks, batch):
     numbers = Diagnostics()
-    no_autocast = contextlib.nullcontext()
+    no_autocast = contextlib.nullcontext
     for piece in pieces(networks, batch, teacher_temp=TEMP, autocast=no_autocast, diagnostics=numbers):
         losses = vars(networks(piece.batch, teacher_temp=TEMP, targets=piece.targets))
         numbers.add_cross_entropies({name: losses[name].detach() * factor for name, factor in piece.to_means.items()})
@@ -414,13 +411,13 @@ def test_a_step_that_is_measured_gives_bitwise_the_same(targets, precision):
         random_state = torch.get_rng_state()
         optimizer = build_optimizer(recipe, networks)
         for step in range(3):
-            result = train_step(
+            result = make_step(
                 networks,
                 optimizer,
                 make_batch(seed=step),
                 Hyperparameters(1e-2, 1e-2, 0.04, 0.9, TEMP, last_layer_frozen=False),
                 clip_grad=3.0,
-                autocast=torch.autocast("cpu", precision, enabled=precision is not torch.float32),
+                autocast=lambda: torch.autocast("cpu", precision, enabled=precision is not torch.float32),
                 measure=measure,
             )
         assert torch.equal(torch.get_rng_state(), random_state)

@@ -11,6 +11,7 @@ from dinoforge.recipe.load import load_recipe
 from dinoforge.system import phases
 from dinoforge.system.phases import PHASES, Stopwatch, phase, timed_by
 from dinoforge.training.loop import train
+from dinoforge.training.step import Stepper
 from tiny import TINY
 
 
@@ -111,12 +112,9 @@ def test_waiting_for_data_is_not_waiting_for_the_device():
             bench._state,
             iter([batch]),
             bench._schedules,
-            seed=0,
+            Stepper(clip_grad=3.0),
             samples_per_step=8,
-            drop_path_rates=[0.0, 0.0],
-            clip_grad=3.0,
             prepare=prepare,
-            autocast=lambda: torch.autocast("cpu", enabled=False),
             hooks=[hook],
             is_measured=lambda step: False,
             should_stop=lambda: False,

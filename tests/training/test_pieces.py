@@ -14,14 +14,13 @@ from dinoforge.models.stochastic_depth import draw_kept_samples
 from dinoforge.optim.schedules import Hyperparameters
 from dinoforge.recipe.schema import Parallel
 from dinoforge.training.pieces import crops_in_turn, pieces
-from dinoforge.training.step import train_step
-from small_networks import TEMP, make, make_batch, make_recipe
+from small_networks import TEMP, make, make_batch, make_recipe, make_step
 
 
 def in_pieces(networks, batch, parts, least, kept=None):
     """The summed losses, the student's gradients, and how many pieces there were."""
     summed, count = None, 0
-    every = pieces(networks, batch, teacher_temp=TEMP, kept=[kept] * parts, least_tokens=least, autocast=nullcontext())
+    every = pieces(networks, batch, teacher_temp=TEMP, kept=[kept] * parts, least_tokens=least, autocast=nullcontext)
     for piece in every:
         count += 1
         named = {f.name: getattr(piece, f.name) for f in dataclasses.fields(piece)}
@@ -84,7 +83,7 @@ def test_crops_are_seen_at_once_if_only_local_ones_read_the_dino_head():
         networks = make(recipe=recipe)
         optimizer = build_optimizer(recipe, networks)
         hyper = Hyperparameters(1e-2, 1e-2, 0.04, 0.9, TEMP, last_layer_frozen=False)
-        train_step(networks, optimizer, make_batch(), hyper, clip_grad=3.0, turn_tokens=least)
+        make_step(networks, optimizer, make_batch(), hyper, clip_grad=3.0, least_tokens=least)
         ends.append(networks.student.state_dict())
     at_once, in_turn = ends
     assert all(torch.equal(in_turn[name], value) for name, value in at_once.items())
@@ -111,7 +110,7 @@ def test_turns_are_taken_and_end_as_all_crops_at_once_do(overrides, local, turns
         for group in optimizer.param_groups:
             group["eps"] = 1e-4  # with a tiny one, a first step is the sign of each gradient, also where that is noise
         hyper = Hyperparameters(1e-2, 1e-2, 0.04, 0.9, TEMP, last_layer_frozen=False)
-        result = train_step(networks, optimizer, make_batch(local=local), hyper, clip_grad=3.0, turn_tokens=least)
+        result = make_step(networks, optimizer, make_batch(local=local), hyper, clip_grad=3.0, least_tokens=least)
         assert len(calls) == expected
         ends.append(networks.student.state_dict() | vars(result.losses))
     at_once, in_turn = ends

@@ -1,10 +1,12 @@
 """Networks, optimizer and state of a recipe."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
+from dinoforge.builders.resolved import turn_tokens
 from dinoforge.data.bad_images import BadImages
 from dinoforge.errors import RecipeError
 from dinoforge.method.dinov2 import Objective, StudentTeacher
@@ -16,8 +18,10 @@ from dinoforge.models.vit import SIZES, VisionTransformer
 from dinoforge.optim.adamw import AdamW
 from dinoforge.optim.param_groups import parameter_groups
 from dinoforge.recipe.schema import Dino, Ibot, Recipe
-from dinoforge.system.device import resolve_precision
+from dinoforge.system.device import autocast, resolve_precision
+from dinoforge.training.parallel import Parallel
 from dinoforge.training.state import TrainState
+from dinoforge.training.step import Stepper
 
 
 def vit_size(recipe: Recipe) -> tuple[int, int, int]:
@@ -168,4 +172,17 @@ def build_state(
         optimizer=build_optimizer(recipe, student_teacher),
         scaler=torch.amp.GradScaler(device.type) if half else None,
         bad_images=BadImages(recipe.data.max_bad_share, images),
+    )
+
+
+def build_stepper(recipe: Recipe, device: torch.device, precision: torch.dtype, parallel: Parallel) -> Stepper:
+    """What makes the steps of a run on networks that are laid out as ``parallel`` says."""
+    return Stepper(
+        clip_grad=recipe.optim.clip_grad,
+        autocast=partial(autocast, device, precision),
+        seed=recipe.train.seed,
+        drop_path_rates=build_drop_path_rates(recipe),
+        accumulate=recipe.train.accumulate,
+        least_tokens=turn_tokens(recipe.parallel, device, parallel.mode),
+        parallel=parallel,
     )

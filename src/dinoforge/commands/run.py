@@ -1,6 +1,6 @@
 """A run of training, from its first step or its newest checkpoint to its end."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,13 +10,12 @@ import torch
 from rich.console import Console
 
 from dinoforge.builders.data import build_data, image_input
-from dinoforge.builders.networks import build_drop_path_rates, vit_arguments
-from dinoforge.builders.resolved import turn_tokens
+from dinoforge.builders.networks import build_stepper, vit_arguments
 from dinoforge.commands.backbone import reading_of, untrained_network
 from dinoforge.commands.report import open_run
 from dinoforge.commands.start import Start
 from dinoforge.data.bad_images import BadImages, BadImagesError, Skipped, by_reason
-from dinoforge.data.batch import prepare
+from dinoforge.data.batch import Batch, prepare
 from dinoforge.data.batches import make_loader
 from dinoforge.data.image_input import ImageInput
 from dinoforge.data.sources import Source
@@ -26,7 +25,7 @@ from dinoforge.evaluation.probe import Probe
 from dinoforge.features import extract
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.planning import dry_run as plans
-from dinoforge.recipe.schema import flatten
+from dinoforge.recipe.schema import Recipe, flatten
 from dinoforge.report import page as pages
 from dinoforge.report.live import Live
 from dinoforge.runs import checkpoint
@@ -35,7 +34,7 @@ from dinoforge.runs.display import Display, duration
 from dinoforge.runs.last_step import LastStep
 from dinoforge.runs.lock import RunLock
 from dinoforge.runs.metrics import Alarm, JsonLines, MetricsHook, TensorBoard
-from dinoforge.runs.non_finite import NonFinitePolicy, OverflowAlarm, RollBackError
+from dinoforge.runs.non_finite import NonFinitePolicy, OverflowAlarm
 from dinoforge.runs.probes import Probes
 from dinoforge.runs.saver import Saver
 from dinoforge.runs.stopping import Interruptible, Stop
@@ -75,6 +74,19 @@ def run_training(
     lock: RunLock | None,
     stop: Stop,
 ) -> RunResult:
+    """Train from the start, or from the newest checkpoint, to the end of the plan or until something stops the run.
+
+    Args:
+        plan: what to do.
+        source: the images.
+        labels: of each image, for probes; None without.
+        run: where to write.
+        identity: of the images, for the run's record.
+        base: the recipe that the plan's is a variant of, for the record.
+        console: where to say what happens.
+        lock: checked at each step; None on ranks that do not hold it.
+        stop: says when to stop.
+    """
     recipe, device = plan.recipe, plan.device
     image = image_input(recipe)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
@@ -87,33 +99,10 @@ def run_training(
     if saved is not None:
         state.load_values(checkpoint.load(run.path, saved, state.tensors(), verify=False))
         say(f"\nContinuing at step {state.step:,} of {plan.length.steps:,}.")
-    if distributed.is_first():
-        if changed := run.compare_stamps(stamps_of(source)):
-            say(f"note     {changed}")
-        run.list_skipped(state.bad_images.skipped.values(), first=True)
-        run.record_start(
-            recipe,
-            identity,
-            base=base,
-            look=plan.data,
-            device=device,
-            precision=plan.precision,
-            step=state.step,
-            ranks=distributed.world_size(),
-            mode=plan.mode,
-            batch_size=plan.length.batch_size,
-        )
-
-    limit = recipe.train.max_minutes
     first_step = state.step
-    files: list[JsonLines | TensorBoard] = []
-    alarms: list[Alarm] = []
     if distributed.is_first():
-        metrics_file = JsonLines(run.metrics, first_step=first_step)
-        files.append(metrics_file)
-        alarms.append(Alarm(flatten(recipe), metrics_file, say))
-        if recipe.log.tensorboard:
-            files.append(TensorBoard(run.path / "tensorboard", first_step=first_step))
+        _record_start(run, plan, state, source, identity, base, say)
+    files, alarms = _metrics_files(run, recipe, first_step, say) if distributed.is_first() else ([], [])
     say("")
     with (
         stop,
@@ -130,55 +119,34 @@ def run_training(
             device=device,
             probes=probes,
         )
-        on_non_finite = NonFinitePolicy(run, state, plan, source, say)
         live = _live_report(run, plan, source, labels, say)
         last_step = LastStep(state)
+        stepper = build_stepper(recipe, device, plan.precision, start.parallel)
+
+        def train(batches: Iterator[Batch | None]) -> loop.End:
+            return loop.train(
+                state,
+                batches,
+                plan.schedules,
+                stepper,
+                samples_per_step=plan.length.batch_size,
+                prepare=last_step.remembered(partial(prepare, device=device, mean=image.mean, std=image.std)),
+                hooks=[hook for hook in (lock, metrics_hook, OverflowAlarm(say), saver, live) if hook],
+                is_measured=metrics_hook.is_due,
+                should_stop=lambda: stop() or (probes is not None and probes.should_stop()),
+                on_skipped=lambda new: _tell_skipped(run, say, new),
+                on_non_finite=NonFinitePolicy(run, state, plan, source, say),
+            )
+
         try:
-            while True:
-                batches = make_loader(
-                    build_data(recipe, source, rank=distributed.rank(), world_size=distributed.world_size()),
-                    start_step=state.next_batch,
-                    end_step=plan.length.steps + state.passed_over,
-                    num_workers=plan.num_workers,
-                    pin_memory=device.type == "cuda",
-                    timeout=recipe.data.timeout,
-                )
-                try:
-                    loop.train(
-                        state,
-                        Interruptible(batches, stop),
-                        plan.schedules,
-                        seed=recipe.train.seed,
-                        samples_per_step=plan.length.batch_size,
-                        accumulate=recipe.train.accumulate,
-                        parallel=start.parallel,
-                        turn_tokens=turn_tokens(recipe.parallel, device, start.parallel.mode),
-                        drop_path_rates=build_drop_path_rates(recipe),
-                        clip_grad=recipe.optim.clip_grad,
-                        prepare=last_step.remembered(partial(prepare, device=device, mean=image.mean, std=image.std)),
-                        autocast=partial(devices.autocast, device, plan.precision),
-                        hooks=[hook for hook in (lock, metrics_hook, OverflowAlarm(say), saver, live) if hook],
-                        is_measured=metrics_hook.is_due,
-                        should_stop=lambda: stop() or (probes is not None and probes.should_stop()),
-                        on_skipped=lambda new: _tell_skipped(run, say, new),
-                        on_non_finite=on_non_finite,
-                    )
-                    break
-                except RollBackError:
-                    saver.wait()
-                    _roll_back(run, state, start)
-                    for written in (*files, probes):
-                        if written:
-                            written.cut(state.step)
-                    for alarm in alarms:
-                        alarm.cut()
-                except Exception as error:
-                    last_step.save_after(error, saver, say)
-                    if isinstance(error, BadImagesError):
-                        raise _listed(error, run, state.bad_images, say) from error
-                    raise
-                finally:
-                    batches.close()  # ends the workers
+            while _train_or_save(train, plan, source, state, run, stop, saver, last_step, say) == "to go back":
+                saver.wait()
+                _roll_back(run, state, start)
+                for written in (*files, probes):
+                    if written:
+                        written.cut(state.step)
+                for alarm in alarms:
+                    alarm.cut()
             saver.finish()
             reason = next((told for told in distributed.all_ranks(stop.reason) if told), None)
             hurried = reason not in (None, "max_minutes")  # whoever sent a signal is in a hurry
@@ -189,27 +157,107 @@ def run_training(
 
     if reason is None and state.step < plan.length.steps:
         reason = "probe.patience"
-    result = RunResult(run.path, state.step, plan.length.steps, reason, run.read_summary())
-    trained = duration(state.seconds)
-    if result.finished:
-        waited = f"{saver.waited:.1f} s of waiting for checkpoints"
-        say(f"\nDone: {state.step:,} steps in {trained} and {waited}. The backbone is {run.teacher}")
-    else:
-        why = f"by {reason}"
-        if reason == "max_minutes":
-            why = f"after {limit:g} minutes (train.max_minutes)"
-        elif reason == "probe.patience":
-            why = f"after {recipe.probe.patience} probes without a better one (probe.patience)"
-        say(
-            f"\nStopped {why} at step {state.step:,} of {plan.length.steps:,}, with a checkpoint. "
-            + ("Raise probe.patience" if reason == "probe.patience" else "Run the same command again")
-            + " to continue."
-        )
+    _say_end(run, plan, state, reason, saver.waited, say)
     if probes and probes.best:
         say(f"The best k-NN while training, {probes.best['knn']:.1%}, is of step {probes.best['step']:,}: {run.best}")
     if reported:
         say(f"A page that shows the run: {run.report}")
-    return result
+    return RunResult(run.path, state.step, plan.length.steps, reason, run.read_summary())
+
+
+def _train_or_save(
+    train: Callable[[Iterator[Batch | None]], loop.End],
+    plan: plans.Plan,
+    source: Source,
+    state: TrainState,
+    run: RunDirectory,
+    stop: Stop,
+    saver: Saver,
+    last_step: LastStep,
+    say: Callable[[str], object],
+) -> loop.End:
+    """Train on batches from the state's next one on; any error saves what was done first."""
+    batches = make_loader(
+        build_data(plan.recipe, source, rank=distributed.rank(), world_size=distributed.world_size()),
+        start_step=state.next_batch,
+        end_step=plan.length.steps + state.passed_over,
+        num_workers=plan.num_workers,
+        pin_memory=plan.device.type == "cuda",
+        timeout=plan.recipe.data.timeout,
+    )
+    try:
+        return train(Interruptible(batches, stop))
+    except Exception as error:
+        last_step.save_after(error, saver, say)
+        if isinstance(error, BadImagesError):
+            raise _listed(error, run, state.bad_images, say) from error
+        raise
+    finally:
+        batches.close()  # ends the workers
+
+
+def _record_start(
+    run: RunDirectory,
+    plan: plans.Plan,
+    state: TrainState,
+    source: Source,
+    identity: DataIdentity,
+    base: str,
+    say: Callable[[str], object],
+) -> None:
+    """Write down what begins, or goes on; say which images were replaced since the run began."""
+    if changed := run.compare_stamps(stamps_of(source)):
+        say(f"note     {changed}")
+    run.list_skipped(state.bad_images.skipped.values(), first=True)
+    run.record_start(
+        plan.recipe,
+        identity,
+        base=base,
+        look=plan.data,
+        device=plan.device,
+        precision=plan.precision,
+        step=state.step,
+        ranks=distributed.world_size(),
+        mode=plan.mode,
+        batch_size=plan.length.batch_size,
+    )
+
+
+def _metrics_files(
+    run: RunDirectory, recipe: Recipe, first_step: int, say: Callable[[str], object]
+) -> tuple[list[JsonLines | TensorBoard], list[Alarm]]:
+    """The files that get the metrics, and what watches them."""
+    metrics_file = JsonLines(run.metrics, first_step=first_step)
+    files: list[JsonLines | TensorBoard] = [metrics_file]
+    if recipe.log.tensorboard:
+        files.append(TensorBoard(run.path / "tensorboard", first_step=first_step))
+    return files, [Alarm(flatten(recipe), metrics_file, say)]
+
+
+def _say_end(
+    run: RunDirectory,
+    plan: plans.Plan,
+    state: TrainState,
+    reason: str | None,
+    waited: float,
+    say: Callable[[str], object],
+) -> None:
+    """Say how the training ended, and how to go on."""
+    total = plan.length.steps
+    if state.step >= total:
+        took = f"{duration(state.seconds)} and {waited:.1f} s of waiting for checkpoints"
+        say(f"\nDone: {state.step:,} steps in {took}. The backbone is {run.teacher}")
+        return
+    why = f"by {reason}"
+    if reason == "max_minutes":
+        why = f"after {plan.recipe.train.max_minutes:g} minutes (train.max_minutes)"
+    elif reason == "probe.patience":
+        why = f"after {plan.recipe.probe.patience} probes without a better one (probe.patience)"
+    say(
+        f"\nStopped {why} at step {state.step:,} of {total:,}, with a checkpoint. "
+        + ("Raise probe.patience" if reason == "probe.patience" else "Run the same command again")
+        + " to continue."
+    )
 
 
 def _live_report(

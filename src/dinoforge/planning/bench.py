@@ -13,8 +13,7 @@ import torch
 
 from dinoforge.builders.data import build_data, build_masks
 from dinoforge.builders.lengths import build_schedules, run_length
-from dinoforge.builders.networks import build_drop_path_rates, build_state
-from dinoforge.builders.resolved import turn_tokens
+from dinoforge.builders.networks import build_state, build_stepper
 from dinoforge.data.batch import Batch, masked_patches, prepare
 from dinoforge.data.batches import Failure, make_loader
 from dinoforge.data.order import sample_rng
@@ -26,7 +25,6 @@ from dinoforge.planning.dry_run import Plan
 from dinoforge.planning.work import work_of_a_step
 from dinoforge.recipe.schema import Recipe
 from dinoforge.system.device import (
-    autocast,
     in_use,
     keep_freed_memory,
     loader_workers,
@@ -37,8 +35,6 @@ from dinoforge.system.device import (
 )
 from dinoforge.system.phases import PHASES, Stopwatch, timed_by
 from dinoforge.training.parallel import Mode, wrap
-from dinoforge.training.pieces import kept_samples
-from dinoforge.training.step import train_step
 
 Shape = tuple[int, int, int]  # of a product [m, k] @ [k, n]
 
@@ -154,7 +150,8 @@ class StepBench:
         self._state = build_state(
             recipe, device, images=length.images, precision=precision, lay_out=partial(self._lay_out, mode)
         )
-        self._step = length.steps // 2
+        self._state.step = length.steps // 2
+        self._stepper = build_stepper(recipe, device, precision, self.parallel)
         self._generator = torch.Generator().manual_seed(recipe.train.seed)
 
     def _lay_out(self, mode: Mode, networks: StudentTeacher) -> None:
@@ -166,7 +163,7 @@ class StepBench:
         r = self._recipe
         images, channels, side = self._images, r.student.in_chans, r.crops.global_crops_size
         grid = (side // r.student.patch_size,) * 2
-        masks = torch.from_numpy(build_masks(r)(2 * images, grid, sample_rng(r.train.seed, self._step, "masks")))
+        masks = torch.from_numpy(build_masks(r)(2 * images, grid, sample_rng(r.train.seed, self._state.step, "masks")))
 
         def crops(count: int, edge: int) -> torch.Tensor:
             shape = (count, channels, edge, edge)
@@ -183,26 +180,13 @@ class StepBench:
     def step(self, batch: Batch) -> bool:
         """One optimizer step, all of it but the making of the batch; whether it updated the weights.
 
-        It does not where gradients overflow in float16, until the loss scale has come down.
+        It does not where gradients overflow in float16, until the loss scale has come down, or are not finite.
         """
-        r, networks = self._recipe, self._state.student_teacher
+        r = self._recipe
         prepared = prepare(batch, device=self._device, mean=r.data.mean, std=r.data.std)
-        rates = build_drop_path_rates(r)
-        kept = kept_samples(networks, prepared, rates, seed=r.train.seed, number=self._step, parts=r.train.accumulate)
-        result = train_step(
-            networks,
-            self._state.optimizer,
-            prepared,
-            self._schedules(self._step),
-            clip_grad=r.optim.clip_grad,
-            kept=kept,
-            autocast=autocast(self._device, self._precision),
-            scaler=self._state.scaler,
-            parallel=self.parallel,
-            turn_tokens=turn_tokens(r.parallel, self._device, self.parallel.mode),
-        )
-        self._step += 1
-        return not result.overflowed
+        result = self._stepper(self._state, prepared, self._schedules(self._state.step))
+        self._state.step += 1
+        return result.finite and not result.overflowed
 
     def warm_up(self) -> None:
         """Runs steps until two have updated the weights."""

@@ -22,10 +22,6 @@ _KEPT_BATCHES = 20
 _OVERFLOWS = 8  # in a row, which lower the loss scale 256-fold
 
 
-class RollBackError(Exception):
-    """Too many steps in a row whose loss or gradients are not finite."""
-
-
 class OverflowAlarm:
     """Says that gradients go on overflowing in float16; now and then a step does, and at the start several.
 
@@ -63,7 +59,12 @@ class NonFinitePolicy:
     ) -> None:
         self.run, self.state, self.plan, self.source, self.say = run, state, plan, source, say
 
-    def __call__(self, batch: Batch, terms: dict[str, float]) -> None:
+    def __call__(self, batch: Batch, terms: dict[str, float]) -> bool:
+        """Keep the batch; whether the run is to go back.
+
+        Raises:
+            TrainingError: going back has not helped.
+        """
         state, train = self.state, self.plan.recipe.train
         step, number = state.step - 1, state.next_batch - 1
         told = f"loss or gradients are not finite at step {step:,} ({replay.describe_terms(terms)})"
@@ -79,9 +80,9 @@ class NonFinitePolicy:
                 told += f"; its batch is not kept: {error}"
         self.say(f"skipped  {told}. Nothing was updated.")
         if state.skipped_in_a_row < train.max_skips:
-            return
+            return False
         if state.rollbacks < train.max_rollbacks:
-            raise RollBackError
+            return True
         looked = ""
         if not distributed.is_active():  # a look takes as many passes as it finds reasons for, and ranks go together
             findings = self._look(batch, step, number)

@@ -14,11 +14,10 @@ import torch
 
 from dinoforge.commands.train import train_as_program
 from dinoforge.errors import DataError, RecipeError
-from dinoforge.method.dinov2 import StudentTeacher
 from dinoforge.recipe.load import parse_override
 from dinoforge.system import distributed
-from dinoforge.training import step
-from dinoforge.training.step import StepResult, train_step
+from dinoforge.training.state import TrainState
+from dinoforge.training.step import Stepper, StepResult
 
 AT_CALL = 3
 """The step in which it happens, from 1; the ranks have found each other by then."""
@@ -67,15 +66,17 @@ def train_with(fault: Fault) -> int:
         raise RecipeError(f"--fault: expected a kind of {', '.join(_HAPPENINGS)}, got {fault.kind!r}")
     calls = 0
 
-    def faulty_step(networks: StudentTeacher, *arguments: Any, **more: Any) -> StepResult:
+    make_step = Stepper.__call__
+
+    def faulty_step(stepper: Stepper, state: TrainState, *arguments: Any, **more: Any) -> StepResult:
         nonlocal calls
         calls += 1
         if calls == AT_CALL and (fault.kind == "memory" or distributed.rank() == distributed.world_size() - 1):
             Path(fault.out, "fault").write_text(f"{time.time()}")
-            happen(networks)
-        return train_step(networks, *arguments, **more)
+            happen(state.student_teacher)
+        return make_step(stepper, state, *arguments, **more)
 
-    with patch.object(step, "train_step", faulty_step):
+    with patch.object(Stepper, "__call__", faulty_step):
         train_as_program(fault.images, "small", fault.out, **dict(map(parse_override, fault.keys)))
     return 0
 

@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from dinoforge.builders.networks import build_optimizer, build_student_teacher
+from dinoforge.data.bad_images import BadImages
 from dinoforge.data.batch import Batch, masked_patches
 from dinoforge.kernels.types import Kept
 from dinoforge.method.dinov2 import StudentTeacher
@@ -30,7 +32,8 @@ from dinoforge.system import distributed
 from dinoforge.system.device import autocast, in_use
 from dinoforge.training.parallel import Mode, wrap
 from dinoforge.training.pieces import crop_counts
-from dinoforge.training.step import train_step
+from dinoforge.training.state import TrainState
+from dinoforge.training.step import Stepper
 
 CASES = Path(__file__).parent / "cases"
 """The cases that come with the package; ``README.md`` there says how they were measured."""
@@ -190,7 +193,7 @@ def run_case(
     prepare: Prepare | None = None,
     mode: Mode = "none",
     *,
-    turn_tokens: int | None = None,
+    least_tokens: int | None = None,
     device: torch.device = _CPU,
     gradients: dict[str, Tensor] | None = None,
 ) -> Errors:
@@ -202,7 +205,7 @@ def run_case(
             ``in_use``; in float16 the loss is scaled.
         prepare: done to the networks when they have the case's weights, such as compiling them.
         mode: how the networks are laid over ranks.
-        turn_tokens: as for ``train_step``.
+        least_tokens: as for ``Stepper``.
         device: where the steps run; what they are compared with stays on the CPU.
         gradients: filled with those of the first step, before clipping, by the names of the student's parameters.
     """
@@ -220,6 +223,13 @@ def run_case(
     for group in optimizer.param_groups:
         group["eps"] = case["optimizer"]["eps"]
     scaler = torch.amp.GradScaler(device.type, init_scale=_FLOAT16_SCALE) if dtype is torch.float16 else None
+    state = TrainState(student_teacher, optimizer, scaler, BadImages(0.0, 1))
+    stepper = Stepper(
+        recipe.optim.clip_grad,
+        partial(autocast, device, dtype),
+        least_tokens=least_tokens,
+        parallel=parallel,
+    )
     prefix = f"rank{distributed.rank()}_" if case.get("world_size", 1) > 1 else ""
 
     errors = Errors()
@@ -234,18 +244,7 @@ def run_case(
         handle = (
             optimizer.register_step_pre_hook(lambda *_: _keep_gradients(student_teacher, clipped)) if i == 0 else None
         )
-        result = train_step(
-            student_teacher,
-            optimizer,
-            batch,
-            hyper,
-            clip_grad=recipe.optim.clip_grad,
-            kept=[read_subsets(folder, prefix, i, case["vit"]["depth"], groups)],
-            autocast=autocast(device, dtype),
-            scaler=scaler,
-            parallel=parallel,
-            turn_tokens=turn_tokens,
-        )
+        result = stepper(state, batch, hyper, kept=[read_subsets(folder, prefix, i, case["vit"]["depth"], groups)])
         if handle is not None:
             handle.remove()
             limit = recipe.optim.clip_grad or float("inf")
@@ -338,7 +337,7 @@ def check(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device
     if world_size == 1:
         both = Errors()
         for least in (None, 1):
-            errors = run_case(folder, dtype, turn_tokens=least, device=device)
+            errors = run_case(folder, dtype, least_tokens=least, device=device)
             both.add_all(errors, "in turn: " if least else "")
         return both
     with tempfile.TemporaryDirectory() as tmp:

@@ -70,7 +70,7 @@ def pieces(
     teacher_temp: float,
     kept: Sequence[Kept | None] = (None,),
     least_tokens: int | None = None,
-    autocast: AbstractContextManager[None],
+    autocast: Callable[[], AbstractContextManager[None]],
     diagnostics: Diagnostics | None = None,
 ) -> Iterator[Piece]:
     """Cut a batch into pieces, and make the targets of each when it comes.
@@ -82,19 +82,19 @@ def pieces(
         kept: Stochastic depth of each micro-batch; as many as there are here, the images are cut into.
         least_tokens: Let the student see some crops of a micro-batch at a time, with at least so many tokens; None: all
             at once.
-        autocast: The precision of the forward pass; entered more than once.
+        autocast: Makes the context of the forward pass.
         diagnostics: Filled with what the teacher's features and targets of the first micro-batch say.
     """
     micro_batches = batch.split(len(kept))
     neighbours: Tensor | None = None
     targets_of: Callable[[int], BatchTargets] | None = None
     if len(micro_batches) > 1:
-        with autocast:
+        with autocast():
             targets_of = _targets_of_parts(networks, micro_batches, teacher_temp)
             neighbours = _neighbours(networks, micro_batches, kept)
     ways = _ways(networks, micro_batches[0], least_tokens)
     for number, (part, part_kept) in enumerate(zip(micro_batches, kept, strict=True)):
-        with phase("teacher"), autocast:
+        with phase("teacher"), autocast():
             targets = networks.targets(part, teacher_temp) if targets_of is None else targets_of(number)
         to_means: Mapping[str, Tensor] = {}
         if diagnostics is not None and number == 0:

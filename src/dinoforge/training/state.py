@@ -33,6 +33,24 @@ class TrainState:
         """Number of the batch that the next step takes."""
         return self.step + self.passed_over
 
+    def count(self, *, seconds: float, finite: bool, overflowed: bool) -> None:
+        """Count a step that was made, or skipped since a loss or gradient is not finite.
+
+        Args:
+            seconds: The time that the step took, its wait for data included.
+            finite: False if it was skipped.
+            overflowed: Whether gradients were too large for float16.
+        """
+        self.step += 1
+        self.seconds += seconds
+        if not finite:
+            self.skipped_steps += 1
+            self.skipped_in_a_row += 1
+            return
+        self.skipped_in_a_row = 0
+        self.overflows += overflowed
+        self.overflows_in_a_row = self.overflows_in_a_row + 1 if overflowed else 0
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name, as it is kept: writing to one changes the state."""
         named: dict[str, Tensor] = dict(self.student_teacher.state_dict())

@@ -1,7 +1,7 @@
 """One optimizer step."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -10,8 +10,7 @@ from torch import Tensor
 
 from dinoforge.data.batch import Batch
 from dinoforge.health.numbers import Diagnostics
-from dinoforge.method.dinov2 import Losses, StudentTeacher
-from dinoforge.models.stochastic_depth import KeptSamples
+from dinoforge.method.dinov2 import Losses
 from dinoforge.optim.clipping import clip_gradients
 from dinoforge.optim.movement import sampled, update_ratios
 from dinoforge.optim.param_groups import set_hyperparameters
@@ -19,17 +18,27 @@ from dinoforge.optim.schedules import Hyperparameters
 from dinoforge.system import distributed
 from dinoforge.system.phases import phase
 from dinoforge.training.parallel import Parallel
-from dinoforge.training.pieces import Piece, pieces
+from dinoforge.training.pieces import Kept, Piece, kept_samples, pieces
+from dinoforge.training.state import TrainState
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave: the losses and, per sub-network, the gradient norm before clipping; still on the device."""
+    """What a step gave, still on the device.
+
+    Args:
+        losses: The losses of the global batch, the same on every rank.
+        grad_norms: The gradient norm of each sub-network before clipping; empty after an overflow.
+        diagnostics: Those of this rank's first micro-batch and of its part of the weights, if the step was measured.
+        finite: False if a loss, or gradients at any loss scale, are not finite. Nothing was updated then.
+        overflowed: Whether gradients were too large for float16, and nothing was updated but the loss scale.
+    """
 
     losses: Losses
-    grad_norms: dict[str, Tensor]  # empty after an overflow
-    diagnostics: dict[str, Tensor] = field(default_factory=dict)  # of a step that was measured
-    overflowed: bool = False  # gradients were too large for float16, and nothing was updated but the loss scale
+    grad_norms: dict[str, Tensor]
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+    finite: bool = True
+    overflowed: bool = False
 
     def values(self) -> dict[str, float]:
         """All of it as numbers, diagnostics where they are finite; waits for the device."""
@@ -40,136 +49,124 @@ class StepResult:
         return {name: value for name, value in named.items() if name in terms or math.isfinite(value)}
 
 
-class NonFiniteError(Exception):
-    """A loss or gradient that is not finite; nothing was updated."""
-
-    def __init__(self, values: dict[str, float]) -> None:
-        super().__init__("loss or gradient is not finite")
-        self.values = values
-
-
-def train_step(
-    student_teacher: StudentTeacher,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    hyper: Hyperparameters,
-    *,
-    clip_grad: float,
-    kept: Sequence[Sequence[KeptSamples] | None] = (None,),
-    autocast: AbstractContextManager[None] | None = None,
-    scaler: torch.amp.GradScaler | None = None,
-    measure: bool = False,
-    parallel: Parallel | None = None,
-    turn_tokens: int | None = None,
-) -> StepResult:
-    """Forward, backward, clipping, AdamW, moving average.
+@dataclass(frozen=True)
+class Stepper:
+    """Makes steps: forward, backward, clipping, AdamW, moving average.
 
     Args:
-        batch: normalised crops on the networks' device: this rank's part of the global batch.
-        hyper: what the schedules say for this step.
-        clip_grad: largest gradient norm of each sub-network; 0 for none.
-        kept: stochastic depth of each micro-batch, see ``StudentTeacher``; as many as there are here, the batch is cut
-            into.
-        autocast: precision of the forward pass; entered more than once.
-        scaler: loss scaling for float16. A step whose gradients overflow halves the scale and updates nothing else;
-            that is no error until the scale is 1.
-        measure: whether the result has diagnostics: those of this rank's first micro-batch and of its part of the
-            weights; the weights are the same either way.
-        parallel: how the networks are laid over ranks; None for one process.
-        turn_tokens: let the student see some of the crops at a time, with so many tokens at least, and have several
-            forward and backward passes, which take less memory; None: one for all crops.
-
-    Returns:
-        Losses of the global batch, the same on every rank.
-
-    Raises:
-        NonFiniteError: a loss that is not finite, or gradients that are not at any loss scale; before anything was
-            updated; on all ranks or on none.
+        clip_grad: The largest gradient norm of each sub-network; 0 for none.
+        autocast: Makes the context of the forward pass.
+        seed: The seed of stochastic depth, which is a function of (seed, number of the batch).
+        drop_path_rates: The rate of each block of the student; empty for none.
+        accumulate: The number of micro-batches that each rank cuts its part of the global batch into.
+        least_tokens: Let the student see some crops at a time, with at least so many tokens, which takes less memory;
+            None: all at once.
+        parallel: How the networks are laid over ranks; None for one process.
     """
-    parallel = parallel or Parallel("none", student_teacher)
-    centers = [c.clone() for c in student_teacher.buffers()]  # moved in the forward pass
-    set_hyperparameters(
-        optimizer,
-        lr=hyper.lr,
-        last_layer_lr=hyper.last_layer_lr,
-        weight_decay=hyper.weight_decay,
-        backbone_lr_mult=hyper.backbone_lr_mult,
-    )
-    diagnostics = Diagnostics() if measure else None
-    autocast = autocast or nullcontext()
-    every = pieces(
-        student_teacher,
-        batch,
-        teacher_temp=hyper.teacher_temp,
-        kept=kept,
-        least_tokens=turn_tokens,
-        autocast=autocast,
-        diagnostics=diagnostics,
-    )
-    losses = _compute_gradients(every, hyper, parallel, autocast, scaler, diagnostics)
-    if scaler is not None:
-        scaler.unscale_(optimizer)
-    with phase("clipping"):
-        grad_norms = clip_gradients(student_teacher.student.parts, clip_grad)
-    result = StepResult(losses, grad_norms)
 
-    # Both are the same on every rank, so all come to the same answer. It is what an ordinary step waits for once.
-    checked = torch.stack([losses.total, torch.stack(list(grad_norms.values())).sum()])
-    loss_is_finite, gradients_are_finite = torch.isfinite(checked).tolist()
-    if not (loss_is_finite and gradients_are_finite):
-        optimizer.zero_grad(set_to_none=True)
-        for center, before in zip(student_teacher.buffers(), centers, strict=True):
-            center.copy_(before)
-        if scaler is not None and _overflowed(scaler, loss_is_finite):
-            return StepResult(losses, {}, overflowed=True)
-        raise NonFiniteError(result.values())
-    weights_before = sampled(student_teacher.student.parts) if measure else {}
-    _update(student_teacher, optimizer, hyper, scaler)
-    if diagnostics is not None:
-        ratios = update_ratios(weights_before, sampled(student_teacher.student.parts))
-        result.diagnostics.update(diagnostics.values | {f"diag.update_ratio.{k}": v for k, v in ratios.items()})
-    return result
+    clip_grad: float
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext
+    seed: int = 0
+    drop_path_rates: Sequence[float] = ()
+    accumulate: int = 1
+    least_tokens: int | None = None
+    parallel: Parallel | None = None
+
+    def __call__(
+        self,
+        state: TrainState,
+        batch: Batch,
+        hyper: Hyperparameters,
+        *,
+        measure: bool = False,
+        kept: Sequence[Kept | None] | None = None,
+    ) -> StepResult:
+        """Make a step; the state's networks, optimizer and loss scale are updated in place.
+
+        Args:
+            state: The state that moves.
+            batch: The normalised crops on the networks' device: this rank's part of the global batch.
+            hyper: What the schedules say for this step.
+            measure: Whether the result has diagnostics; the weights are the same either way.
+            kept: Stochastic depth of each micro-batch; None: draw it for batch ``state.next_batch``.
+        """
+        networks, optimizer = state.student_teacher, state.optimizer
+        centers = [center.clone() for center in networks.buffers()]  # moved when targets are made
+        set_hyperparameters(
+            optimizer,
+            lr=hyper.lr,
+            last_layer_lr=hyper.last_layer_lr,
+            weight_decay=hyper.weight_decay,
+            backbone_lr_mult=hyper.backbone_lr_mult,
+        )
+        diagnostics = Diagnostics() if measure else None
+        losses = self._compute_gradients(state, batch, hyper, kept, diagnostics)
+        with phase("clipping"):
+            grad_norms = clip_gradients(networks.student.parts, self.clip_grad)
+        # Both are the same on every rank, so all come to the same answer. It is what an ordinary step waits for once.
+        checked = torch.stack([losses.total, torch.stack(list(grad_norms.values())).sum()])
+        loss_is_finite, gradients_are_finite = torch.isfinite(checked).tolist()
+        if not (loss_is_finite and gradients_are_finite):
+            return _undo(state, centers, losses, grad_norms, loss_is_finite=loss_is_finite)
+        before = sampled(networks.student.parts) if measure else {}
+        _update(state, hyper)
+        result = StepResult(losses, grad_norms)
+        if diagnostics is not None:
+            ratios = update_ratios(before, sampled(networks.student.parts))
+            result.diagnostics.update(diagnostics.values | {f"diag.update_ratio.{k}": v for k, v in ratios.items()})
+        return result
+
+    def _compute_gradients(
+        self,
+        state: TrainState,
+        batch: Batch,
+        hyper: Hyperparameters,
+        kept: Sequence[Kept | None] | None,
+        diagnostics: Diagnostics | None,
+    ) -> Losses:
+        """Run the forward and the backward pass of each piece; the losses of the global batch."""
+        networks, scaler = state.student_teacher, state.scaler
+        parallel = self.parallel or Parallel("none", networks)
+        if kept is None:
+            rates, parts = self.drop_path_rates, self.accumulate
+            kept = kept_samples(networks, batch, rates, seed=self.seed, number=state.next_batch, parts=parts)
+        every: Iterator[Piece] = pieces(
+            networks,
+            batch,
+            teacher_temp=hyper.teacher_temp,
+            kept=kept,
+            least_tokens=self.least_tokens,
+            autocast=self.autocast,
+            diagnostics=diagnostics,
+        )
+        terms: list[Tensor] = []
+        for piece in every:
+            with nullcontext() if piece.is_last else parallel.accumulating():
+                with self.autocast():
+                    losses = parallel.forward(
+                        piece.batch,
+                        teacher_temp=hyper.teacher_temp,
+                        targets=piece.targets,
+                        kept=piece.kept,
+                        neighbours=piece.neighbours,
+                        backbone_frozen=hyper.backbone_frozen,
+                    )
+                terms.append(torch.stack([t.detach().float() for t in vars(losses).values()]))
+                if diagnostics is not None:
+                    means = {name: vars(losses)[name].detach() * factor for name, factor in piece.to_means.items()}
+                    diagnostics.add_cross_entropies(means)
+                with phase("backward"):
+                    (losses.total if scaler is None else scaler.scale(losses.total)).backward()
+        if scaler is not None:
+            scaler.unscale_(state.optimizer)
+        return Losses(*distributed.mean_over_ranks(torch.stack(terms).sum(dim=0)))
 
 
-def _compute_gradients(
-    every: Iterator[Piece],
-    hyper: Hyperparameters,
-    parallel: Parallel,
-    autocast: AbstractContextManager[None],
-    scaler: torch.amp.GradScaler | None,
-    diagnostics: Diagnostics | None,
-) -> Losses:
-    """Run the forward and the backward pass of each piece; the losses of the global batch, the same on every rank."""
-    terms: list[Tensor] = []
-    for piece in every:
-        with nullcontext() if piece.is_last else parallel.accumulating():
-            with autocast:
-                losses = parallel.forward(
-                    piece.batch,
-                    teacher_temp=hyper.teacher_temp,
-                    targets=piece.targets,
-                    kept=piece.kept,
-                    neighbours=piece.neighbours,
-                    backbone_frozen=hyper.backbone_frozen,
-                )
-            terms.append(torch.stack([t.detach().float() for t in vars(losses).values()]))
-            if diagnostics is not None:
-                means = {name: vars(losses)[name].detach() * factor for name, factor in piece.to_means.items()}
-                diagnostics.add_cross_entropies(means)
-            with phase("backward"):
-                (losses.total if scaler is None else scaler.scale(losses.total)).backward()
-    return Losses(*distributed.mean_over_ranks(torch.stack(terms).sum(dim=0)))
-
-
-def _update(
-    student_teacher: StudentTeacher,
-    optimizer: torch.optim.Optimizer,
-    hyper: Hyperparameters,
-    scaler: torch.amp.GradScaler | None,
-) -> None:
+def _update(state: TrainState, hyper: Hyperparameters) -> None:
     """Move the student by its gradients, then the teacher towards the student."""
+    networks, optimizer, scaler = state.student_teacher, state.optimizer, state.scaler
     if hyper.last_layer_frozen:
-        student_teacher.student.drop_last_layer_gradients()
+        networks.student.drop_last_layer_gradients()
     with phase("optimizer"):
         if scaler is None:
             optimizer.step()
@@ -178,7 +175,24 @@ def _update(
             scaler.update()
         optimizer.zero_grad(set_to_none=True)
     with phase("moving average"):
-        student_teacher.update_teacher(hyper.momentum)
+        networks.update_teacher(hyper.momentum)
+
+
+def _undo(
+    state: TrainState,
+    centers: Sequence[Tensor],
+    losses: Losses,
+    grad_norms: dict[str, Tensor],
+    *,
+    loss_is_finite: bool,
+) -> StepResult:
+    """Drop the gradients and put the centres back; a smaller loss scale may be all that is needed."""
+    state.optimizer.zero_grad(set_to_none=True)
+    for center, before in zip(state.student_teacher.buffers(), centers, strict=True):
+        center.copy_(before)
+    if state.scaler is not None and _overflowed(state.scaler, loss_is_finite):
+        return StepResult(losses, {}, overflowed=True)
+    return StepResult(losses, grad_norms, finite=False)
 
 
 def _overflowed(scaler: torch.amp.GradScaler, loss_is_finite: bool) -> bool:

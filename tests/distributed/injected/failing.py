@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dinoforge.errors import DataError
-from dinoforge.training import loop
+from dinoforge.training.step import Stepper
 
 FAULT: dict[str, Any] = json.loads(os.environ["FAULT"])
 CUDA_MESSAGE = (
@@ -50,10 +50,10 @@ def strike() -> None:
 
 def arm() -> None:
     """Patches the step of this rank."""
-    step = loop.train_step
+    step = Stepper.__call__
     number = 0
 
-    def fails(*given: Any, parallel: Any, **named: Any) -> Any:
+    def fails(stepper: Stepper, *given: Any, **named: Any) -> Any:
         nonlocal number
         number += 1
         mine = int(os.environ["RANK"]) == FAULT["rank"]
@@ -62,10 +62,13 @@ def arm() -> None:
                 time.sleep(0.01)
             strike()  # at once: nothing that needs the others comes to an end
         if number == FAULT["step"] and mine:
-            parallel = dataclasses.replace(parallel, forward=struck_in_backward(parallel.forward))
-        return step(*given, parallel=parallel, **named)
+            parallel = stepper.parallel
+            assert parallel is not None
+            struck = dataclasses.replace(parallel, forward=struck_in_backward(parallel.forward))
+            stepper = dataclasses.replace(stepper, parallel=struck)
+        return step(stepper, *given, **named)
 
-    loop.train_step = fails
+    Stepper.__call__ = fails  # type: ignore[method-assign]
 
 
 def struck_in_backward(forward: Callable[..., Any]) -> Callable[..., Any]:
