@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from dinoforge.data.batch import prepare as bring
 from dinoforge.planning import bench as bench_module
 from dinoforge.recipe.load import load_recipe
 from dinoforge.system import phases
@@ -106,7 +107,7 @@ def test_waiting_for_data_is_not_waiting_for_the_device():
 
     recipe, _ = load_recipe("small", TINY)
     bench = bench_module.StepBench(recipe, torch.device("cpu"), torch.float32)
-    batch = prepare(bench.batch(), device=torch.device("cpu"), mean=[0.5], std=[0.5])
+    batch = bring(bench.batch(), device=torch.device("cpu"), mean=[0.5], std=[0.5])
     with pytest.raises(Enough):
         train(
             bench._state,
