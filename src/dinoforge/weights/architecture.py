@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dinoforge.errors import WeightsError
 from dinoforge.models.vit import SIZES
+from dinoforge.weights.words import listed
 
 
 def architecture_of(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -95,18 +96,3 @@ def misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> li
         ],
     )
     return [listed(kind) for kind in kinds if kind]
-
-
-def described(value: Any) -> str:
-    """The type of something that is no state dict, and the first few of its keys, for a refusal."""
-    kind = type(value).__name__
-    if not isinstance(value, Mapping):
-        return f"a {kind} of {len(value)}" if isinstance(value, list | tuple) else f"a {kind}"
-    if not value:
-        return f"an empty {kind}"
-    return f"a {kind} with the keys {listed([f'{key!s:.60} ({type(each).__name__})' for key, each in value.items()])}"
-
-
-def listed(names: list[str]) -> str:
-    """The first few of them."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,16 +1,13 @@
 """Backbones as files: safetensors with official parameter names and everything needed to use them."""
 
-import argparse
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dinoforge.data.batch import normalize
@@ -22,8 +19,9 @@ from dinoforge.errors import ImageError, WeightsError
 from dinoforge.models.vit import Tokens, VisionTransformer
 from dinoforge.system.files import save_tensors, write_atomically
 from dinoforge.version import __version__
-from dinoforge.weights.architecture import architecture_of, described, listed, misfits
-from dinoforge.weights.foreign_configs import arguments_of, hold, image_rule, is_timm, timm_image_rule
+from dinoforge.weights.architecture import architecture_of, misfits
+from dinoforge.weights.files import read_sharded, read_tensors
+from dinoforge.weights.folder import FILES, INDICES, Beside, file_of_folder, read_beside
 from dinoforge.weights.official import official_names
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -140,150 +138,14 @@ def load_backbone(path: Path, given: Mapping[str, Any] | None = None) -> Backbon
             what is given.
     """
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in (given or {}).items()}
-    file = _file_of_folder(path) if path.is_dir() else path
-    header, state = _read_sharded(file) if file.name in _INDICES else _read(file)
+    file = file_of_folder(path) if path.is_dir() else path
+    header, state = ({}, read_sharded(file)) if file.name in INDICES else read_tensors(file)
     if "format" in header and header["format"].startswith("dinoforge-backbone"):
         return _load_own(file, header, state, given)
     # Weights of this name have a configuration beside them, which says what tensors cannot.
-    beside = _beside(file, asked=path.is_dir()) if file.name in _FILES else _Beside()
-    heads = beside.known.get("num_heads")
-    if heads is not None and given.get("num_heads", heads) != heads:
-        raise WeightsError(
-            f"{file.with_name(_CONFIG)} says num_heads={heads}, not {given['num_heads']}: what a file says cannot be "
-            "given otherwise"
-        )
+    beside = read_beside(file, asked=path.is_dir()) if file.name in FILES else Beside(file.parent)
+    beside.check_heads(given)
     return _load_foreign(file, state, given, beside)
-
-
-# Weights of a Hugging Face folder; transformers takes the first that is there.
-_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_INDICES = _FILES[1::2]  # of weights in several files
-_CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
-
-
-def _file_of_folder(path: Path) -> Path:
-    file = next((path / name for name in _FILES if (path / name).is_file()), None)
-    if file is None:
-        there = sorted(each.name for each in path.iterdir())
-        raise WeightsError(
-            f"{path} has no teacher.safetensors, which a run writes with its first checkpoint, and no "
-            f"{' or '.join(_FILES)}, as Hugging Face's folders have; it has {listed(there) if there else 'no files'}"
-        )
-    return file
-
-
-@dataclass(frozen=True)
-class _Beside:
-    """What lies beside the weights of another library."""
-
-    config: Mapping[str, Any] | None = None  # of transformers or timm
-    images: Mapping[str, Any] | None = None  # how transformers makes them
-    known: Mapping[str, Any] = field(default_factory=dict)  # that tensors cannot say
-    notes: tuple[str, ...] = ()
-
-
-def _beside(file: Path, *, asked: bool) -> _Beside:
-    """Reads the configuration beside a file.
-
-    Args:
-        file: the weights.
-        asked: whether the folder was asked for, so that what is in it belongs to them.
-    """
-    path, preprocessor = file.with_name(_CONFIG), file.with_name(_PREPROCESSOR)
-    images = _json(preprocessor) if preprocessor.is_file() else None
-    if not path.is_file():
-        return _Beside(
-            images=images,
-            notes=("no config.json beside the weights: assumed are the exact GELU and an epsilon of 1e-06",),
-        )
-    config = _json(path)
-    if not asked and not {"model_type", "architectures", "architecture", "hidden_size"} & set(config):
-        return _Beside(notes=(f"{path} describes no model and is not read",))
-    try:
-        known = arguments_of(config)
-        if is_timm(config):
-            known, images = known | timm_image_rule(config), None
-    except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from error
-    return _Beside(config, images, known)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is not readable as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise WeightsError(f"{path}: expected an object with keys, got {described(config)}")
-    return config
-
-
-def _read_sharded(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """The tensors of all files that an index names, each from the file that it says."""
-    shards = _json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
-        raise WeightsError(
-            f"{index}: expected weight_map, which names the file of each tensor, got {described(shards)}"
-        )
-    names = sorted(set(shards.values()))
-    # By name, not by where links lead: Hugging Face's cache is a folder of links.
-    if outside := [name for name in names if _leads_out(name)]:
-        raise WeightsError(f"{index} names files outside its folder: {listed(outside)}. They are not read")
-    if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise WeightsError(
-            f"{index} names {len(names)} files, of which {len(missing)} are not there: {listed(missing)}. Get them too"
-        )
-    state: dict[str, Any] = {}
-    for name in names:
-        _, tensors = _read(index.parent / name)
-        state |= {key: value for key, value in tensors.items() if shards.get(key) == name}
-    if absent := [f"{key} in {shard}" for key, shard in shards.items() if key not in state]:
-        raise WeightsError(f"{index} names tensors that are not there: {listed(absent)}. Get these files again")
-    return {}, state
-
-
-def _leads_out(name: str) -> bool:
-    """Whether a path leads out of its folder, by the rules of either kind of system."""
-    windows, posix = PureWindowsPath(name), PurePosixPath(name)
-    return bool(windows.drive or windows.root or posix.root or ".." in windows.parts or ".." in posix.parts)
-
-
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Header and contents of a safetensors or PyTorch file."""
-    try:
-        with path.open("rb") as opened:
-            start = opened.read(9)
-        # Safetensors begin with the length of their header, which may be the numbers that other files begin with.
-        if start[8:] != b"{" and (start.startswith(b"PK") or start[:1] == b"\x80"):  # zip archive, pickle
-            return {}, _read_pickle(path)
-        with safe_open(path, framework="pt") as file:
-            header: dict[str, str] = file.metadata() or {}
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except FileNotFoundError as error:
-        raise WeightsError(f"there is no file {path}") from error
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-def _read_pickle(path: Path) -> dict[str, Any]:
-    try:
-        # A Namespace, in which DINO's checkpoints keep their arguments, is a bag of values: making one runs no code
-        # that a file could choose, and what is in it has to be allowed by itself.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever damaged bytes make it stumble over
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = (
-            f"holds more than tensors and plain values, {named[1]}, and could run code"
-            if named
-            else "is damaged, or holds more than tensors and plain values and could run code"
-        )
-        raise WeightsError(
-            f"{path} {what} ({type(error).__name__}): nothing of it was run. Save the state dict alone"
-        ) from error
-    if not isinstance(state, dict):
-        raise WeightsError(f"{path}: expected a dictionary of tensors, got {described(state)}")
-    return state
 
 
 def _load_own(path: Path, header: Mapping[str, str], tensors: dict[str, Any], given: Mapping[str, Any]) -> Backbone:
@@ -321,7 +183,7 @@ def _check_image(image: ImageInput, network: VisionTransformer) -> None:
         raise ValueError(f"sixteen_bit={image.sixteen_bit!r}: expected 'full' or 'minmax'")
 
 
-def _load_foreign(path: Path, state: dict[str, Any], given: Mapping[str, Any], beside: _Beside) -> Backbone:
+def _load_foreign(path: Path, state: dict[str, Any], given: Mapping[str, Any], beside: Beside) -> Backbone:
     """Weights of another library; ``given`` wins over what lies beside them."""
     given = {**beside.known, **given}
     try:
@@ -330,17 +192,8 @@ def _load_foreign(path: Path, state: dict[str, Any], given: Mapping[str, Any], b
         architecture, assumed = architecture_of(tensors, sizes)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
-    notes = [*beside.notes, *notes]
-    said_by = _CONFIG
-    try:
-        if beside.config is not None:
-            notes += hold(beside.config, architecture, tensors)
-        said_by = _PREPROCESSOR
-        if beside.images is not None:
-            rule, other = image_rule(beside.images, architecture["image_size"])
-            given, notes = {**rule, **given}, [*notes, *other]
-    except WeightsError as error:
-        raise WeightsError(f"{path.with_name(said_by)}: {error}") from error
+    said, more = beside.hold(architecture, tensors)
+    given, notes = {**said, **given}, [*beside.notes, *notes, *more]
     try:
         network = _network(path, architecture, {name: t.float() for name, t in tensors.items()})
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:

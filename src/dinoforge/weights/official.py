@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from dinoforge.errors import WeightsError
-from dinoforge.weights.architecture import described, listed
 from dinoforge.weights.hugging_face import from_hugging_face
 from dinoforge.weights.timm import from_timm
+from dinoforge.weights.words import described, listed
 
 # Wrappers that training engines leave in names.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
