@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from dinoforge.data.decode import decode, describe
+from dinoforge.data.decode import decode
+from dinoforge.data.headers import size_and_kind
 from dinoforge.errors import ImageError
 
 RNG = np.random.default_rng(0)
@@ -182,7 +183,7 @@ def test_exif_rotation(orientation: int, format: str) -> None:
     data = encoded(stored, format, exif=exif)
     pixels = decode(data, channels=1)
     assert np.abs(pixels[:, :, 0].astype(int) - upright).max() < 40
-    assert describe(data)[:2] == (40, 24)
+    assert size_and_kind(data)[:2] == (40, 24)
     assert np.array_equal(decode(Image.open(io.BytesIO(data)), channels=1), pixels)
 
 
@@ -231,7 +232,7 @@ def test_sixteen_bit_colour_png(colour_type: int, bands: int, channels: int) -> 
     if colour_type == 4:
         rows[..., 1] = 65535
     data = png(rows, bits=16, colour_type=colour_type)
-    assert describe(data)[2].endswith(";16")
+    assert size_and_kind(data)[2].endswith(";16")
     colours = bands - (bands in (2, 4))
     for image in (data, Image.open(io.BytesIO(data))):
         pixels = decode(image, channels=channels)
@@ -373,7 +374,7 @@ def test_damaged_bytes_raise_nothing_else(format: str) -> None:
     for _ in range(150):
         damaged = np.frombuffer(data, np.uint8).copy()
         damaged[rng.integers(len(data), size=3)] = rng.integers(0, 256, 3)
-        for read in (lambda image: decode(image, channels=3, max_pixels=10**6), describe):
+        for read in (lambda image: decode(image, channels=3, max_pixels=10**6), size_and_kind):
             with contextlib.suppress(ImageError):
                 read(damaged.tobytes())
 
@@ -387,7 +388,7 @@ def test_other_formats_are_not_tried() -> None:
         b"": "is an empty file, not an image",
     }
     for data, words in wanted.items():
-        for read in (lambda image: decode(image, channels=3), describe):
+        for read in (lambda image: decode(image, channels=3), size_and_kind):
             with pytest.raises(ImageError, match=words):
                 read(data)
 
@@ -404,7 +405,7 @@ def test_bomb_is_refused_by_its_header(recwarn: pytest.WarningsRecorder) -> None
     with pytest.raises(ImageError, match=r"data\.max_pixels"):
         decode(GREY, channels=1, max_pixels=239)
     assert decode(encoded(Image.fromarray(GREY)), channels=1, max_pixels=240).shape == (12, 20, 1)
-    assert describe(bytes(bomb))[:2] == (40000, 40000)
+    assert size_and_kind(bytes(bomb))[:2] == (40000, 40000)
     assert before == Image.MAX_IMAGE_PIXELS
     assert not recwarn.list
 
@@ -416,11 +417,11 @@ def test_arrays_that_are_no_images(image: np.ndarray) -> None:
 
 
 def test_describe() -> None:
-    assert describe(encoded(Image.fromarray(COLOUR), "JPEG")) == (20, 12, "RGB")
-    assert describe(encoded(Image.fromarray(DEEP))) == (20, 12, "I;16")
-    assert describe(Image.fromarray(GREY)) == (20, 12, "L")
-    assert describe(np.zeros((3, 4, 5), np.uint16)) == (4, 3, "uint16 x5")
-    assert describe(torch.zeros(3, 4, 5)) == (5, 4, "float32 x3")
+    assert size_and_kind(encoded(Image.fromarray(COLOUR), "JPEG")) == (20, 12, "RGB")
+    assert size_and_kind(encoded(Image.fromarray(DEEP))) == (20, 12, "I;16")
+    assert size_and_kind(Image.fromarray(GREY)) == (20, 12, "L")
+    assert size_and_kind(np.zeros((3, 4, 5), np.uint16)) == (4, 3, "uint16 x5")
+    assert size_and_kind(torch.zeros(3, 4, 5)) == (5, 4, "float32 x3")
 
 
 def test_one_by_one_and_thin_images() -> None:
@@ -538,7 +539,7 @@ def test_orientation_out_of_range_is_ignored(orientation: int, format: str) -> N
     exif[0x0112] = orientation
     picture = Image.fromarray(COLOUR).resize((160, 96))
     data = encoded(picture, format, exif=exif)
-    assert describe(data)[:2] == (160, 96)
+    assert size_and_kind(data)[:2] == (160, 96)
     assert np.array_equal(decode(data, channels=3), decode(encoded(picture, format), channels=3))
     assert decode(data, channels=3, reduction=2).shape[:2] == ((48, 80) if format == "JPEG" else (96, 160))
 
@@ -673,7 +674,7 @@ def test_16_bit_png_is_turned_as_its_exif_data_says(colour_type: int, bands: int
     for at in (33, len(data) - 12):  # before the pixels, and after them
         assert np.array_equal(decode(inserted(data, b"eXIf", exif, at=at), channels=None), turned)
     assert np.array_equal(decode(inserted(data, b"eXIf", b"damaged"), channels=None), upright)
-    assert describe(inserted(data, b"eXIf", exif))[:2] == turned.shape[1::-1]
+    assert size_and_kind(inserted(data, b"eXIf", exif))[:2] == turned.shape[1::-1]
 
 
 @pytest.mark.parametrize(

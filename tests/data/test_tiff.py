@@ -16,8 +16,9 @@ from PIL import Image
 
 from dinoforge.data import tiff as tiffs
 from dinoforge.data import tiff_plain
-from dinoforge.data.decode import channels_said, decode, describe
-from dinoforge.data.looks import look
+from dinoforge.data.decode import decode
+from dinoforge.data.headers import channels_said, size_and_kind
+from dinoforge.data.looks import look_at
 from dinoforge.errors import ImageError
 
 RNG = np.random.default_rng(0)
@@ -70,8 +71,8 @@ def test_sixteen_bit_bands_are_exact(options: dict[str, Any]) -> None:
     data = tiff(values, **options)
     assert np.array_equal(decode(data, channels=5), np.rint(DEEP / 257))
     assert np.array_equal(decode(data, channels=None), np.rint(DEEP / 257))
-    assert describe(data)[:2] == (50, 40)
-    assert channels_said(describe(data)[2]) == 5
+    assert size_and_kind(data)[:2] == (50, 40)
+    assert channels_said(size_and_kind(data)[2]) == 5
     for channels in (1, 2, 3, 4, 6):
         with pytest.raises(ImageError, match=rf"has 5 channels .*expected {channels}.*student\.in_chans=5"):
             decode(data, channels=channels)
@@ -102,7 +103,7 @@ def test_infrared_is_never_laid_over_white(extra: int, depth: int, place: Any) -
     assert decode(data, channels=4)[0, 0].tolist() == [40, 60, 30, 128]
     assert decode(data, channels=1)[0, 0].tolist() == [51]
     assert np.array_equal(decode(Image.open(io.BytesIO(tiff(values, photometric="rgb"))), channels=3), values[:, :, :3])
-    assert "RGB and 1 more band" in describe(data)[2]
+    assert "RGB and 1 more band" in size_and_kind(data)[2]
 
 
 def test_infrared_in_pillows_own_file() -> None:
@@ -190,7 +191,7 @@ def test_bits_that_are_used(tag: int) -> None:
     assert levels(tiff(values)) == [[0], [8], [16]]
     said = tiff(values, extratags=[(tag, "H", 1, 4095, True)])
     assert levels(said) == [[0], [128], [255]]
-    assert "12 bits" in describe(said)[2]
+    assert "12 bits" in size_and_kind(said)[2]
     # The largest value of one image is no number of bits.
     assert levels(tiff(values, extratags=[(tag, "H", 1, 4000, True)])) == [[0], [8], [16]]
     beyond = tiff(np.array([[0, 5000]], np.uint16), extratags=[(tag, "H", 1, 4095, True)])
@@ -216,7 +217,7 @@ def packed_twelve(values: np.ndarray) -> bytes:
 def test_twelve_bits_packed() -> None:
     data = packed_twelve(np.array([[0, 4095, 2048, 100]]))
     assert levels(data) == [[0], [255], [128], [6]]
-    assert describe(data)[2] == "uint16 x1, TIFF, 12 bits"
+    assert size_and_kind(data)[2] == "uint16 x1, TIFF, 12 bits"
 
 
 def test_significant_bits_of_ome() -> None:
@@ -241,7 +242,7 @@ def test_nodata_is_filled_and_counts_in_no_range(values: np.ndarray, text: str) 
     assert levels(data, sixteen_bit="minmax", fill=77) == [[77], [0], [128], [255]]
     assert levels(data, value_range=(0, 200), fill=77) == [[77], [0], [64], [128]]
     if text != "nan":
-        assert "nodata" in describe(data)[2]
+        assert "nodata" in size_and_kind(data)[2]
 
 
 def test_nodata_of_eight_bits_and_of_palettes() -> None:
@@ -281,7 +282,7 @@ def test_the_mask_inside_a_file() -> None:
         pixels = decode(buffer.getvalue(), channels=3, fill=9)
         assert (pixels[:8] == 9).all()
         assert (pixels[8:] == (200, 20, 90)).all()
-        assert "mask" in describe(buffer.getvalue())[2]
+        assert "mask" in size_and_kind(buffer.getvalue())[2]
 
 
 PLANES = np.arange(2 * 3 * 4, dtype=np.uint16).reshape(2, 3, 4)[..., None, None] * np.ones((8, 9), np.uint16) * 257
@@ -291,9 +292,9 @@ PLANES = np.arange(2 * 3 * 4, dtype=np.uint16).reshape(2, 3, 4)[..., None, None]
 def test_axes_of_microscopes(made: dict[str, Any]) -> None:
     """Time, z and channels: level 12 t + 4 z + c."""
     data = tiff(PLANES, **{"metadata": {"axes": "TZCYX"}, **made})
-    assert describe(data)[:2] == (9, 8)
-    assert describe(data)[2].startswith("uint16 x4")
-    assert describe(data)[2].endswith("axes TZCYX, plane 1 of 6 (t, z)")
+    assert size_and_kind(data)[:2] == (9, 8)
+    assert size_and_kind(data)[2].startswith("uint16 x4")
+    assert size_and_kind(data)[2].endswith("axes TZCYX, plane 1 of 6 (t, z)")
     assert decode(data, channels=4)[0, 0].tolist() == [0, 1, 2, 3]
     assert decode(data, channels=None, plane=4)[0, 0].tolist() == [16, 17, 18, 19]
     assert decode(data, channels=4, plane="max")[7, 8].tolist() == [20, 21, 22, 23]
@@ -344,8 +345,8 @@ def test_pages_without_metadata() -> None:
     assert np.array_equal(decode(data, channels=1), np.rint(DEEP[:, :, :1] / 257))
     assert np.array_equal(decode(data, channels=3), np.rint(DEEP[:, :, :1] / 257).repeat(3, 2))
     assert np.array_equal(decode(data, channels=1, plane=3), np.rint(DEEP[:, :, 3:4] / 257))
-    assert describe(data)[2].endswith("page 1 of 5")
-    assert describe(data, channels=5)[2].startswith("uint16 x5")
+    assert size_and_kind(data)[2].endswith("page 1 of 5")
+    assert size_and_kind(data, channels=5)[2].startswith("uint16 x5")
     sheets = pages((values[:3] >> 8).astype(np.uint8))
     assert np.array_equal(decode(sheets, channels=3), (DEEP[:, :, :1] >> 8).repeat(3, 2))
     assert np.array_equal(decode(pages(values[:3]), channels=3), np.rint(DEEP[:, :, :3] / 257))
@@ -359,7 +360,7 @@ def test_a_thumbnail_is_not_the_image() -> None:
             file.write(image[::4, ::4], photometric=photometric, subfiletype=1, metadata=None)
             file.write(image, photometric=photometric, metadata=None)
         data = buffer.getvalue()
-        assert describe(data)[:2] == (50, 40)
+        assert size_and_kind(data)[:2] == (50, 40)
         expected = np.rint(image / 257) if photometric == "minisblack" else image
         assert np.array_equal(decode(data, channels=None).squeeze(), expected)
 
@@ -387,7 +388,7 @@ def test_orientation(orientation: int) -> None:
     }[orientation]
     data = tiff(np.ascontiguousarray(stored), extratags=[(274, "H", 1, orientation, True)])
     assert np.array_equal(decode(data, channels=1)[:, :, 0], np.rint(upright / 257))
-    assert describe(data)[:2] == (40, 24)
+    assert size_and_kind(data)[:2] == (40, 24)
 
 
 def test_sixteen_bit_palette_and_cmyk() -> None:
@@ -408,11 +409,11 @@ def test_plain_pictures_stay_as_pillow_reads_them() -> None:
         image.save(buffer, "TIFF", **options)
         expected = np.asarray(Image.open(buffer))
         assert np.array_equal(decode(buffer.getvalue(), channels=None).squeeze(), expected)
-        assert describe(buffer.getvalue()) == (50, 40, image.mode)
+        assert size_and_kind(buffer.getvalue()) == (50, 40, image.mode)
         several = io.BytesIO()
         image.save(several, "TIFF", save_all=True, append_images=[image.rotate(180)], **options)
         assert np.array_equal(decode(several.getvalue(), channels=None).squeeze(), expected)
-        assert describe(several.getvalue())[2].endswith("page 1 of 2")
+        assert size_and_kind(several.getvalue())[2].endswith("page 1 of 2")
 
 
 @pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"tile": (16, 16)}, {"planarconfig": "separate"}])
@@ -441,7 +442,7 @@ def test_damaged_bytes_raise_nothing_else(options: dict[str, Any]) -> None:
     for _ in range(200):
         damaged = np.frombuffer(data, np.uint8).copy()
         damaged[rng.integers(min(len(data), 600), size=3)] = rng.integers(0, 256, 3)
-        for read in (lambda image: decode(image, channels=5, max_pixels=10**5), describe):
+        for read in (lambda image: decode(image, channels=5, max_pixels=10**5), size_and_kind):
             with contextlib.suppress(ImageError):
                 read(damaged.tobytes())
 
@@ -496,8 +497,8 @@ def test_a_file_is_let_go_when_it_has_been_read() -> None:
     try:
         before = sys.getrefcount(data)
         decode(data, channels=5)
-        describe(data)
-        look(data, channels=5)
+        size_and_kind(data)
+        look_at(data, channels=5)
         assert sys.getrefcount(data) == before
     finally:
         gc.enable()
@@ -531,7 +532,7 @@ def both_ways(data: bytes, channels: int | None, **rules: Any) -> tuple[Any, Any
                 values = tiffs.read(data, channels=channels, plane=rules.get("plane"), max_pixels=10**7)
                 if values is None:
                     return "left to Pillow"
-                told = tiffs.describe(data, channels)
+                told = tiffs.size_and_kind(data, channels)
                 shown = values.values
                 return (
                     told,

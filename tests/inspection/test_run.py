@@ -10,7 +10,7 @@ from PIL import Image
 
 import dinoforge
 from dinoforge.commands.recipe import auto_recipe
-from dinoforge.data.decode import working_bytes
+from dinoforge.data.decoding_memory import working_bytes
 from dinoforge.data.sources import FolderSource, Item
 from dinoforge.errors import ImageError
 from dinoforge.inspection import passing
@@ -108,8 +108,8 @@ def many(tmp_path):
 
 def test_no_more_than_the_limit_are_decoded(many, inspect, monkeypatch):
     looks, reads = [], []
-    look, item = passing.look, FolderSource.item
-    monkeypatch.setattr(passing, "look", lambda *a, **k: looks.append(1) or look(*a, **k))
+    look, item = passing.look_at, FolderSource.item
+    monkeypatch.setattr(passing, "look_at", lambda *a, **k: looks.append(1) or look(*a, **k))
     monkeypatch.setattr(FolderSource, "item", lambda self, index: reads.append(index) or item(self, index))
     told = found(inspect, many, "--images", "40")
     assert len(looks) == 40
@@ -122,13 +122,13 @@ def test_no_more_than_the_limit_are_decoded(many, inspect, monkeypatch):
 
 
 def test_time_that_is_up_ends_the_look_and_is_said(many, inspect, monkeypatch):
-    look = passing.look
+    look = passing.look_at
 
     def slowly(*arguments, **keys):
         time.sleep(0.05)
         return look(*arguments, **keys)
 
-    monkeypatch.setattr(passing, "look", slowly)
+    monkeypatch.setattr(passing, "look_at", slowly)
     told = found(inspect, many, "--seconds", "0.6")
     assert 1 <= told["sampling"]["images"] < 40
     assert told["sampling"]["time_was_up"]

@@ -22,7 +22,7 @@ from dinoforge.data import statistics
 from dinoforge.data.batches import make_loader
 from dinoforge.data.channels import Channels, channels_of, guess_channels
 from dinoforge.data.sources import open_source
-from dinoforge.data.statistics import Symmetry, look, measure
+from dinoforge.data.statistics import Symmetry, measure_pixels, read_sizes
 from dinoforge.data.summary import DataSummary
 from dinoforge.errors import DataError, RecipeError
 from dinoforge.planning import auto
@@ -443,19 +443,19 @@ def test_large_jpegs_are_measured_small_and_large_images_seldom(tmp_path, monkey
         picture = cv2.resize(levels(texture(rng, 3)), (1600, 1100), interpolation=cv2.INTER_CUBIC)
         Image.fromarray(picture).save(tmp_path / f"{i}.jpg")
     source = open_source(tmp_path)
-    small = measure(source, 3, {})
+    small = measure_pixels(source, 3, {})
     whole = [np.asarray(Image.open(path)) for path in sorted(tmp_path.iterdir())]
     assert small.images == 9
     assert small.mean == pytest.approx(np.mean(whole, axis=(0, 1, 2)) / 255, abs=0.002)
     assert small.std == pytest.approx(np.std(whole, axis=(0, 1, 2)) / 255, abs=0.004)
-    assert measure(source, 3, {"nodata": 255.0}).mean == pytest.approx(small.mean, abs=0.002)
+    assert measure_pixels(source, 3, {"nodata": 255.0}).mean == pytest.approx(small.mean, abs=0.002)
     monkeypatch.setattr(statistics, "_EFFORT", 1600 * 1100)
-    assert measure(source, 3, {}).images == 9
-    assert measure(open_source(whole), 3, {}).images == 4  # none can be decoded small
+    assert measure_pixels(source, 3, {}).images == 9
+    assert measure_pixels(open_source(whole), 3, {}).images == 4  # none can be decoded small
     monkeypatch.setattr(statistics, "ENOUGH", 1)
-    assert measure(source, 3, {}).images == 4
-    assert measure(open_source(whole), 3, {}).images == 2  # enough, at least
-    found = look(source, 3, {})
+    assert measure_pixels(source, 3, {}).images == 4
+    assert measure_pixels(open_source(whole), 3, {}).images == 2  # enough, at least
+    found = read_sizes(source, 3, {})
     assert (found.widths, found.heights, found.modes) == ((1600, 1600), (1100, 1100), (("RGB", 9),))
     assert channels_of(source).reason.startswith("as all 9 ")
 
@@ -468,7 +468,7 @@ def test_few_files_are_read_where_they_are_stacks_of_many_planes(tmp_path, monke
     size = (stacks / "000.tif").stat().st_size
     assert size > 4 * 64 * 64 * 4
     monkeypatch.setattr(statistics, "_EFFORT", size / 4)  # 4 times that until there are enough to tell an up
-    assert measure(source, 1, {}).images == 4
+    assert measure_pixels(source, 1, {}).images == 4
     monkeypatch.setattr(channels_room, "_BYTES", 2.5 * size)
     assert channels_of(source) == Channels(1, "as all 3 images that were looked at")
 

@@ -21,7 +21,8 @@ from dinoforge.data.bad_images import BadImagesError, by_reason
 from dinoforge.data.bad_images import Skipped as Skipped
 from dinoforge.data.batch import Batch, collate_photometry, masked_patches
 from dinoforge.data.crops import CropParameters, MultiCrop, on_reduced, reduction
-from dinoforge.data.decode import decode, describe
+from dinoforge.data.decode import decode
+from dinoforge.data.headers import size_and_kind
 from dinoforge.data.order import sample_index, sample_rng
 from dinoforge.data.photometry import Photometry, PhotometryBatch
 from dinoforge.data.preflight import Needs, refuse_second_start, require_room, require_sendable
@@ -160,7 +161,7 @@ class TrainingData(Dataset[Batch | Failure]):
             image = read(data)
             return image, self.crops.draw(image.shape[0], image.shape[1], rng)
         # The crops say how much of the image is needed, so they are drawn for its size in the header.
-        width, height, _ = describe(data)
+        width, height, _ = size_and_kind(data)
         parameters = self.crops.draw(height, width, rng)
         image = read(data, reduction=reduction(parameters))
         if image.shape[:2] != (height, width):

@@ -4,7 +4,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dinoforge.data.decode import AnImage, channels_said, describe, raw
+from dinoforge.data.decode import read_values
+from dinoforge.data.headers import channels_said, size_and_kind
+from dinoforge.data.pictures import AnImage
 from dinoforge.data.sources import Source
 from dinoforge.data.statistics import bytes_of, spaced, spread
 from dinoforge.errors import ImageError
@@ -64,7 +66,7 @@ def channels_of(source: Source) -> Channels:
         try:
             image = source.item(index).image
             size += bytes_of(image)
-            kind = describe(image)[2]
+            kind = size_and_kind(image)[2]
             if has_of(kind).channels in (2, 4) and len(found := beside.setdefault(kind, [])) < _BANDS:
                 found.append(_last_band(image, has_of(kind)))
         except ImageError:
@@ -84,7 +86,7 @@ def channels_of(source: Source) -> Channels:
 
 def _last_band(image: AnImage, has: Has) -> Has:
     """Channels of an image of two or four with a look at the last one."""
-    found = raw(image)
+    found = read_values(image)
     if found is None or found.alpha:
         return Has(has.channels - 1, True)
     if found.colour != has.channels - 1:

@@ -11,29 +11,7 @@ from pathlib import Path
 from dinoforge.data.kinds import EXTENSIONS, IMAGE_EXTENSIONS, OTHER_EXTENSIONS, Kind, extension, kind_of
 from dinoforge.data.names import printable
 from dinoforge.errors import DataError
-
-_JUNK = frozenset(
-    {
-        "__macosx",  # archives made by macOS
-        "$recycle.bin",  # Windows
-        "recycler",
-        "recycled",
-        "system volume information",
-        "found.000",
-        "lost+found",  # ext4
-        "@eadir",  # Synology: thumbnails
-        "@tmp",
-        "#recycle",
-        "#snapshot",
-        "@recycle",  # QNAP
-        "@recently-snapshot",
-        ".@__thumb",
-        "network trash folder",
-        "temporary items",
-        "__pycache__",
-    }
-)
-"""Folders, in lower case, that systems make for themselves: copies, thumbnails and deleted files."""
+from dinoforge.system.files import is_stranger
 
 _THUMBNAILS = frozenset({"thumbnails", "thumbnail"})
 """Folders, in lower case, of small copies of the images outside."""
@@ -86,7 +64,7 @@ def walk(root: Path) -> Contents:
                 for entry in entries:
                     name = os.fsdecode(entry.name)
                     if _leads_to(entry.is_dir):
-                        if name.startswith(".") or name.lower() in _JUNK:
+                        if name.startswith(".") or is_stranger(name):
                             others.add_folder(name, entry.path)
                         elif _is_run(entry.path):
                             others.add_folder(name, entry.path, "a run of dinoforge")
@@ -117,10 +95,10 @@ def no_images(root: Path, contents: Contents) -> str:
     if not contents.left_out:
         return f"{expected}; found no files at all"
     hint = f". The way out: {contents.hint}" if contents.hint else ""
-    return f"{expected}; found only others, {describe(contents.left_out)}{hint}"
+    return f"{expected}; found only others, {left_out_in_words(contents.left_out)}{hint}"
 
 
-def describe(left_out: Mapping[str, int]) -> str:
+def left_out_in_words(left_out: Mapping[str, int]) -> str:
     """What was left out, in words such as ``52 files: 50 .dcm (DICOM), 2 hidden``."""
     total = sum(left_out.values())
     kinds = sorted(left_out.items(), key=lambda kind: -kind[1])

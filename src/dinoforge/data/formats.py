@@ -14,8 +14,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image
 
 from dinoforge.data import kinds
-from dinoforge.data.tiff import upright
-from dinoforge.data.values import Samples, check_size
+from dinoforge.data.values import Samples, check_size, upright
 from dinoforge.errors import ImageError
 
 Values = npt.NDArray[Any]
@@ -55,7 +54,7 @@ def read(data: bytes, *, channels: int | None, max_pixels: int) -> Samples | Ima
     return None
 
 
-def describe(data: bytes, channels: int | None = None) -> Header | None:
+def size_and_kind(data: bytes, channels: int | None = None) -> Header | None:
     """Tell width, height and kind from the header; None for formats that are not of this module.
 
     Raises:

@@ -12,11 +12,14 @@ from typing import Any, Literal
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-from dinoforge.data import formats, kinds, tiff
-from dinoforge.data.decode import MAX_PIXELS, AnImage, UInt8, count_planes, decode, describe, finish, raw
+from dinoforge.data import formats, kinds
+from dinoforge.data.decode import MAX_PIXELS, decode, read_values
+from dinoforge.data.headers import count_planes, size_and_kind
 from dinoforge.data.kinds import Kind, kind_of
+from dinoforge.data.pictures import AnImage
+from dinoforge.data.pixels import to_pixels
 from dinoforge.data.sources import OnePlane
-from dinoforge.data.values import Decoding, Samples, Scaling
+from dinoforge.data.values import Decoding, Samples, Scaling, UInt8, check_plane, upright
 from dinoforge.errors import ImageError
 
 OBJECT = Kind("object in memory", is_image=True, article="an")
@@ -54,7 +57,7 @@ class Look:
         kind: What the file is by its content.
         size: Bytes of the file; of the values for objects in memory.
         width, height: Upright, pixels.
-        mode: Kind of pixels, as `describe` tells it.
+        mode: Kind of pixels, as `size_and_kind` tells it.
         header: What else the header says.
         samples: Values as stored, upright [H, W, C].
         pixels: What training gets, uint8 [H, W, channels]; None where it refuses the image.
@@ -84,7 +87,7 @@ class Look:
         return float(np.mean(alpha < (self.samples.limit or _top(alpha.dtype))))
 
 
-def look(image: AnImage, *, channels: int, decoding: Decoding | None = None) -> Look:
+def look_at(image: AnImage, *, channels: int, decoding: Decoding | None = None) -> Look:
     """Read one image, with all that can be said about it.
 
     Args:
@@ -106,10 +109,10 @@ def look(image: AnImage, *, channels: int, decoding: Decoding | None = None) -> 
     start = time.perf_counter()
     samples = None
     if kind not in _PICTURES:
-        samples = raw(image, channels=channels, max_pixels=max_pixels, plane=plane)
+        samples = read_values(image, channels=channels, max_pixels=max_pixels, plane=plane)
         if samples is not None and kind is kinds.PNG and not formats.is_deep_png(data):  # Pillow's, as it lies
-            tiff.check_plane(None if plane == "each" else plane, 1)
-            samples = replace(samples, values=tiff.upright(samples.values, _valid(header.orientation)))
+            check_plane(None if plane == "each" else plane, 1)
+            samples = replace(samples, values=upright(samples.values, _valid(header.orientation)))
     is_picture = samples is None
     if samples is None:
         stored = decode(image, channels=None, max_pixels=max_pixels, plane=plane)
@@ -120,12 +123,12 @@ def look(image: AnImage, *, channels: int, decoding: Decoding | None = None) -> 
         if is_picture and planes > 1 and plane == "max":  # of frames that are grey already, where grey is wanted
             pixels = decode(image, channels=channels, **keys)
         else:
-            pixels = finish(samples, channels, _scaling(keys))
+            pixels = to_pixels(samples, channels, _scaling(keys))
     except ImageError as error:
         refused = _why_not(image, channels, keys) if is_picture else str(error)
     seconds = time.perf_counter() - start
     height, width = samples.values.shape[:2]
-    mode = describe(image, channels)[2]
+    mode = size_and_kind(image, channels)[2]
     return Look(
         kind=kind,
         size=len(data) or samples.values.nbytes,

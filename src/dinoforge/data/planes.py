@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dinoforge.data import tiff
-from dinoforge.data.decode import count_planes, may_move
+from dinoforge.data.headers import count_planes, may_move
 from dinoforge.data.sources import FolderSource, Item, OnePlane, SequenceSource, Source
 from dinoforge.errors import ImageError
 

@@ -28,13 +28,21 @@ class Stamp:
     date: int
 
 
-def stamps_of(source: Source) -> dict[str, Stamp]:
-    """Names and stamps of up to ``MOST`` files, evenly spaced; empty for data that are no files, or are not there."""
+def stamps_of(source: Source, most: int = MOST) -> dict[str, Stamp]:
+    """Ask a data set's files for their stamps.
+
+    Args:
+        source: The data set.
+        most: The most files that are asked, evenly spaced.
+
+    Returns:
+        Names and stamps; empty for data that are no files. Files that are gone are left out.
+    """
     files = source.files if isinstance(source, PlanesOf) else source
     if not isinstance(files, FolderSource):
         return {}
     found = {}
-    for index in np.unique(np.linspace(0, len(files) - 1, MOST).round().astype(int)).tolist():
+    for index in np.unique(np.linspace(0, len(files) - 1, most).round().astype(int)).tolist():
         try:
             status = files.path(index).stat()
         except OSError:  # it is told when it is its turn

@@ -11,7 +11,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from dinoforge.data.decode import AnImage, decode, describe
+from dinoforge.data.decode import decode
+from dinoforge.data.headers import size_and_kind
+from dinoforge.data.pictures import AnImage
 from dinoforge.data.sources import OnePlane, Source
 from dinoforge.data.values import Bool, Decoding, UInt8
 from dinoforge.errors import ImageError
@@ -270,7 +272,7 @@ def _direction(brightness: Float) -> Float:
 
 
 @dataclass(frozen=True)
-class Look:
+class Sizes:
     """Sizes and kinds of the images that were looked at and can be read; see ``DataSummary``."""
 
     count: int
@@ -280,7 +282,7 @@ class Look:
     side: int = 0  # median of the shorter sides; 0: not known
 
 
-def look(source: Source, channels: int, decoding: Decoding) -> Look | None:
+def read_sizes(source: Source, channels: int, decoding: Decoding) -> Sizes | None:
     """Sizes and kinds of the images that the plan is made of, in less time; None where none can be read.
 
     Large JPEGs are decoded at a fraction of their size, which tells as well whether they are whole.
@@ -290,7 +292,7 @@ def look(source: Source, channels: int, decoding: Decoding) -> Look | None:
     for index in spaced(len(source), _LOOKED_AT):
         try:
             image = source.item(index).image
-            width, height, kind = describe(image)
+            width, height, kind = size_and_kind(image)
             decode(image, channels=channels, reduction=_reduction(image, width, height), **decoding)
         except ImageError:
             continue  # told with the plan
@@ -300,7 +302,7 @@ def look(source: Source, channels: int, decoding: Decoding) -> Look | None:
         return None
     widths, heights = zip(*sizes, strict=True)
     ends = (min(widths), max(widths)), (min(heights), max(heights))
-    return Look(len(source), *ends, tuple(kinds.most_common()), median_side(sizes))
+    return Sizes(len(source), *ends, tuple(kinds.most_common()), median_side(sizes))
 
 
 def median_side(sizes: Sequence[tuple[int, int]]) -> int:
@@ -314,7 +316,7 @@ def _reduction(image: AnImage, width: int, height: int) -> int:
     return max(min(width, height) // _REDUCED, 1) if is_jpeg else 1
 
 
-def measure(source: Source, channels: int, decoding: Decoding) -> PixelStatistics:
+def measure_pixels(source: Source, channels: int, decoding: Decoding) -> PixelStatistics:
     """Mean, deviation and symmetry of the pixels of up to 256 images, as training gets them.
 
     The images are spread evenly, and fewer where they are large: decoding them should take seconds. So large JPEGs are
@@ -327,7 +329,7 @@ def measure(source: Source, channels: int, decoding: Decoding) -> PixelStatistic
     for index in spread(spaced(len(source), _MEASURED)):
         try:
             image = source.item(index).image
-            width, height, kind = describe(image, channels)
+            width, height, kind = size_and_kind(image, channels)
             reduction = _reduction(image, width, height)
             if effort >= (_EFFORT if statistics.images > ENOUGH else 4 * _EFFORT):
                 break

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from dinoforge.data.bad_images import Skipped, by_reason
-from dinoforge.data.decode import working_bytes
-from dinoforge.data.looks import look
+from dinoforge.data.decoding_memory import working_bytes
+from dinoforge.data.looks import look_at
 from dinoforge.data.planes import PlanesOf
 from dinoforge.data.sources import Source, printable
 from dinoforge.data.statistics import median_side
@@ -76,7 +76,7 @@ class DataSummary:
     blank: int = 0
 
 
-def inspect(
+def summarize(
     source: Source,
     *,
     channels: int = 3,
@@ -109,7 +109,7 @@ def inspect(
     def note(index: int) -> None:
         nonlocal transparent, turned, most, blank
         image = source.item(index).image
-        seen = look(image, channels=channels, decoding=decoding)
+        seen = look_at(image, channels=channels, decoding=decoding)
         if seen.pixels is None:
             raise ImageError(seen.refused)
         size = reduction(seen.width, seen.height)
@@ -160,7 +160,7 @@ _PLAIN_PROFILES = re.compile("srgb|gr[ae]y|dot gain|^c2", re.IGNORECASE)  # c2: 
 
 
 def _without_planes(mode: str) -> str:
-    """A kind of `describe` without the number of planes, which differs from file to file."""
+    """A kind of `size_and_kind` without the number of planes, which differs from file to file."""
     return re.sub(r", (?:plane|page) 1 of \d+(?: \(.*?\))?", "", mode)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dinoforge.data.decode import MAX_PIXELS, raw
+from dinoforge.data.decode import MAX_PIXELS, read_values
 from dinoforge.data.sources import Source
 from dinoforge.data.values import Pair, Samples, missing
 from dinoforge.errors import ImageError
@@ -145,17 +145,17 @@ def _looked_at(
 ) -> Iterator[Samples | None]:
     """The values of some images where some have more than 8 bits; None for those that have not."""
 
-    def look(index: int) -> Samples | Literal["unread"] | None:
+    def values_at(index: int) -> Samples | Literal["unread"] | None:
         try:
-            found = raw(source.item(index).image, channels=channels, max_pixels=max_pixels, plane=plane)
+            found = read_values(source.item(index).image, channels=channels, max_pixels=max_pixels, plane=plane)
         except ImageError:
             return "unread"  # told when it is its turn
         return found if found is not None and found.values.dtype.itemsize > 1 else None
 
-    if not any(isinstance(look(index), Samples) for index in _spaced(len(source), _FIRST)):
+    if not any(isinstance(values_at(index), Samples) for index in _spaced(len(source), _FIRST)):
         return
     for index in _spaced(len(source), _IMAGES):
-        if (found := look(index)) != "unread":
+        if (found := values_at(index)) != "unread":
             yield found
 
 

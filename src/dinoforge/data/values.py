@@ -130,6 +130,26 @@ def check_size(width: int, height: int, max_pixels: int | None) -> None:
         raise ImageError(f"{width} x {height} is more than {max_pixels} pixels; the limit is data.max_pixels")
 
 
+def upright(array: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
+    """Turn an array [H, W, …] as its EXIF orientation, 1…8, says."""
+    if orientation >= 5:
+        array = array.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    return array[:, ::-1] if orientation in (2, 3, 6, 7) else array
+
+
+def check_plane(plane: int | Literal["max"] | None, planes: int) -> None:
+    """Refuse the index of a plane that a file does not have.
+
+    Raises:
+        ImageError: As said.
+    """
+    if isinstance(plane, int) and not 0 <= plane < planes:
+        have = "1 plane" if planes == 1 else f"{planes} planes"
+        raise ImageError(f"has {have}, counted from 0, but data.plane={plane}")
+
+
 def to_levels(samples: Samples, scaling: Scaling) -> UInt8:
     """Scale values [H, W, C] of any real type to levels 0…255.
 

@@ -33,7 +33,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Report:
+class Exported:
     """What was made, and how near it is."""
 
     path: Path
@@ -52,7 +52,7 @@ def make(
     shown: str = "given images",
     size: Size | None = None,
     bake: bool = False,
-) -> Report:
+) -> Exported:
     """Writes a backbone in a library's format and compares that library's outputs with ours.
 
     Nothing is at ``out`` unless they agree.
@@ -106,7 +106,7 @@ def make(
                     f"{target.name} gives other outputs at {_written(check.size)}: they differ by up to "
                     f"{check.difference:.1e}, of outputs up to {check.scale:.1e}. Nothing was written"
                 )
-    return Report(out, target.name, shown, tuple(checks), tuple(notes))
+    return Exported(out, target.name, shown, tuple(checks), tuple(notes))
 
 
 def _sizes(content: Content, size: Size | None) -> list[Size]:
@@ -135,7 +135,7 @@ def _written(size: Size) -> str:
     return f"{size[0]} × {size[1]}"
 
 
-def render(report: Report) -> str:
+def exported_in_words(report: Exported) -> str:
     """The report as lines for a terminal."""
     lines = [f"{report.path}: the largest difference from {report.library}, of cls and patch tokens, on {report.shown}"]
     for check in report.checks:
