@@ -53,7 +53,7 @@ class ClassifierResult(TypedDict):
 
     method: Method
     rows: dict[str, Row]  # "pixels", "untrained", "trained"
-    setting: str  # of the trained network: the one that most splits chose
+    setting: str  # the setting that most splits chose for the trained network
     splits: int
     n: int  # images in training and test parts together
     shots: int | None  # labelled images of each class; None: the whole training part

@@ -21,7 +21,7 @@ from dinoforge.features.extract import Reading, Skipped
 KS = (10, 20, 100, 200)  # DINO's
 TEMPERATURE = 0.07  # DINO's
 MOST_CHOOSE = 10_000  # training images of a split that choose its k; more would take time that grows with N²
-CHUNK_VALUES = 2**25  # in the largest matrices that knn_predict makes: 128 MiB each in float32
+CHUNK_VALUES = 2**25  # values in the largest matrices that knn_predict makes: 128 MiB each in float32
 
 
 class Row(TypedDict):
@@ -39,7 +39,7 @@ class KnnResult(TypedDict):
     """The result of ``dinoforge eval knn``, as ``--json`` prints it."""
 
     knn: dict[str, Row]  # "pixels", "untrained", "trained"
-    k: int  # of the trained network: the one that most splits chose, the smallest of equals
+    k: int  # the k that most splits chose for the trained network, the smallest of equals
     splits: int
     n: int  # images in training and test parts together
     shots: int | None  # labelled images of each class; None: the whole training part
@@ -148,7 +148,7 @@ def score_knn(
     assert most >= 1
     ks = sorted({min(k, most) for k in ks})
     test = ~train if test is None else test
-    choose = few_shot(torch.zeros_like(labels), train, most_choose)  # of all classes together
+    choose = few_shot(torch.zeros_like(labels), train, most_choose)  # drawn from all classes together
     predictions = knn_predict(
         features,
         labels,

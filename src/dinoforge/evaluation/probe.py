@@ -21,10 +21,10 @@ from dinoforge.evaluation.knn import knn_predict
 from dinoforge.features.extract import Reading, Skipped, embed, extract
 
 K = 20  # DINO's best for most networks
-PENALTIES = tuple(10.0**power for power in range(-6, 1))  # of the linear classifier
+PENALTIES = tuple(10.0**power for power in range(-6, 1))  # candidates for the linear classifier
 MIN_IMAGES = 10
-MOST_BYTES = 2**28  # of images kept in memory
-COLUMNS = 4096  # of features that are standardised at a time
+MOST_BYTES = 2**28  # bytes of images kept in memory
+COLUMNS = 4096  # features that are standardised at a time
 
 
 @dataclass(frozen=True)

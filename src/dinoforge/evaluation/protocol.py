@@ -136,7 +136,7 @@ def few_shot(labels: Tensor, train: Tensor, shots: int, seed: int = 0) -> Tensor
 
 
 def balanced_accuracy(predictions: Tensor, labels: Tensor) -> float:
-    """Compute the share of images that ``predictions`` [N] gets right, as the mean over the classes in ``labels`` [N]."""
+    """Compute the share of images that ``predictions`` [N] gets right, averaged over the classes in ``labels`` [N]."""
     images = labels.bincount()
     right = labels[predictions == labels].bincount(minlength=len(images))
     return float((right[images > 0] / images[images > 0]).double().mean())

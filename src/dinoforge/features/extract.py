@@ -29,7 +29,7 @@ _PREFETCH = 2  # batches that each worker has ready
 
 
 class Reading(Decoding):
-    """How images are read and shown to a backbone: the keywords of ``extract``.
+    """The keywords of ``extract`` that say how images are read and shown to a backbone.
 
     Args:
         size: The side in pixels of the images that the backbone gets.

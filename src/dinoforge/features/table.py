@@ -77,13 +77,13 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Layout:
-    """What the whole file holds.
+    """The layout of the whole file.
 
     Args:
         images: The number of rows.
         dim: The width of a token.
         patches: The number of patch tokens of an image; None if they are not wanted.
-        meaning: What the features are, as values of JSON.
+        meaning: A description of the features, as values of JSON.
     """
 
     images: int
@@ -111,7 +111,7 @@ def write_features(
         source: The images, in the order of which rows come.
         out: A file that is not there yet: ``….parquet``, or ``….npy`` with names and patch tokens in files beside it.
         patches: Whether patch tokens are written.
-        meaning: What the features are, to be written with them.
+        meaning: A description of the features, to be written with them.
         on_progress: A function that gets the number of images done and of all images, after each part.
         reading: Keywords of ``features.extract.Reading`` but the batch size, which is chosen here.
 

@@ -1,4 +1,4 @@
-"""What the tensors of a backbone say about its network."""
+"""The architecture that a backbone's tensors imply, and tensors that do not fit one."""
 
 import math
 import re
@@ -13,14 +13,14 @@ from dinoforge.weights.words import listed
 
 
 def architecture_of(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The arguments of ``VisionTransformer`` that tensors with official names imply, and what had to be assumed.
+    """Derive the arguments of ``VisionTransformer`` from tensors, and say in notes what had to be assumed.
 
     Args:
-        tensors: with official names.
-        given: arguments that are known from elsewhere; they win over assumptions.
+        tensors: The weights under official names.
+        given: Arguments that are known from elsewhere and win over assumptions.
 
     Raises:
-        WeightsError: tensors without which nothing can be said are missing or have another shape.
+        WeightsError: Tensors that tell the architecture are missing or have another shape.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     needed = {"patch_embed.proj.weight": 4, "pos_embed": 3, "cls_token": 3, "mask_token": 2}
@@ -82,9 +82,14 @@ def architecture_of(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> 
 
 
 def misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """What of ``tensors`` does not fit a state dict: missing, unexpected and otherwise shaped entries, in words.
+    """Say how tensors do not fit a state dict: which are missing, unexpected, or of another shape.
 
-    The first few of each kind, and how many more there are.
+    Args:
+        tensors: The tensors.
+        expected: The state dict.
+
+    Returns:
+        A text for each kind of misfit, with its first few entries and the number of others; none where all fit.
     """
     kinds = (
         [f"missing {name}" for name in expected if name not in tensors],

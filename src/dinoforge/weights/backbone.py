@@ -28,17 +28,18 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Backbone(nn.Module):
-    """A network together with what has to be known to use it: cls tokens [B, D] of images [B, C, H, W].
+    """A network and everything needed to use it: from images [B, C, H, W] to cls tokens [B, D].
 
     Images are normalised, as ``preprocess`` makes them; their sides are multiples of the patch.
 
     Args:
-        network: the vision transformer.
-        architecture: its arguments.
-        image: how an image has to be made for it.
-        step: of the training run; 0 for fresh weights and foreign files.
-        notes: of a foreign file: what was assumed, renamed or left out.
-        metadata: of the training run, as JSON has it: ``recipe``, ``images``, ``total_steps``; empty if unknown.
+        network: The vision transformer.
+        architecture: The arguments of the vision transformer.
+        image: The images that the network expects.
+        step: The step of the training run; 0 for fresh weights and other libraries' files.
+        notes: Notes on a file of another library: what was assumed, renamed or left out.
+        metadata: Metadata of the training run as values of JSON: ``recipe``, ``images``, ``total_steps``; empty if
+            unknown.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Backbone(nn.Module):
         return self.forward_features(images).cls
 
     def forward_features(self, images: Tensor) -> Tokens:
-        """Normalised cls, register and patch tokens of images [B, C, H, W]."""
+        """Compute normalised cls, register and patch tokens of images [B, C, H, W]."""
         tokens: Tokens = self.network(images)
         return tokens
 
@@ -80,16 +81,17 @@ class Backbone(nn.Module):
         )
 
     def preprocess(self, image: str | Path | RawImage, size: int | None = None, *, center_crop: bool = False) -> Tensor:
-        """An image as the network expects it, float32 [C, size, size] on the CPU.
+        """Make of an image the input that the network expects, float32 [C, size, size] on the CPU.
 
         Args:
-            image: a path, encoded bytes, a PIL image, an array [H, W, C] or a tensor [C, H, W]; it becomes pixels by
+            image: A path, encoded bytes, a PIL image, an array [H, W, C] or a tensor [C, H, W]; it becomes pixels by
                 the rules of training, see ``dinoforge.data.decode``.
-            size: side in pixels; by default that of the training's global crops.
-            center_crop: the official rule of evaluation; else the whole image is resized to a square.
+            size: The side in pixels; by default that of the training's global crops.
+            center_crop: Whether the centre is cut out by the official rule of evaluation; otherwise the whole image
+                is resized to a square.
 
         Raises:
-            ImageError: it cannot be read.
+            ImageError: The image cannot be read.
         """
         if isinstance(image, str | Path):
             path = Path(image)
@@ -104,10 +106,10 @@ class Backbone(nn.Module):
 
 
 def save_backbone(path: Path, backbone: Backbone) -> None:
-    """Writes a backbone; what is not weights goes into the file's header as JSON.
+    """Write a backbone to a safetensors file, whose header holds everything but the weights as JSON.
 
     Raises:
-        RunError: no space, or not writable.
+        RunError: There is no space, or the file is not writable.
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in backbone.network.state_dict().items()}
     header = {
@@ -122,33 +124,33 @@ def save_backbone(path: Path, backbone: Backbone) -> None:
 
 
 def load_backbone(path: Path, given: Mapping[str, Any] | None = None) -> Backbone:
-    """Reads a backbone of any known layout; the network is in evaluation mode, on the CPU.
+    """Read a backbone of any known layout; the network is in evaluation mode, on the CPU.
 
-    A file with our header says everything. Of others, the architecture is read from the tensors (and the
-    ``config.json`` of a Hugging Face folder), the rest is assumed and told in ``Backbone.notes``; see
+    A file with our header says everything. For other files the architecture is read from the tensors (and from the
+    ``config.json`` of a Hugging Face folder), and the rest is assumed and told in ``Backbone.notes``; see
     ``weights.official``. Nothing in a file can run code.
 
     Args:
-        path: safetensors or PyTorch file, or a Hugging Face folder.
-        given: arguments of ``VisionTransformer`` and ``IMAGE_KEYS`` that are known; they win over what would be
-            assumed.
+        path: A safetensors or PyTorch file, or a Hugging Face folder.
+        given: Arguments of ``VisionTransformer`` and ``IMAGE_KEYS`` that the user knows; they win over assumptions.
 
     Raises:
-        WeightsError: no such file, damaged, no known layout, weights that do not fit, or a header that contradicts
-            what is given.
+        WeightsError: There is no such file, it is damaged or of no known layout, its weights do not fit, or its header
+            contradicts the given arguments.
     """
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in (given or {}).items()}
     file = file_of_folder(path) if path.is_dir() else path
     header, state = ({}, read_sharded(file)) if file.name in INDICES else read_tensors(file)
     if "format" in header and header["format"].startswith("dinoforge-backbone"):
         return _load_own(file, header, state, given)
-    # Weights of this name have a configuration beside them, which says what tensors cannot.
+    # A configuration lies beside weights of this name, and says what tensors cannot.
     beside = read_beside(file, asked=path.is_dir()) if file.name in FILES else Beside(file.parent)
     beside.check_heads(given)
     return _load_foreign(file, state, given, beside)
 
 
 def _load_own(path: Path, header: Mapping[str, str], tensors: dict[str, Any], given: Mapping[str, Any]) -> Backbone:
+    """Make a backbone of a file with our header."""
     if header["format"] != "dinoforge-backbone-1":
         raise WeightsError(f"{path} has the format {header['format']}: a newer dinoforge wrote it")
     try:
@@ -168,7 +170,11 @@ def _load_own(path: Path, header: Mapping[str, str], tensors: dict[str, Any], gi
 
 
 def _check_image(image: ImageInput, network: VisionTransformer) -> None:
-    """Raises ValueError where a header says what no image for this network can be made by."""
+    """Check that images for a network can be made as a header says.
+
+    Raises:
+        ValueError: They cannot.
+    """
     chans, patch = network.in_chans, network.patch_size
     if image.in_chans != chans or not {len(image.mean), len(image.std)} <= {1, chans}:
         raise ValueError(
@@ -184,7 +190,7 @@ def _check_image(image: ImageInput, network: VisionTransformer) -> None:
 
 
 def _load_foreign(path: Path, state: dict[str, Any], given: Mapping[str, Any], beside: Beside) -> Backbone:
-    """Weights of another library; ``given`` wins over what lies beside them."""
+    """Make a backbone of another library's weights; ``given`` wins over the files beside them."""
     given = {**beside.known, **given}
     try:
         tensors, notes = official_names(state)
@@ -214,6 +220,7 @@ def _load_foreign(path: Path, state: dict[str, Any], given: Mapping[str, Any], b
 
 
 def _per_channel(path: Path, key: str, value: float | Sequence[float], chans: int) -> tuple[float, ...]:
+    """Check that there is one value, or one for each channel."""
     values = tuple(value) if isinstance(value, Sequence) else (value,)
     if len(values) not in (1, chans):
         raise WeightsError(f"{path}: {key}={values}: expected one value, or one for each of {chans} channels")
@@ -221,6 +228,7 @@ def _per_channel(path: Path, key: str, value: float | Sequence[float], chans: in
 
 
 def _network(path: Path, architecture: Mapping[str, Any], tensors: Mapping[str, Any]) -> VisionTransformer:
+    """Make a network of these weights, without further copies, in evaluation mode."""
     with torch.device("meta"):
         network = VisionTransformer(**architecture)
     if wrong := misfits(tensors, network.state_dict()):

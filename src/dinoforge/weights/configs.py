@@ -1,9 +1,9 @@
-"""Configurations that other libraries write beside weights, held against the weights and against our network.
+"""Configurations that other libraries write beside weights: the checks that all libraries share.
 
-Tensors say nothing about activations, epsilons, heads, or how images were made. The network of this package has one
-of each, so weights that were trained with another would load and give other outputs. What differs is refused; what
-cannot change outputs is passed over; the rest is told in notes. Here is what ``weights.hugging_face`` and
-``weights.timm`` share.
+Tensors say nothing about activations, epsilons, heads, or how images were made. Our network has one of each, so weights
+that were trained with another would load and give other outputs. Therefore ``weights.hugging_face`` and
+``weights.timm`` hold a configuration against the weights and against our network: they refuse keys that change outputs,
+pass over keys that cannot, and note the others.
 """
 
 import json
@@ -25,6 +25,11 @@ OTHER_OUTPUTS = (
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        WeightsError: The file cannot be read as JSON, or holds something else.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -35,7 +40,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def contradictions(config: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Keys of a configuration that say something else than the weights, in words."""
+    """Name the keys of a configuration that contradict the weights.
+
+    Args:
+        config: The configuration.
+        expected: The values that the weights imply.
+    """
     wrong = []
     for key, value in expected.items():
         if key not in config:
@@ -47,7 +57,7 @@ def contradictions(config: Mapping[str, Any], expected: Mapping[str, Any]) -> li
 
 
 def wrong_grid(config: Mapping[str, Any], key: str, architecture: Mapping[str, Any]) -> list[str]:
-    """Images of that size do not have as many patches as there are position embeddings."""
+    """Say it where images of the size under a key have another grid of patches than the position embeddings."""
     if key not in config:
         return []
     side, patch = side_of(config[key]), architecture["patch_size"]
@@ -58,20 +68,29 @@ def wrong_grid(config: Mapping[str, Any], key: str, architecture: Mapping[str, A
 
 
 def side_of(value: Any) -> Any:
-    """The side of a square that is given as one number or as two equal ones."""
+    """Take the side of a square that is given as one number or as two equal ones."""
     if isinstance(value, Sequence) and len(value) == 2 and value[0] == value[1]:
         return value[0]
     return value
 
 
 def whole_number(key: str, value: Any) -> int:
+    """Check that the value of a key is a whole number of at least 1.
+
+    Raises:
+        WeightsError: It is not.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise WeightsError(f"it says {key}={short(value)}: expected a whole number of at least 1")
     return value
 
 
 def numbers(config: Mapping[str, Any], key: str) -> tuple[float, ...]:
-    """One number, or one for each channel."""
+    """Read one number, or one for each channel.
+
+    Raises:
+        WeightsError: The key is missing, or holds something else.
+    """
     value = config.get(key)
     values = value if isinstance(value, list | tuple) else [value]
     if not values or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
@@ -82,4 +101,5 @@ def numbers(config: Mapping[str, Any], key: str) -> tuple[float, ...]:
 
 
 def keys_in_words(config: Mapping[str, Any]) -> str:
+    """Name the first few keys of a configuration."""
     return f"the keys {listed(list(map(str, config)))}" if config else "no keys"

@@ -41,7 +41,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     """Read a PyTorch file by the unpickler that runs no code."""
     try:
         # A Namespace, in which DINO's checkpoints keep their arguments, is a bag of values: making one runs no code
-        # that a file could choose, and what is in it has to be allowed by itself.
+        # that a file could choose, and each of its values has to be allowed by itself.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever damaged bytes make it stumble over
@@ -92,6 +92,6 @@ def read_sharded(index: Path) -> dict[str, Any]:
 
 
 def _leads_out(name: str) -> bool:
-    """Whether a path leads out of its folder, by the rules of either kind of system."""
+    """Whether a path leads out of its folder, by the rules of Windows or of POSIX."""
     windows, posix = PureWindowsPath(name), PurePosixPath(name)
     return bool(windows.drive or windows.root or posix.root or ".." in windows.parts or ".." in posix.parts)

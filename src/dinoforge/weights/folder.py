@@ -1,4 +1,4 @@
-"""Folders of other libraries' models: which file has the weights, and what the files beside it say of them."""
+"""Folders of other libraries' models: the file of the weights, and the configuration beside it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,14 +39,14 @@ def file_of_folder(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Beside:
-    """What the files beside another library's weights say of them.
+    """The files beside another library's weights.
 
     Args:
-        folder: Where the files lie.
+        folder: The folder of the files.
         config: The configuration of the model, by transformers or timm.
-        images: How transformers makes images for it.
+        images: The configuration of transformers' image processor.
         known: Arguments of ``VisionTransformer`` and ``ImageInput`` that tensors cannot say.
-        notes: What had to be assumed or was passed over, in words.
+        notes: Notes on what had to be assumed or was passed over.
     """
 
     folder: Path

@@ -75,7 +75,7 @@ def from_hugging_face(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if len(present) == count:
             whole[f"{part[1]}.{part[3]}"] = torch.cat(present)
         else:
-            whole[name] = tensor  # told as unexpected
+            whole[name] = tensor  # reported as unexpected
     return whole
 
 
@@ -98,7 +98,7 @@ def to_hugging_face(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # What config.json says of the network
 
-NORM_EPS = 1e-6  # of every LayerNorm in VisionTransformer
+NORM_EPS = 1e-6  # the epsilon of every LayerNorm in VisionTransformer
 _EXACT_GELU = ("gelu", "gelu_python")  # transformers' names of the activation in VisionTransformer's MLP
 _MODEL_TYPES = ("dinov2", "dinov2_with_registers")
 
@@ -179,7 +179,7 @@ def hold(config: Mapping[str, Any], architecture: Mapping[str, Any], tensors: Ma
 def _contradicted(
     config: Mapping[str, Any], architecture: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> list[str]:
-    """What a configuration says and the weights contradict, in words."""
+    """Name the keys of a configuration that contradict the weights."""
     a = architecture
     swiglu, registers, patch = a["ffn_layer"] != "mlp", a["num_register_tokens"], a["patch_size"]
     wrong = contradictions(
@@ -207,7 +207,7 @@ def _contradicted(
 
 
 def _not_ours(config: Mapping[str, Any], architecture: Mapping[str, Any]) -> list[str]:
-    """What a configuration says and our network does not have, in words."""
+    """Name the keys of a configuration that ask for something that our network does not have."""
     a, cannot = architecture, []
     if a["ffn_layer"] == "mlp" and (act := config.get("hidden_act", "gelu")) not in _EXACT_GELU:
         cannot.append(f"hidden_act={act!r}, but this network has the exact GELU, 'gelu'")
@@ -223,7 +223,7 @@ def _not_ours(config: Mapping[str, Any], architecture: Mapping[str, Any]) -> lis
 
 
 def _notes(config: Mapping[str, Any], architecture: Mapping[str, Any]) -> list[str]:
-    """What a configuration says that may differ from transformers without being refused, in words."""
+    """Write notes on keys that may make a difference to transformers without being refused."""
     a = architecture
     notes = [
         f"config.json says {key}={config[key]}, which changes training and no outputs: {instead}"
@@ -363,7 +363,7 @@ def preprocessor_of(image: ImageInput, size: int) -> dict[str, Any]:
     """Describe how images are made for a backbone by the content of transformers' ``preprocessor_config.json``.
 
     Args:
-        image: What the backbone expects of images.
+        image: The images that the backbone expects.
         size: The side in pixels to which the whole image is resized.
     """
     return {

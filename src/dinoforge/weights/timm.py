@@ -28,7 +28,7 @@ def from_timm(named: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
 
     Args:
         named: The weights of a vision transformer.
-        notes: Where to add, in words, what was done to them.
+        notes: The list to which notes on the changes are added.
     """
     if "reg_token" in named:
         # timm has no position embedding for cls: it is part of the token, so zero beside it gives the same sum.

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def described(value: Any) -> str:
-    """The type of something that is no state dict, and the first few of its keys, for a refusal."""
+    """Name the type of an object that is no state dict, and the first few of its keys."""
     kind = type(value).__name__
     if not isinstance(value, Mapping):
         return f"a {kind} of {len(value)}" if isinstance(value, list | tuple) else f"a {kind}"
@@ -15,10 +15,11 @@ def described(value: Any) -> str:
 
 
 def listed(names: list[str]) -> str:
-    """The first few of them."""
+    """List the first few names, and say how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def short(value: Any) -> str:
+    """Write a value in at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
