@@ -84,7 +84,7 @@ def _of_levels(dtype: np.dtype[Any], count: int, have: int, planar: bool, channe
     """Bytes that making levels of values takes beside the values."""
     levels = count * (2 if planar and have > 1 else 1)
     if dtype.kind == "f" or keys.get("nodata") is not None:
-        levels += count  # where there is no data
+        levels += count  # the mask of pixels without data
     if dtype not in (np.uint8, np.uint16):
         levels += min(16 * count, BLOCK * 24)
     if channels is not None and channels != have and channels in (1, 3):

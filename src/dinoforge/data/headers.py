@@ -1,4 +1,4 @@
-"""What the header of an image says, without decoding it: its size, its kind, its planes."""
+"""Headers of images, read without decoding: size, kind and planes."""
 
 import io
 from typing import BinaryIO

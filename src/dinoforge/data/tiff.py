@@ -50,7 +50,7 @@ def read(data: bytes, *, channels: int | None, plane: Plane, max_pixels: int) ->
         ImageError: The file is truncated, too large, of a kind that is not read, or has no such plane.
     """
     head = headers.first_directory(data)
-    if head is not None and head.plain and not head.more:
+    if head is not None and head.for_pillow:
         check_plane(plane, 1)
         return None
     lying = None if head is None else tiff_plain.find(data, head, channels)
@@ -77,7 +77,7 @@ def size_and_kind(data: bytes, channels: int | None = None) -> tuple[int, int, s
         ImageError: There is no image in it.
     """
     head = headers.first_directory(data)
-    if head is not None and head.plain and not head.more:
+    if head is not None and head.for_pillow:
         return None
     lying = None if head is None else tiff_plain.find(data, head, channels)
     if lying is not None:
@@ -141,7 +141,7 @@ def count_quickly(file: BinaryIO, channels: int | None = None) -> tuple[int, str
     """
     data = headers.OnDisk.of(file)
     head = headers.first_directory(data)
-    if head is not None and (head.alone or (head.plain and not head.more)):
+    if head is not None and (head.alone or head.for_pillow):
         return 1, ""
     pages = headers.equal_pages(data)
     return (pages, "page") if pages is not None and pages > 1 and pages != channels else None
@@ -159,7 +159,7 @@ def stored(data: bytes, channels: int | None, plane: Plane) -> Stored | None:
         ImageError: There is no image in it.
     """
     head = headers.first_directory(data)
-    if head is not None and head.plain and not head.more:
+    if head is not None and head.for_pillow:
         return None
     with open_tiff(data) as file:
         found = find_image(file, head, channels)

@@ -1,4 +1,4 @@
-"""Which of the images in a TIFF is meant, and what its tags say of it, as tifffile reads them."""
+"""The image that a TIFF holds among thumbnails and masks, and its tags, as tifffile reads them."""
 
 import io
 import logging
@@ -26,7 +26,7 @@ def open_tiff(data: bytes | BinaryIO) -> "Iterator[TiffFile]":
 
     logger = logging.getLogger("tifffile")
     before = logger.disabled
-    logger.disabled = True  # what matters is raised
+    logger.disabled = True  # errors that matter are raised
     stream = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
         # Not _multifile: no file leads to another one.
@@ -40,10 +40,10 @@ def open_tiff(data: bytes | BinaryIO) -> "Iterator[TiffFile]":
 
 @dataclass(frozen=True)
 class TiffImage:
-    """The image that a TIFF holds, and what its tags say of it.
+    """The image that a TIFF holds, with its tags.
 
     Args:
-        key: Its first page, whose tags hold for all of them.
+        key: The first page of the image, whose tags hold for all pages.
         pages: The series of pages that it belongs to; None where it is the first page alone.
         axes: Letters of its axes, such as ``TZCYX``.
         shape: The lengths of the axes.
@@ -155,7 +155,7 @@ def find_image(file: "TiffFile", head: headers.Directory | None, channels: int |
 
     Args:
         file: The opened file.
-        head: Its first directory, where that could be read.
+        head: The first directory of the file, where that could be read.
         channels: The number of channels wanted, which decides what pages without metadata are; None for the first
             page.
 

@@ -20,8 +20,8 @@ from dinoforge.data.kinds import extension
 from dinoforge.data.labels import Labels, label_table, labels_of
 from dinoforge.data.names import printable
 from dinoforge.data.planes import taken_apart
+from dinoforge.data.sampling import spaced
 from dinoforge.data.sources import FolderSource, Item, Source, open_source
-from dinoforge.data.statistics import spaced
 from dinoforge.data.survey import MeasuredRange, measure_range
 from dinoforge.data.values import plane_of
 from dinoforge.errors import DataError, ImageError
