@@ -148,10 +148,9 @@ def test_a_folder_of_junk_that_may_not_be_opened(tmp_path: Path, monkeypatch: py
     assert walk(tmp_path).names == [b"1.png"]
 
 
-def test_large_folders_of_junk_are_counted_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinoforge.data.folders._MOST_COUNTED", 5)
+def test_large_folders_of_junk_are_counted_to_a_limit(tmp_path: Path) -> None:
     put(tmp_path, "1.png", *[f".git/objects/{i}/a" for i in range(20)])
-    assert walk(tmp_path).left_out == {"or more in .git": 5}
+    assert walk(tmp_path, most_counted=5).left_out == {"or more in .git": 5}
 
 
 def test_the_way_out_of_a_folder_without_images(tmp_path: Path) -> None:

@@ -14,31 +14,13 @@ import pytest
 import tifffile
 from PIL import Image
 
-from dinoforge.data import tiff as tiffs
-from dinoforge.data import tiff_plain
 from dinoforge.data.decode import decode
 from dinoforge.data.headers import channels_said, size_and_kind
 from dinoforge.data.looks import look_at
 from dinoforge.errors import ImageError
+from tiffs import DEEP, PLACE, PLANES, nodata, packed_twelve, pages, tiff
 
 RNG = np.random.default_rng(0)
-DEEP = RNG.integers(0, 65536, (40, 50, 5), dtype=np.uint16)
-PLACE = [(33550, "d", 3, (10.0, 10.0, 0.0), True)]  # GeoTIFF: the size of a pixel
-
-
-def tiff(values: np.ndarray, **options: Any) -> bytes:
-    """Write a TIFF, as grey bands unless `options` say otherwise."""
-    buffer = io.BytesIO()
-    if "photometric" not in options:
-        options["photometric"] = "minisblack"
-        if values.ndim == 3 and "planarconfig" not in options and not {"ome", "imagej", "metadata"} & set(options):
-            options |= {"planarconfig": "contig"}
-    tifffile.imwrite(buffer, values, **options)
-    return buffer.getvalue()
-
-
-def nodata(text: str) -> list[tuple[int, str, int, str, bool]]:
-    return [(42113, "s", 0, text, True)]
 
 
 def levels(data: bytes, channels: int | None = None, **rules: Any) -> Any:
@@ -199,21 +181,6 @@ def test_bits_that_are_used(tag: int) -> None:
         decode(beyond, channels=1)
 
 
-def packed_twelve(values: np.ndarray) -> bytes:
-    """A TIFF of 12 bits a value, from one with room for 16: two values take three bytes."""
-    flat = values.ravel().astype(np.uint32)
-    pairs = (flat[::2] << 12) | flat[1::2]
-    body = np.stack([pairs >> 16, pairs >> 8 & 255, pairs & 255], axis=1).astype(np.uint8).tobytes()
-    data = bytearray(tiff(values.astype(np.uint16), metadata=None))
-    with tifffile.TiffFile(io.BytesIO(bytes(data))) as file:
-        tags = file.pages.first.tags
-        start, bits, count = file.pages.first.dataoffsets[0], tags[258].valueoffset, tags[279].valueoffset
-    data[start : start + len(body)] = body
-    data[bits : bits + 2] = (12).to_bytes(2, "little")
-    data[count : count + 4] = len(body).to_bytes(4, "little")
-    return bytes(data)
-
-
 def test_twelve_bits_packed() -> None:
     data = packed_twelve(np.array([[0, 4095, 2048, 100]]))
     assert levels(data) == [[0], [255], [128], [6]]
@@ -285,9 +252,6 @@ def test_the_mask_inside_a_file() -> None:
         assert "mask" in size_and_kind(buffer.getvalue())[2]
 
 
-PLANES = np.arange(2 * 3 * 4, dtype=np.uint16).reshape(2, 3, 4)[..., None, None] * np.ones((8, 9), np.uint16) * 257
-
-
 @pytest.mark.parametrize("made", [{"ome": True}, {"imagej": True}, {"metadata": {"axes": "TZCYX"}}])
 def test_axes_of_microscopes(made: dict[str, Any]) -> None:
     """Time, z and channels: level 12 t + 4 z + c."""
@@ -328,14 +292,6 @@ def test_the_brightest_leaves_out_what_is_no_data() -> None:
     high = np.array([[[65535, 40]], [[10, 30]]], np.uint16)
     data = tiff(high, metadata={"axes": "ZYX"}, extratags=nodata("65535"))
     assert levels(data, plane="max", value_range=(0, 40)) == [[64], [255]]
-
-
-def pages(values: np.ndarray, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    with tifffile.TiffWriter(buffer) as file:
-        for page in values:
-            file.write(page, metadata=None, **{"photometric": "minisblack", **options})
-    return buffer.getvalue()
 
 
 def test_pages_without_metadata() -> None:
@@ -515,150 +471,6 @@ def test_a_mask_is_found_behind_other_pages(layout: dict[str, Any]) -> None:
         file.write(grey[::2, ::2], photometric="minisblack", subfiletype=1, metadata=None)
         file.write(mask, photometric="minisblack", subfiletype=4, metadata=None)
     assert decode(buffer.getvalue(), channels=1, fill=7)[:, 0, 0].tolist() == [7] * 8 + [100] * 8
-
-
-# Values that lie in the file are viewed without tifffile: the result has to be the same, or the way is not taken.
-
-
-def both_ways(data: bytes, channels: int | None, **rules: Any) -> tuple[Any, Any, bool]:
-    """What is read with and without the short way, as values and words or as an error; whether it was taken."""
-    taken = []
-
-    def found(short: bool) -> Any:
-        short_way = tiff_plain.find
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tiff_plain, "find", lambda *a: (taken.append(short_way(*a)), taken[-1])[1] if short else None)
-            try:
-                values = tiffs.read(data, channels=channels, plane=rules.get("plane"), max_pixels=10**7)
-                if values is None:
-                    return "left to Pillow"
-                told = tiffs.size_and_kind(data, channels)
-                shown = values.values
-                return (
-                    told,
-                    *(getattr(values, name) for name in ("limit", "colour", "alpha", "nodata", "valid", "kind")),
-                    shown.dtype,
-                    shown.tobytes(),
-                    decode(data, channels=channels, **rules).tobytes(),
-                )
-            except Exception as error:  # tifffile raises whatever a damaged file brings about
-                return type(error), str(error)
-
-    return found(True), found(False), any(one is not None for one in taken)
-
-
-def test_the_short_way_is_taken_for_plain_files() -> None:
-    planar = np.ascontiguousarray(np.moveaxis(DEEP, -1, 0))
-    plain = [
-        tiff(DEEP),
-        tiff(DEEP, rowsperstrip=1),
-        tiff(DEEP, byteorder=">"),
-        tiff(DEEP, bigtiff=True),
-        tiff(planar, planarconfig="separate", rowsperstrip=3),
-        tiff(DEEP, extratags=PLACE + nodata("0")),
-        tiff(planar, ome=True, metadata={"axes": "CYX"}),
-        tiff(planar, imagej=True, metadata={"axes": "CYX"}),
-        tiff(planar, metadata={"axes": "CYX"}),
-        tiff(planar, metadata=None),
-        tiff(planar, metadata={}),
-    ]
-    for i, data in enumerate(plain):
-        with_it, without, taken = both_ways(data, 5)
-        assert taken, i
-        assert with_it == without
-        assert with_it[-1] == np.rint(DEEP / 257).astype(np.uint8).tobytes() or i == 5
-
-
-def made_files() -> list[bytes]:
-    """Files of many layouts, most of them plain."""
-    rng = np.random.default_rng(1)
-    files = []
-    types = ("uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64")
-    for dtype, channels, (height, width) in itertools.product(types, (1, 2, 3, 5), ((7, 1), (17, 11))):
-        values = rng.integers(0, 100, (height, width, channels)).astype(dtype)
-        values = values / np.dtype(dtype).type(128) if values.dtype.kind == "f" else values
-        bands = np.ascontiguousarray(np.moveaxis(values, -1, 0))
-        order = {"byteorder": "<>"[len(files) % 2], "bigtiff": len(files) % 3 == 0}
-        more: list[dict[str, Any]] = [{"rowsperstrip": 2}, {"extratags": PLACE + nodata("7")}, {"software": "other"}]
-        for options in ({}, more[len(files) % 3]):
-            files.append(tiff(values[:, :, 0] if channels == 1 else values, **order, **options))
-            if channels > 1:
-                files.append(tiff(bands, planarconfig="separate", **order, **options))
-                files.append(tiff(bands, metadata=None, **order))
-        if channels > 1:
-            said = {"axes": ("CYX", "ZYX", "TYX", "QYX")[len(files) % 4]}
-            files.append(tiff(bands, metadata=said, **order))
-            if height > 1 < width and dtype != "float16":
-                with contextlib.suppress(ValueError):  # ImageJ has few types
-                    files.append(tiff(bands, imagej=True, metadata={"axes": said["axes"].replace("Q", "C")}))
-                files.append(tiff(bands, ome=True, metadata=said))
-                files.append(tiff(bands, ome=True, metadata={"axes": "CYX", "SignificantBits": 6}))
-    grey, rgb = DEEP[:, :, 0], DEEP[:, :, :3]
-    for options in (
-        {"tile": (16, 16)},
-        {"compression": "zlib", "predictor": True},
-        {"photometric": "miniswhite"},
-        {"extratags": [(274, "H", 1, 6, True)]},
-        {"extratags": [(281, "H", 1, 4095, True)]},
-        {"extratags": [(266, "H", 1, 2, True)]},
-        {"extratags": [(254, "I", 1, 4, True)]},
-        {"extratags": [(254, "I", 1, 1, True)]},
-        {"extratags": [(339, "H", 1, 2, True)]},
-        {"extratags": [(65000, "I", 1, 1, True)]},
-        {"extratags": nodata("-9999")},
-        {"extratags": nodata("nan")},
-        {"extratags": nodata("")},
-        {"description": "anything"},
-    ):
-        files.append(tiff(grey, **options))
-    files += [
-        tiff(rgb, photometric="rgb"),
-        tiff(DEEP, photometric="rgb"),
-        tiff(DEEP[:, :, :4], photometric="rgb", extrasamples=["unassalpha"]),
-        tiff(DEEP[:, :, :4], photometric="rgb", extrasamples=["unspecified"], bigtiff=True),
-        tiff(DEEP[:, :, :2], extrasamples=["assocalpha"]),
-        tiff(np.moveaxis(rgb, -1, 0), photometric="rgb", planarconfig="separate"),
-        tiff(np.moveaxis(DEEP, -1, 0).reshape(5, 40, 50)[:, None], ome=True, metadata={"axes": "TCYX"}),
-        tiff(np.stack([grey, grey, grey, grey]).reshape(2, 2, 40, 50), ome=True, metadata={"axes": "ZCYX"}),
-    ]
-    return files
-
-
-def test_both_ways_give_the_same() -> None:
-    taken = 0
-    files = made_files()
-    for i, data in enumerate(files):
-        for channels in (None, 1, 3, 5):
-            with_it, without, was_taken = both_ways(data, channels)
-            assert with_it == without, (i, channels)
-            taken += was_taken
-    assert taken > len(files)  # of four times as many
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_both_ways_give_the_same_of_damaged_files(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    values = rng.integers(0, 65536, (9, 8, 3), dtype=np.uint16)
-    bands = np.ascontiguousarray(np.moveaxis(values, -1, 0))
-    files = [
-        tiff(values, rowsperstrip=2),
-        tiff(values, bigtiff=True),
-        tiff(bands, planarconfig="separate"),
-        tiff(bands, metadata=None),
-        tiff(bands, ome=True, metadata={"axes": "CYX"}),
-        tiff(bands, imagej=True, metadata={"axes": "CYX"}),
-    ]
-    for data in files:
-        for size in rng.integers(8, len(data), 12):
-            with_it, without, _ = both_ways(data[: int(size)], 3)
-            assert with_it == without, (len(data), size)
-        start = int.from_bytes(data[4:8], "little") if data[2] == 42 else int.from_bytes(data[8:16], "little")
-        for place in rng.integers(start, min(start + 260, len(data)), 60):
-            damaged = bytearray(data)
-            damaged[place] = rng.choice([0, 1, 2, 3, 4, 255, damaged[place] ^ 1, damaged[place] ^ 128])
-            with_it, without, taken = both_ways(bytes(damaged), 3)
-            if taken:  # what the short way does not take cannot differ
-                assert with_it == without, (files.index(data), place, damaged[place])
 
 
 def test_a_palette_of_eight_bits() -> None:

@@ -21,6 +21,7 @@ from dinoforge.data import channels as channels_room
 from dinoforge.data import statistics
 from dinoforge.data.batches import make_loader
 from dinoforge.data.channels import Channels, channels_of, guess_channels
+from dinoforge.data.sampling import spread
 from dinoforge.data.sources import open_source
 from dinoforge.data.statistics import Symmetry, measure_pixels, read_sizes
 from dinoforge.data.summary import DataSummary
@@ -475,7 +476,7 @@ def test_few_files_are_read_where_they_are_stacks_of_many_planes(tmp_path, monke
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 64, 100, 256])
 def test_every_beginning_of_the_order_is_spread_over_all(count):
-    order = statistics.spread(range(count))
+    order = spread(range(count))
     assert sorted(order) == list(range(count))
     for number in (2, 4, 8, 16, 32):
         if number <= count:
