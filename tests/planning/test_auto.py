@@ -496,7 +496,7 @@ def test_a_run_keeps_what_it_began_with(tmp_path, monkeypatch, capsys):
         "probe.every_minutes": None,
     }
     with monkeypatch.context() as before:
-        before.setattr("dinoforge.commands.recipe.measure", lambda *_: None)
+        before.setattr("dinoforge.commands.recipe.measure_pixels", lambda *_: None)
         assert train(images, "auto", tmp_path / "run", **keys, **{"train.max_minutes": 1e-9}).steps < 2
     assert train(images, "auto", tmp_path / "run", **keys).finished
     recipe = json.loads(json.dumps(flatten(load_recipe(tmp_path / "run" / "recipe.yaml")[0])))
