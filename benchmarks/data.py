@@ -35,7 +35,8 @@ from torchvision.transforms import v2
 
 from dinoforge.builders.data import build_data
 from dinoforge.data.crops import MultiCrop, cut, on_reduced, reduction
-from dinoforge.data.decode import decode, describe
+from dinoforge.data.decode import decode
+from dinoforge.data.headers import size_and_kind
 from dinoforge.data.photometry import recolour
 from dinoforge.data.sources import SequenceSource
 from dinoforge.recipe.load import load_recipe
@@ -108,7 +109,7 @@ def parts(images: list[bytes], crops: MultiCrop, *, reduced_decode: bool) -> dic
     times: dict[str, list[float]] = {"decode": [], "geometry": [], "photometry": []}
     for data in images:
         marks = [time.perf_counter()]
-        width, height, _ = describe(data)
+        width, height, _ = size_and_kind(data)
         drawn = crops.draw(height, width, rng)
         image = decode(data, channels=3, reduction=reduction(drawn) if reduced_decode else 1)
         drawn = [on_reduced(p, (height, width), (image.shape[0], image.shape[1])) for p in drawn]

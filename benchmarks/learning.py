@@ -208,15 +208,15 @@ def scores(features: torch.Tensor, data: Data, *, centred: bool) -> dict[str, fl
     labels, train = data.labels, data.train_parts
     test = ~train
     found: dict[str, float] = {}
-    full = knn.measure(features, labels, train, test=test, centred=centred)
+    full = knn.score_knn(features, labels, train, test=test, centred=centred)
     found["knn"] = full["mean"]
     if len(train) == 1:
         for shots in SHOTS:
             few = few_shot(labels, train, shots)
-            found[f"knn {shots}"] = knn.measure(features, labels, few, test=test, centred=centred)["mean"]
+            found[f"knn {shots}"] = knn.score_knn(features, labels, few, test=test, centred=centred)["mean"]
     else:
         found["knn balanced"] = full["balanced_mean"]
-    row = classifiers.measure(
+    row = classifiers.score_classifiers(
         features.float(),
         labels,
         train,

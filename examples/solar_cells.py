@@ -16,7 +16,7 @@ import dinoforge
 from dinoforge.commands.evaluate import evaluate_knn
 from dinoforge.commands.report import report
 from dinoforge.errors import DinoforgeError
-from dinoforge.evaluation.knn import render
+from dinoforge.evaluation.knn import knn_table
 from dinoforge.recipe.load import parse_override
 
 RUN = Path("runs/demo")
@@ -49,7 +49,7 @@ def main() -> int:
 
     print("\nMeasuring: are cells of one kind neighbours?\n")
     knn, _ = evaluate_knn(RUN, data / "images", labels=labels)
-    print(render(knn))
+    print(knn_table(knn))
     page = report(RUN, labels=labels).page  # once more: with labels, and with this measurement
     print(
         f"""

@@ -25,7 +25,7 @@ from dinoforge.data.decode import decode
 from dinoforge.data.masks import batch_masks
 from dinoforge.data.order import sample_index, sample_rng
 from dinoforge.data.sources import SequenceSource, open_source
-from dinoforge.data.summary import inspect
+from dinoforge.data.summary import summarize
 from dinoforge.errors import DataError
 
 CROPS = MultiCrop(global_size=28, local_size=14, local_number=2)
@@ -341,7 +341,7 @@ def test_no_bad_image_may_be_allowed() -> None:
 
 
 def test_inspect(solar_cells: Path) -> None:
-    summary = inspect(open_source(solar_cells), channels=1, samples=5)
+    summary = summarize(open_source(solar_cells), channels=1, samples=5)
     assert (summary.count, summary.sampled) == (2624, 5)
     assert summary.widths == summary.heights == (300, 300)
     assert summary.modes == (("L", 5),)
@@ -351,14 +351,14 @@ def test_inspect(solar_cells: Path) -> None:
 
 def test_inspect_mixed_and_bad() -> None:
     source = SequenceSource([np.zeros((4, 6), np.uint16), b"?", np.full((8, 5, 3), 9, np.uint8)])
-    summary = inspect(source)
+    summary = summarize(source)
     assert summary.widths == (5, 6)
     assert summary.heights == (4, 8)
     assert summary.values == (0, 9)
     assert set(summary.modes) == {("uint16 x1", 1), ("uint8 x3", 1)}
     assert [(index, name) for index, name, _ in summary.failures] == [(1, "item 1")]
     with pytest.raises(DataError, match=r"none of 3 images.*: 2 such as item 0: is text, [^;]*; item 1: "):
-        inspect(SequenceSource([b"?", b"", b"!"]))
+        summarize(SequenceSource([b"?", b"", b"!"]))
 
 
 def test_reasons_are_told_by_kind_most_frequent_first() -> None:

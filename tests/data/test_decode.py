@@ -9,35 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image
 
-from dinoforge.data.decode import decode, describe
+from dinoforge.data.decode import decode
+from dinoforge.data.headers import size_and_kind
 from dinoforge.errors import ImageError
+from pictures import COLOUR, DEEP, GREY, encoded
 
 RNG = np.random.default_rng(0)
-GREY = RNG.integers(0, 256, (12, 20), dtype=np.uint8)
-COLOUR = RNG.integers(0, 256, (12, 20, 3), dtype=np.uint8)
-DEEP = RNG.integers(0, 65536, (12, 20), dtype=np.uint16)
-DEEP[0, :3] = 0, 128, 65535
-LUMA = np.array([0.299, 0.587, 0.114])
-
-
-def encoded(picture: Image.Image, format: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def png(rows: np.ndarray, *, bits: int, colour_type: int) -> bytes:
-    """A PNG of uint16 samples [H, W, C], which Pillow cannot write."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    height, width, _ = rows.shape
-    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
-    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
 def deep_tiff(planes: np.ndarray, *, planar: int) -> bytes:
@@ -62,11 +41,6 @@ def deep_tiff(planes: np.ndarray, *, planar: int) -> bytes:
         body += struct.pack("<HHI", tag, kind, len(values)) + packed.ljust(4, b"\0")
     body += struct.pack("<I", 0) + tail[bits_at].ljust(6, b"\0")
     return body + tail[offsets_at].ljust(12, b"\0") + tail[counts_at].ljust(12, b"\0") + data
-
-
-def over_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    weight = alpha[..., None] / 255
-    return colour * weight + 255 * (1 - weight)
 
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF"])
@@ -94,71 +68,6 @@ def test_result_is_contiguous_and_writable() -> None:
             assert pixels.flags.writeable
 
 
-def test_grey_is_luma() -> None:
-    for image in (encoded(Image.fromarray(COLOUR)), COLOUR, torch.from_numpy(COLOUR).permute(2, 0, 1)):
-        assert np.abs(decode(image, channels=1)[:, :, 0] - COLOUR @ LUMA).max() <= 0.51
-
-
-def test_palette_one_bit_cmyk() -> None:
-    palette = Image.fromarray(COLOUR).quantize(16)
-    expected = np.asarray(palette.convert("RGB"))
-    assert np.array_equal(decode(encoded(palette), channels=3), expected)
-    assert np.array_equal(decode(encoded(palette, "GIF"), channels=3), expected)
-
-    one_bit = Image.fromarray(GREY > 127)
-    assert np.array_equal(decode(encoded(one_bit), channels=1)[:, :, 0], (GREY > 127) * 255)
-
-    cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
-    for data in (encoded(cmyk, "TIFF"), cmyk):
-        assert decode(data, channels=3)[0, 0].tolist() == [255, 0, 0]
-    red = decode(encoded(cmyk, "JPEG", quality=100), channels=3)[0, 0]
-    assert red[0] > 240
-    assert red[1:].max() < 15
-
-
-@pytest.mark.parametrize("mode", ["YCbCr", "HSV", "LAB"])
-def test_other_colour_spaces_become_rgb(mode: str) -> None:
-    colours = Image.fromarray(np.array([[[200, 40, 40], [40, 160, 60], [128, 128, 128], [30, 60, 150]]], np.uint8))
-    if mode == "LAB":
-        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-        other = ImageCms.applyTransform(colours, ImageCms.buildTransform(*profiles, "RGB", "LAB"))
-        assert other is not None
-        assert np.abs(decode(encoded(other, "TIFF"), channels=3).astype(int) - np.asarray(colours)).max() <= 8
-    else:
-        other = colours.convert(mode)
-    assert np.abs(decode(other, channels=3).astype(int) - np.asarray(colours)).max() <= 8
-
-
-def test_alpha_is_laid_over_white() -> None:
-    alpha = GREY.copy()
-    rgba = Image.fromarray(np.dstack([COLOUR, alpha]))
-    for image in (encoded(rgba), encoded(rgba, "WEBP", lossless=True, exact=True), rgba):
-        assert np.abs(decode(image, channels=3) - over_white(COLOUR, alpha)).max() <= 1
-        assert np.array_equal(decode(image, channels=4), np.dstack([COLOUR, alpha]))
-    la = Image.fromarray(np.dstack([GREY, alpha]))
-    assert np.abs(decode(encoded(la), channels=1) - over_white(GREY[..., None], alpha)).max() <= 1
-    assert np.array_equal(decode(encoded(la), channels=2), np.dstack([GREY, alpha]))
-    for premultiplied in (rgba.convert("RGBa"), la.convert("La")):
-        assert decode(premultiplied, channels=3).shape == (12, 20, 3)
-
-
-@pytest.mark.parametrize("level", [0, 255])
-def test_uniform_alpha_hides_nothing(level: int) -> None:
-    image = encoded(Image.fromarray(np.dstack([COLOUR, np.full_like(GREY, level)])))
-    assert np.array_equal(decode(image, channels=3), COLOUR)
-
-
-def test_transparent_palette_and_colour_key() -> None:
-    palette = Image.new("P", (2, 1))
-    palette.putpalette([10, 20, 30, 200, 100, 50])
-    palette.putdata([0, 1])
-    for format in ("PNG", "GIF"):
-        pixels = decode(encoded(palette, format, transparency=0), channels=3)
-        assert pixels[0].tolist() == [[255, 255, 255], [200, 100, 50]]
-    keyed = Image.fromarray(np.array([[[1, 2, 3], [9, 8, 7]]], np.uint8))
-    assert decode(encoded(keyed, transparency=(1, 2, 3)), channels=3)[0].tolist() == [[255] * 3, [9, 8, 7]]
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP", "JPEG"])
 def test_exif_rotation(orientation: int, format: str) -> None:
@@ -182,7 +91,7 @@ def test_exif_rotation(orientation: int, format: str) -> None:
     data = encoded(stored, format, exif=exif)
     pixels = decode(data, channels=1)
     assert np.abs(pixels[:, :, 0].astype(int) - upright).max() < 40
-    assert describe(data)[:2] == (40, 24)
+    assert size_and_kind(data)[:2] == (40, 24)
     assert np.array_equal(decode(Image.open(io.BytesIO(data)), channels=1), pixels)
 
 
@@ -222,67 +131,6 @@ def test_minmax() -> None:
         assert pixels.max() == 255
     assert not decode(np.full((3, 3), 77, np.uint16), channels=1, sixteen_bit="minmax").any()
     assert np.array_equal(decode(GREY // 4, channels=1, sixteen_bit="minmax")[:, :, 0], GREY // 4)
-
-
-@pytest.mark.parametrize(("colour_type", "bands", "channels"), [(2, 3, 3), (6, 4, 4), (4, 2, 1)])
-def test_sixteen_bit_colour_png(colour_type: int, bands: int, channels: int) -> None:
-    rows = RNG.integers(0, 65536, (6, 5, bands), dtype=np.uint16)
-    rows[0, :2] = [[65535], [0]]
-    if colour_type == 4:
-        rows[..., 1] = 65535
-    data = png(rows, bits=16, colour_type=colour_type)
-    assert describe(data)[2].endswith(";16")
-    colours = bands - (bands in (2, 4))
-    for image in (data, Image.open(io.BytesIO(data))):
-        pixels = decode(image, channels=channels)
-        assert np.array_equal(pixels, np.rint(rows[:, :, :channels] / 257))
-        assert np.array_equal(decode(image, channels=None), np.rint(rows / 257))
-        # Of 1/16 of the range, no more than 16 levels would come out of the upper 8 bits.
-        dark = png(rows >> 4, bits=16, colour_type=colour_type)
-        few = decode(dark, channels=None, sixteen_bit="minmax")[:, :, :colours]
-        low, high = (rows >> 4)[:, :, :colours].min(), (rows >> 4)[:, :, :colours].max()
-        assert np.array_equal(few, np.rint(((rows >> 4)[:, :, :colours] - float(low)) / (high - low) * 255))
-
-
-def test_sixteen_bit_colour_values_are_exact() -> None:
-    rows = np.array([[[3100, 10_000, 0], [4095, 12_000, 5000]]], np.uint16)
-    data = png(rows, bits=16, colour_type=2)
-    assert decode(data, channels=3, value_range=(0, 10_000)).tolist() == [[[79, 255, 0], [104, 255, 128]]]
-    pairs = ((0, 4095), (0, 12_000), (2500, 5000))
-    assert decode(data, channels=3, value_range=pairs).tolist() == [[[193, 212, 0], [255, 255, 255]]]
-    with pytest.raises(ImageError, match="2 ranges"):
-        decode(data, channels=3, value_range=pairs[:2])
-
-
-def sbit(data: bytes, *bits: int) -> bytes:
-    body = b"sBIT" + bytes(bits)
-    chunk = struct.pack(">I", len(bits)) + body + struct.pack(">I", zlib.crc32(body))
-    return data[:33] + chunk + data[33:]
-
-
-@pytest.mark.parametrize(("colour_type", "bands"), [(0, 1), (2, 3)])
-def test_significant_bits_of_png(colour_type: int, bands: int) -> None:
-    twelve = RNG.integers(0, 4096, (6, 5, bands), dtype=np.uint16)
-    twelve[0, 0] = 4095
-    expected = np.rint(twelve / 4095 * 255)
-    said = [12] * bands
-    for stored in (twelve, twelve << 4, (twelve << 4) | (twelve >> 8)):  # at the bottom; on top, filled in two ways
-        data = sbit(png(stored, bits=16, colour_type=colour_type), *said)
-        assert np.array_equal(decode(data, channels=bands), expected)
-    dark = (twelve & 255) << 4  # no larger than 4095, and yet on top
-    data = sbit(png(dark, bits=16, colour_type=colour_type), *said)
-    assert np.array_equal(decode(data, channels=bands), np.rint((twelve & 255) / 4095 * 255))
-    plain = png(twelve, bits=16, colour_type=colour_type)
-    assert np.array_equal(decode(plain, channels=bands), np.rint(twelve / 257))
-
-
-def test_colour_key_of_sixteen_bit_png() -> None:
-    rows = np.array([[[500], [40_000]]], np.uint16)
-    body = b"tRNS" + struct.pack(">H", 500)
-    data = png(rows, bits=16, colour_type=0)
-    data = data[:33] + struct.pack(">I", 2) + body + struct.pack(">I", zlib.crc32(body)) + data[33:]
-    assert decode(data, channels=1).ravel().tolist() == [255, 156]
-    assert decode(data, channels=2).tolist() == [[[2, 0], [156, 255]]]
 
 
 def test_sixteen_bit_colour_tiff() -> None:
@@ -373,7 +221,7 @@ def test_damaged_bytes_raise_nothing_else(format: str) -> None:
     for _ in range(150):
         damaged = np.frombuffer(data, np.uint8).copy()
         damaged[rng.integers(len(data), size=3)] = rng.integers(0, 256, 3)
-        for read in (lambda image: decode(image, channels=3, max_pixels=10**6), describe):
+        for read in (lambda image: decode(image, channels=3, max_pixels=10**6), size_and_kind):
             with contextlib.suppress(ImageError):
                 read(damaged.tobytes())
 
@@ -387,7 +235,7 @@ def test_other_formats_are_not_tried() -> None:
         b"": "is an empty file, not an image",
     }
     for data, words in wanted.items():
-        for read in (lambda image: decode(image, channels=3), describe):
+        for read in (lambda image: decode(image, channels=3), size_and_kind):
             with pytest.raises(ImageError, match=words):
                 read(data)
 
@@ -404,7 +252,7 @@ def test_bomb_is_refused_by_its_header(recwarn: pytest.WarningsRecorder) -> None
     with pytest.raises(ImageError, match=r"data\.max_pixels"):
         decode(GREY, channels=1, max_pixels=239)
     assert decode(encoded(Image.fromarray(GREY)), channels=1, max_pixels=240).shape == (12, 20, 1)
-    assert describe(bytes(bomb))[:2] == (40000, 40000)
+    assert size_and_kind(bytes(bomb))[:2] == (40000, 40000)
     assert before == Image.MAX_IMAGE_PIXELS
     assert not recwarn.list
 
@@ -415,12 +263,12 @@ def test_arrays_that_are_no_images(image: np.ndarray) -> None:
         decode(image, channels=1)
 
 
-def test_describe() -> None:
-    assert describe(encoded(Image.fromarray(COLOUR), "JPEG")) == (20, 12, "RGB")
-    assert describe(encoded(Image.fromarray(DEEP))) == (20, 12, "I;16")
-    assert describe(Image.fromarray(GREY)) == (20, 12, "L")
-    assert describe(np.zeros((3, 4, 5), np.uint16)) == (4, 3, "uint16 x5")
-    assert describe(torch.zeros(3, 4, 5)) == (5, 4, "float32 x3")
+def test_size_and_kind() -> None:
+    assert size_and_kind(encoded(Image.fromarray(COLOUR), "JPEG")) == (20, 12, "RGB")
+    assert size_and_kind(encoded(Image.fromarray(DEEP))) == (20, 12, "I;16")
+    assert size_and_kind(Image.fromarray(GREY)) == (20, 12, "L")
+    assert size_and_kind(np.zeros((3, 4, 5), np.uint16)) == (4, 3, "uint16 x5")
+    assert size_and_kind(torch.zeros(3, 4, 5)) == (5, 4, "float32 x3")
 
 
 def test_one_by_one_and_thin_images() -> None:
@@ -492,19 +340,6 @@ def test_a_range_clips_and_holds_for_eight_bits_too() -> None:
         assert decode(image, channels=1, value_range=(0, 10_000)).ravel().tolist() == [0, 50, 100, 255]
 
 
-def test_alpha_has_no_range() -> None:
-    rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0]]], np.uint8)
-    pixels = decode(encoded(Image.fromarray(rgba)), channels=4, value_range=(0, 100), nodata=255, fill=9)
-    assert pixels.tolist() == [[[26, 51, 76, 255], [26, 51, 76, 0]]]
-
-
-def test_channels_none_gives_all() -> None:
-    assert decode(encoded(Image.fromarray(GREY)), channels=None).shape == (12, 20, 1)
-    assert decode(encoded(Image.fromarray(COLOUR)), channels=None).shape == (12, 20, 3)
-    assert decode(encoded(Image.fromarray(np.dstack([COLOUR, GREY]))), channels=None).shape == (12, 20, 4)
-    assert decode(np.zeros((3, 4, 7), np.uint8), channels=None).shape == (3, 4, 7)
-
-
 def test_errors_name_the_channels_that_are_there() -> None:
     with pytest.raises(ImageError, match=r"has 5 channels, expected 3.*student\.in_chans=5"):
         decode(np.zeros((4, 4, 5), np.uint8), channels=3)
@@ -516,21 +351,6 @@ def test_signed_bytes_are_not_darkened() -> None:
         decode(np.array([[-1, 5]], np.int8), channels=1)
 
 
-def test_cmyk_by_adobes_marker() -> None:
-    stored = np.zeros((16, 16, 4), np.uint8)
-    stored[:] = 255, 0, 0, 255  # what Adobe's programs write for red, and others for black
-    data = encoded(Image.fromarray(255 - stored, "CMYK"), "JPEG", quality=100)
-    assert decode(data, channels=3)[8, 8].tolist() == [255, 0, 0]
-    place = data.index(b"\xff\xee")
-    size = struct.unpack_from(">H", data, place + 2)[0]
-    unmarked = data[:place] + data[place + 2 + size :]
-    assert decode(unmarked, channels=3)[8, 8].tolist() == [0, 0, 0]
-    red = encoded(Image.fromarray(stored, "CMYK"), "JPEG", quality=100)  # stored as 0, 255, 255, 0
-    red = red[:place] + red[place + 2 + size :]
-    for image in (red, Image.open(io.BytesIO(red))):
-        assert decode(image, channels=3)[8, 8].tolist() == [255, 0, 0]
-
-
 @pytest.mark.parametrize("orientation", [0, 9, 65_535])
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
 def test_orientation_out_of_range_is_ignored(orientation: int, format: str) -> None:
@@ -538,49 +358,9 @@ def test_orientation_out_of_range_is_ignored(orientation: int, format: str) -> N
     exif[0x0112] = orientation
     picture = Image.fromarray(COLOUR).resize((160, 96))
     data = encoded(picture, format, exif=exif)
-    assert describe(data)[:2] == (160, 96)
+    assert size_and_kind(data)[:2] == (160, 96)
     assert np.array_equal(decode(data, channels=3), decode(encoded(picture, format), channels=3))
     assert decode(data, channels=3, reduction=2).shape[:2] == ((48, 80) if format == "JPEG" else (96, 160))
-
-
-SMOOTH = Image.fromarray(COLOUR).resize((200, 120), Image.Resampling.BICUBIC)
-JPEGS = [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"restart_marker_blocks": 3}, {"subsampling": 0}]
-
-
-@pytest.mark.parametrize("options", JPEGS)
-@pytest.mark.parametrize("reduction", [1, 2])
-def test_jpeg_without_its_end_is_read(options: dict[str, Any], reduction: int) -> None:
-    data = encoded(SMOOTH, "JPEG", quality=90, **options)
-    whole = decode(data, channels=3, reduction=reduction)
-    for lost in (1, 2):
-        assert np.array_equal(decode(data[:-lost], channels=3, reduction=reduction), whole)
-
-
-@pytest.mark.parametrize("options", JPEGS)
-@pytest.mark.parametrize("lost", [4, 8, 50, 0.5])
-def test_jpeg_without_rows_is_refused(options: dict[str, Any], lost: float) -> None:
-    data = encoded(SMOOTH, "JPEG", quality=90, **options)
-    kept = int(len(data) * lost) if lost < 1 else len(data) - int(lost)
-    scans = options.get("progressive") and lost < 1
-    words = "truncated: its last scans" if scans else r"truncated: the first \d+% of its rows are there"
-    with pytest.raises(ImageError, match=words):
-        decode(data[:kept], channels=3)
-
-
-@pytest.mark.parametrize("subsampling", [0, 2])
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_progressive_jpeg_without_its_last_scan_is_refused(subsampling: int, mode: str) -> None:
-    data = encoded(SMOOTH.convert(mode), "JPEG", quality=90, progressive=True, subsampling=subsampling)
-    assert np.array_equal(decode(data[:-2], channels=3), decode(data, channels=3))
-    with pytest.raises(ImageError, match="truncated: its last scans"):
-        decode(data[: data.rindex(b"\xff\xda")], channels=3)
-
-
-def test_jpeg_cut_between_restart_intervals_is_refused() -> None:
-    data = encoded(SMOOTH, "JPEG", quality=90, restart_marker_rows=1)
-    for mark in (b"\xff\xd0", b"\xff\xd6"):
-        with pytest.raises(ImageError, match="truncated: the first"):
-            decode(data[: data.rindex(mark)], channels=3)
 
 
 def test_frames_by_their_number() -> None:
@@ -652,40 +432,3 @@ def test_arrays_with_their_channels_first_are_told_so(channels: int) -> None:
     with pytest.raises(ImageError, match=rf"30 channels by its last axis, but {channels} by its first: give arrays as"):
         decode(array, channels=channels)
     assert decode(torch.from_numpy(array), channels=channels).shape == (20, 30, channels)
-
-
-def inserted(data: bytes, name: bytes, body: bytes, *, at: int = 33) -> bytes:
-    """A PNG with one more chunk, by default behind the first."""
-    chunk = struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-    return data[:at] + chunk + data[at:]
-
-
-@pytest.mark.parametrize(("colour_type", "bands"), [(2, 3), (4, 2), (6, 4)])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_16_bit_png_is_turned_as_its_exif_data_says(colour_type: int, bands: int, orientation: int) -> None:
-    values = RNG.integers(0, 65536, (12, 20, bands), dtype=np.uint16)
-    data = png(values, bits=16, colour_type=colour_type)
-    exif = b"II*\0" + struct.pack("<IHHHIHHI", 8, 1, 0x112, 3, 1, orientation, 0, 0)
-    upright = decode(data, channels=None)
-    turned = upright.swapaxes(0, 1) if orientation >= 5 else upright
-    turned = turned[::-1] if orientation in (3, 4, 7, 8) else turned
-    turned = turned[:, ::-1] if orientation in (2, 3, 6, 7) else turned
-    for at in (33, len(data) - 12):  # before the pixels, and after them
-        assert np.array_equal(decode(inserted(data, b"eXIf", exif, at=at), channels=None), turned)
-    assert np.array_equal(decode(inserted(data, b"eXIf", b"damaged"), channels=None), upright)
-    assert describe(inserted(data, b"eXIf", exif))[:2] == turned.shape[1::-1]
-
-
-@pytest.mark.parametrize(
-    ("frame", "words"),
-    [
-        (b"\xff\xc1\x00\x0b\x0c", "is JPEG of 12 bits, which is not read"),
-        (b"\xff\xc3\x00\x0b\x10", "is lossless JPEG of 16 bits, which is not read"),
-        (b"\xff\xf7\x00\x0b\x08", "is JPEG-LS, which is not read"),
-        (b"\xff\xc0\x00\x0b\x08", "damaged"),
-    ],
-)
-def test_jpeg_of_other_kinds_is_not_called_damaged(frame: bytes, words: str) -> None:
-    data = b"\xff\xd8\xff\xfe\x00\x04\xff\xc3" + frame + b"\x00\x10\x00\x10\x01\x01\x11\x00\xff\xda" + b"\0" * 40
-    with pytest.raises(ImageError, match=words):
-        decode(data, channels=3)

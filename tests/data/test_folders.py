@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinoforge.data.folders import describe, no_images, walk
+from dinoforge.data.folders import left_out_in_words, no_images, walk
 
 
 def put(root: Path, *names: str, data: bytes = b"data") -> Path:
@@ -38,7 +38,7 @@ def test_files_of_other_kinds_are_counted(tmp_path: Path) -> None:
         "without extension (PNG by content)": 23,
         ".xyz": 1,
     }
-    assert describe(contents.left_out) == (
+    assert left_out_in_words(contents.left_out) == (
         "200 files: 60 .dcm (DICOM), 50 .nii.gz (NIfTI), 40 .svs (whole slide), 26 .h5 (HDF5), "
         "23 without extension (PNG by content), 1 .xyz"
     )
@@ -148,10 +148,9 @@ def test_a_folder_of_junk_that_may_not_be_opened(tmp_path: Path, monkeypatch: py
     assert walk(tmp_path).names == [b"1.png"]
 
 
-def test_large_folders_of_junk_are_counted_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinoforge.data.folders._MOST_COUNTED", 5)
+def test_large_folders_of_junk_are_counted_to_a_limit(tmp_path: Path) -> None:
     put(tmp_path, "1.png", *[f".git/objects/{i}/a" for i in range(20)])
-    assert walk(tmp_path).left_out == {"or more in .git": 5}
+    assert walk(tmp_path, most_counted=5).left_out == {"or more in .git": 5}
 
 
 def test_the_way_out_of_a_folder_without_images(tmp_path: Path) -> None:
@@ -163,9 +162,9 @@ def test_the_way_out_of_a_folder_without_images(tmp_path: Path) -> None:
 
 
 def test_many_kinds_are_summed_up() -> None:
-    assert describe({f".k{i}": 20 - i for i in range(14)}).endswith(", 9 .k11, 15 of other kinds")
-    assert describe({"hidden": 1}) == "1 file: 1 hidden"
-    assert describe({"without extension": 12_000}) == "12,000 files: 12,000 without extension"
+    assert left_out_in_words({f".k{i}": 20 - i for i in range(14)}).endswith(", 9 .k11, 15 of other kinds")
+    assert left_out_in_words({"hidden": 1}) == "1 file: 1 hidden"
+    assert left_out_in_words({"without extension": 12_000}) == "12,000 files: 12,000 without extension"
 
 
 def test_what_gdal_lays_beside_rasters_is_said_by_name(tmp_path: Path) -> None:

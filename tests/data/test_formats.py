@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from dinoforge.data.decode import decode, describe
+from dinoforge.data.decode import decode
+from dinoforge.data.headers import size_and_kind
 from dinoforge.errors import ImageError
 
 RNG = np.random.default_rng(0)
@@ -28,7 +29,7 @@ def jpeg_2000(values: np.ndarray, **options: Any) -> bytes:
 @pytest.mark.parametrize("container", ["jp2", "j2k"])
 def test_jpeg_2000(container: str) -> None:
     data = jpeg_2000(COLOUR, codecformat=container)
-    assert describe(data) == (30, 20, "uint8 x3, JPEG 2000, 8 bits")
+    assert size_and_kind(data) == (30, 20, "uint8 x3, JPEG 2000, 8 bits")
     assert np.array_equal(decode(data, channels=3), COLOUR)
     assert np.array_equal(decode(jpeg_2000(GREY, codecformat=container), channels=1)[:, :, 0], GREY)
     assert np.array_equal(decode(jpeg_2000(DEEP, codecformat=container), channels=3), np.rint(DEEP / 257))
@@ -63,8 +64,8 @@ def test_jpeg_xl(container: bool) -> None:
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (8, 8), (64, 64), (100, 300), (513, 31), (256, 1024), (90, 160)])
 def test_the_size_of_jpeg_xl_is_in_its_header(height: int, width: int) -> None:
     data = jpeg_xl(RNG.integers(0, 256, (height, width, 3), dtype=np.uint8))
-    assert describe(data)[:2] == (width, height)
-    assert describe(data[:64])[:2] == (width, height)
+    assert size_and_kind(data)[:2] == (width, height)
+    assert size_and_kind(data[:64])[:2] == (width, height)
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
@@ -73,7 +74,7 @@ def test_avif() -> None:
     SMOOTH.save(buffer, "AVIF", quality=100, subsampling="4:4:4")
     pixels = decode(buffer.getvalue(), channels=3)
     assert np.abs(pixels.astype(int) - np.asarray(SMOOTH)).max() <= 4
-    assert describe(buffer.getvalue()) == (64, 48, "RGB")
+    assert size_and_kind(buffer.getvalue()) == (64, 48, "RGB")
 
 
 def test_heic(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +83,7 @@ def test_heic(monkeypatch: pytest.MonkeyPatch) -> None:
     pillow_heif.from_pillow(SMOOTH).save(buffer, quality=100, chroma=444)
     data = buffer.getvalue()
     assert np.abs(decode(data, channels=3).astype(int) - np.asarray(SMOOTH)).mean() <= 3
-    assert describe(data) == (64, 48, "RGB, HEIC")
+    assert size_and_kind(data) == (64, 48, "RGB, HEIC")
     with pytest.raises(ImageError, match=r"data\.max_pixels"):
         decode(data, channels=3, max_pixels=100)
 
@@ -94,7 +95,7 @@ def test_heic(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(name, *args, **keys)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    for read in (lambda image: decode(image, channels=3), describe):
+    for read in (lambda image: decode(image, channels=3), size_and_kind):
         with pytest.raises(ImageError, match=r"is HEIC.*dinoforge\[heic\]"):
             read(data)
 
@@ -115,7 +116,7 @@ def test_heic(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_netpbm(data: bytes, kind: str, expected: list[list[int]]) -> None:
-    assert describe(data) == (len(expected), 1, kind)
+    assert size_and_kind(data) == (len(expected), 1, kind)
     assert decode(data, channels=None)[0].tolist() == expected
 
 
@@ -147,7 +148,7 @@ def npy(array: np.ndarray) -> bytes:
 )
 def test_npy(array: np.ndarray) -> None:
     assert np.array_equal(decode(npy(array), channels=3), COLOUR)
-    assert describe(npy(array)) == (30, 20, f"{array.dtype.name} x3, NumPy array")
+    assert size_and_kind(npy(array)) == (30, 20, f"{array.dtype.name} x3, NumPy array")
 
 
 def test_npy_of_bands() -> None:
@@ -201,7 +202,7 @@ def test_damaged_bytes_raise_nothing_else(name: str, capfd: pytest.CaptureFixtur
     for _ in range(100):
         damaged = np.frombuffer(data, np.uint8).copy()
         damaged[rng.integers(min(len(data), 300), size=3)] = rng.integers(0, 256, 3)
-        for read in (lambda image: decode(image, channels=3, max_pixels=10**5), describe):
+        for read in (lambda image: decode(image, channels=3, max_pixels=10**5), size_and_kind):
             with contextlib.suppress(ImageError):
                 read(damaged.tobytes())
     assert capfd.readouterr().out == ""

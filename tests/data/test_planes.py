@@ -14,7 +14,8 @@ from PIL import Image
 
 import dinoforge
 from dinoforge.data import tiff
-from dinoforge.data.decode import count_planes, decode, describe, raw
+from dinoforge.data.decode import decode, read_values
+from dinoforge.data.headers import count_planes, size_and_kind
 from dinoforge.data.labels import label_table, labels_of
 from dinoforge.data.names import original_name, printable
 from dinoforge.data.planes import PlanesOf, taken_apart
@@ -179,8 +180,8 @@ def test_every_plane_is_an_image(mixed: Path) -> None:
     assert len(source) == 11
     for index in range(1, 6):
         assert (decode(source.item(index).image, channels=1, plane="each") == index).all()
-        assert (raw(source.item(index).image, channels=1, plane="each").values == 257 * index).all()
-        assert describe(source.item(index).image)[:2] == (8, 6)
+        assert (read_values(source.item(index).image, channels=1, plane="each").values == 257 * index).all()
+        assert size_and_kind(source.item(index).image)[:2] == (8, 6)
         assert source.item(index).name == source.name(index)
     reds = [decode(source.item(index).image, channels=3)[0, 0, 0] for index in (7, 8, 9)]
     assert np.allclose(reds, [0, 40, 80], atol=2)

@@ -49,14 +49,13 @@ def test_what_changed_is_said(changes, said):
     assert found is None if said is None else re.search(said, found)
 
 
-def test_files_are_asked_in_bounded_number(tmp_path, monkeypatch):
+def test_files_are_asked_in_bounded_number(tmp_path):
     assert stamps_of(SequenceSource([np.zeros((4, 4), np.uint8)])) == {}
     for i in range(30):
         Image.new("L", (4, 4)).save(tmp_path / f"{i:02}.png")
-    monkeypatch.setattr("dinoforge.data.stamps.MOST", 10)
     source = open_source(tmp_path)
     (tmp_path / "00.png").unlink()
-    found = stamps_of(source)
+    found = stamps_of(source, 10)
     assert len(found) == 9
     assert found["29.png"].size == (tmp_path / "29.png").stat().st_size
     assert MOST == 10_000

@@ -11,11 +11,12 @@ import pytest
 import tifffile
 from PIL import Image, ImageCms
 
-from dinoforge.data.decode import decode, working_bytes
+from dinoforge.data.decode import decode
+from dinoforge.data.decoding_memory import working_bytes
 from dinoforge.data.planes import PlanesOf
 from dinoforge.data.sources import OnePlane, SequenceSource
-from dinoforge.data.statistics import look
-from dinoforge.data.summary import Depth, inspect
+from dinoforge.data.statistics import read_sizes
+from dinoforge.data.summary import Depth, summarize
 from dinoforge.planning.auto import facts_of
 
 
@@ -43,7 +44,7 @@ def test_planes_transparency_profiles_and_rotation_are_counted() -> None:
     see_through = Image.new("RGBA", (6, 5), (9, 9, 9, 0))
     stream = io.BytesIO()
     see_through.save(stream, "PNG")
-    found = inspect(
+    found = summarize(
         SequenceSource(
             [
                 STACK,
@@ -70,9 +71,9 @@ def test_planes_transparency_profiles_and_rotation_are_counted() -> None:
 def test_one_panorama_is_not_the_typical_side_and_blank_images_are_counted() -> None:
     ramp = np.linspace(0, 255, 64 * 48).reshape(64, 48).astype(np.uint8)
     data = [*[ramp] * 9, np.full((64, 48), 7, np.uint8), np.zeros((1500, 4000), np.uint8)]
-    found = inspect(SequenceSource(data), channels=1)
+    found = summarize(SequenceSource(data), channels=1)
     assert (found.side, found.blank) == (48, 2)
-    looked = look(SequenceSource(data), 1, {})
+    looked = read_sizes(SequenceSource(data), 1, {})
     assert looked is not None
     assert looked.side == 48
     facts = [facts_of(one, "cpu") for one in (found, looked)]
@@ -80,17 +81,17 @@ def test_one_panorama_is_not_the_typical_side_and_blank_images_are_counted() -> 
 
 
 def test_a_source_taken_apart_says_so() -> None:
-    found = inspect(PlanesOf(SequenceSource([STACK]), 1), channels=1, decoding={"plane": "each"})
+    found = summarize(PlanesOf(SequenceSource([STACK]), 1), channels=1, decoding={"plane": "each"})
     assert found.count == 12
     assert found.apart.startswith("each is an image: 12 in 1 files")
 
 
 def test_depths_know_no_data_and_declared_bits() -> None:
     values = np.array([[0.0, 0.5], [np.nan, 0.25]], np.float32)
-    found = inspect(SequenceSource([values, np.array([[-9999.0, 0.75]], np.float32)]), decoding={"nodata": -9999.0})
+    found = summarize(SequenceSource([values, np.array([[-9999.0, 0.75]], np.float32)]), decoding={"nodata": -9999.0})
     assert found.depths == {"float32": Depth(2, 0.0, 0.75, 1.0)}
     bits = tif(np.full((4, 4), 700, np.uint16), extratags=[(281, "H", 1, 4095, True)])
-    assert inspect(SequenceSource([bits])).depths == {"uint16": Depth(1, 700, 700, 4095)}
+    assert summarize(SequenceSource([bits])).depths == {"uint16": Depth(1, 700, 700, 4095)}
 
 
 # --- what decoding takes ---------------------------------------------------------------------------------------------

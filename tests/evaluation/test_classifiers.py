@@ -11,16 +11,15 @@ from torch.nn import functional as F
 
 from dinoforge.data.sources import open_source
 from dinoforge.errors import DataError
-from dinoforge.evaluation import classifiers
 from dinoforge.evaluation.classifiers import (
     Fit,
     LastBlocks,
     Method,
+    classifier_table,
     fit_linear,
     fit_logreg,
-    measure,
-    render,
     run_classifier,
+    score_classifiers,
 )
 from dinoforge.evaluation.protocol import auroc, few_shot, stratified_splits
 from dinoforge.models.vit import VisionTransformer
@@ -105,8 +104,8 @@ COLUMNS = {"all": [slice(None)]}
 def test_separable_classes_are_told_apart_and_noise_is_at_chance(fit: tuple[str, list[float], Fit]) -> None:
     x, labels = clusters(200, 2, spread=0.1)
     train = stratified_splits(labels, 2)
-    assert measure(x, labels, train, ~train, COLUMNS, *fit)["mean"] == 1.0
-    noise = measure(
+    assert score_classifiers(x, labels, train, ~train, COLUMNS, *fit)["mean"] == 1.0
+    noise = score_classifiers(
         torch.randn(200, 8, generator=torch.Generator().manual_seed(1)), labels, train, ~train, COLUMNS, *fit
     )
     assert 0.35 < noise["mean"] < 0.65
@@ -118,7 +117,9 @@ def test_chosen_setting_sees_no_test_label() -> None:
     x, labels = clusters(100, 2, spread=2.0)
     train = stratified_splits(labels, 2)[:1]
     other = torch.where(train[0], labels, 1 - labels)
-    true, false = (measure(x, y, train, ~train, COLUMNS, "C", [0.01, 1.0, 100.0], fit_logreg) for y in (labels, other))
+    true, false = (
+        score_classifiers(x, y, train, ~train, COLUMNS, "C", [0.01, 1.0, 100.0], fit_logreg) for y in (labels, other)
+    )
     assert true["setting_by_split"] == false["setting_by_split"]
     assert true["mean"] == pytest.approx(1 - false["mean"])
 
@@ -137,17 +138,17 @@ def colours(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("method", ["linear", "logreg"])
-def test_run_from_folders(method: Method, colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classifiers, "LEARNING_RATES", (0.01, 0.1))
+def test_run_from_folders(method: Method, colours: Path) -> None:
     source = open_source(colours)
     net = network()
-    result, skipped = run_classifier(method, net, net, source, source.labels(), n_splits=2, shots=8, **READING)
+    choice = {"n_splits": 2, "shots": 8, "learning_rates": (0.01, 0.1)}
+    result, skipped = run_classifier(method, net, net, source, source.labels(), **choice, **READING)
     assert skipped == []
     assert (result["n"], result["splits"], result["shots"]) == (40, 2, 8)
     assert result["rows"]["untrained"] == result["rows"]["trained"]
     assert result["rows"]["pixels"]["mean"] > 0.9
     assert json.loads(json.dumps(result)) == result
-    assert "at most 8 labels of each class" in render(result)
+    assert "at most 8 labels of each class" in classifier_table(result)
 
 
 def test_too_few_shots(colours: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dinoforge.data.sources import open_source
 from dinoforge.errors import DataError
 from dinoforge.evaluation import knn
-from dinoforge.evaluation.knn import knn_predict, measure, render, run_knn
+from dinoforge.evaluation.knn import knn_predict, knn_table, run_knn, score_knn
 from dinoforge.evaluation.protocol import balanced_accuracy, stratified_splits
 from dinoforge.models.vit import Tokens
 
@@ -44,31 +44,30 @@ def two_loops(features: Tensor, labels: Tensor, train: Tensor, k: int, temperatu
 
 
 @pytest.mark.parametrize("centred", [False, True])
-def test_equals_two_loops(centred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_two_loops(centred: bool) -> None:
     features, labels = clusters(90, classes=4, dim=12, spread=1.5)
     features += 3.0  # far from the origin, as pixels are
     train = stratified_splits(labels, 3)
     ks = [1, 5, 20]
     expected = [[two_loops(features, labels, part, k, 0.07, centred) for k in ks] for part in train]
     assert torch.equal(knn_predict(features, labels, train, ks, centred=centred), torch.tensor(expected))
-    monkeypatch.setattr(knn, "_CHUNK_VALUES", 90 * 7)  # chunks of 7, the last one of 6
-    assert torch.equal(knn_predict(features, labels, train, ks, centred=centred), torch.tensor(expected))
+    chunked = knn_predict(features, labels, train, ks, centred=centred, chunk_values=90 * 7)  # of 7, the last one of 6
+    assert torch.equal(chunked, torch.tensor(expected))
 
 
-def test_only_queries_are_classified(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_queries_are_classified() -> None:
     features, labels = clusters(90, classes=4, dim=12, spread=1.5)
     train = stratified_splits(labels, 3)
     queries = torch.arange(90) % 4 == 1
     expected = knn_predict(features, labels, train, [5])
     expected[..., ~queries] = -1
-    monkeypatch.setattr(knn, "_CHUNK_VALUES", 90 * 7)
-    assert torch.equal(knn_predict(features, labels, train, [5], queries=queries), expected)
+    assert torch.equal(knn_predict(features, labels, train, [5], queries=queries, chunk_values=90 * 7), expected)
 
 
 def test_of_many_training_images_some_choose_k(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = clusters(200, classes=4, dim=6, spread=1.0)
     train = (torch.arange(200) < 150)[None]
-    by_all = measure(features, labels, train)
+    by_all = score_knn(features, labels, train)
     asked: list[Tensor] = []
 
     def predict(*arguments: object, queries: Tensor, **keys: object) -> Tensor:
@@ -76,8 +75,7 @@ def test_of_many_training_images_some_choose_k(monkeypatch: pytest.MonkeyPatch) 
         return knn_predict(*arguments, queries=queries, **keys)  # type: ignore[arg-type]
 
     monkeypatch.setattr(knn, "knn_predict", predict)
-    monkeypatch.setattr(knn, "MOST_CHOOSE", 40)
-    by_some = measure(features, labels, train)
+    by_some = score_knn(features, labels, train, most_choose=40)
     assert int(asked[0][:150].sum()) == 40
     assert bool(asked[0][150:].all())
     assert by_some["by_k"] == by_all["by_k"]  # all images are still neighbours
@@ -116,19 +114,19 @@ def test_features_of_zeros_are_no_trouble() -> None:
 
 def test_k_is_capped_at_the_neighbours_there_are() -> None:
     features, labels = clusters(40, classes=2, dim=4, spread=0.1)
-    assert list(measure(features, labels, stratified_splits(labels, 5))["by_k"]) == ["10", "20", "31"]
+    assert list(score_knn(features, labels, stratified_splits(labels, 5))["by_k"]) == ["10", "20", "31"]
     first_half = torch.arange(40)[None] < 20
-    assert list(measure(features, labels, first_half)["by_k"]) == ["10", "19"]
+    assert list(score_knn(features, labels, first_half)["by_k"]) == ["10", "19"]
 
 
 def test_chosen_k_sees_no_test_label() -> None:
     features, labels = clusters(300, classes=3, dim=8, spread=2.0)
     train = stratified_splits(labels, 5)[:1]
-    row = measure(features, labels, train)
+    row = score_knn(features, labels, train)
     shuffled = labels.clone()
     held_out = (~train[0]).nonzero().flatten()
     shuffled[held_out] = labels[held_out.roll(7)]
-    other = measure(features, shuffled, train)
+    other = score_knn(features, shuffled, train)
     assert other["by_k"] != row["by_k"]
     assert other["k_by_split"] == row["k_by_split"]
 
@@ -136,7 +134,7 @@ def test_chosen_k_sees_no_test_label() -> None:
 def test_chosen_k_is_the_best_of_the_training_part() -> None:
     features, labels = clusters(100, classes=4, dim=6, spread=1.5)
     train = stratified_splits(labels, 2)
-    row = measure(features, labels, train, ks=[1, 3, 9, 27])
+    row = score_knn(features, labels, train, ks=[1, 3, 9, 27])
     for part, chosen in zip(train, row["k_by_split"], strict=True):
         predictions = {k: torch.tensor(two_loops(features, labels, part, k, 0.07, False)) for k in (1, 3, 9, 27)}
         right = {k: int((predicted == labels)[part].sum()) for k, predicted in predictions.items()}
@@ -146,14 +144,14 @@ def test_chosen_k_is_the_best_of_the_training_part() -> None:
 def test_mean_and_deviation_over_splits() -> None:
     features, labels = clusters(200, classes=4, dim=6, spread=1.5)
     train = stratified_splits(labels, 5)
-    row = measure(features, labels, train, ks=[5])
+    row = score_knn(features, labels, train, ks=[5])
     shares = [
         float((p[0, ~part] == labels[~part]).double().mean())
         for p, part in zip(knn_predict(features, labels, train, [5]), train, strict=True)
     ]
     assert row["mean"] == pytest.approx(statistics.fmean(shares)) == row["by_k"]["5"]
     assert row["sd"] == pytest.approx(statistics.stdev(shares))
-    assert measure(features, labels, train[:1])["sd"] is None
+    assert score_knn(features, labels, train[:1])["sd"] is None
 
 
 def test_balanced_accuracy_by_hand() -> None:
@@ -166,10 +164,10 @@ def test_balanced_accuracy_by_hand() -> None:
 def test_perfect_features_are_always_right_and_noise_is_at_chance() -> None:
     features, labels = clusters(600, classes=3, dim=32, spread=0.01)
     train = stratified_splits(labels, 5)
-    assert measure(features, labels, train)["mean"] == 1.0
-    assert measure(features, labels, train)["balanced_mean"] == 1.0
+    assert score_knn(features, labels, train)["mean"] == 1.0
+    assert score_knn(features, labels, train)["balanced_mean"] == 1.0
     noise = torch.randn(600, 32, generator=torch.Generator().manual_seed(1))
-    assert abs(measure(noise, labels, train)["balanced_mean"] - 1 / 3) < 4 * math.sqrt(2 / 9 / 600)
+    assert abs(score_knn(noise, labels, train)["balanced_mean"] - 1 / 3) < 4 * math.sqrt(2 / 9 / 600)
 
 
 @given(
@@ -316,9 +314,9 @@ def test_rendered_numbers_are_the_measured_ones() -> None:
         "labels_from": "labels.csv",
         "duplicates": {"exact": 0, "near": 0, "tested": 100, "examples": []},
     }
-    table = render(result)
+    table = knn_table(result)
     for part in ("81.2 ± 1.5 %", "70.0 ± 2.0 %", "k = 20", "2,624 images", "labels.csv", "5 stratified splits"):
         assert part in table
     row["sd"] = row["balanced_sd"] = None
     result["splits"] = 1
-    assert "±" not in render(result)
+    assert "±" not in knn_table(result)

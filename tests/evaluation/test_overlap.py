@@ -12,7 +12,7 @@ from dinoforge.data.sources import SequenceSource, open_source
 from dinoforge.evaluation import overlap
 from dinoforge.evaluation.classifiers import run_classifier
 from dinoforge.evaluation.knn import run_knn
-from dinoforge.evaluation.overlap import count, describe
+from dinoforge.evaluation.overlap import count, duplicates_in_words
 from dinoforge.evaluation.probe import Probe
 from dinoforge.models.vit import Tokens, VisionTransformer
 from tiny import TINY
@@ -48,7 +48,7 @@ def test_one_split():
     train = (torch.arange(9) < 4)[None]
     found = count(prints(*images), list("abcdABeÄE"), train, ~train)
     assert found == {"exact": 1, "near": 2, "tested": 5, "examples": [["A", "a"], ["B", "b"], ["Ä", "a"]]}
-    assert describe(found) == (
+    assert duplicates_in_words(found) == (
         "3 of 5 test images are also among the training images (1 equal, 2 nearly), such as A and a: "
         "they make the score look better than it is"
     )
@@ -61,7 +61,9 @@ def test_each_split_counts_what_it_tests():
     found = count(prints(*images), list("aAbBc"), train, ~train)
     assert (found["exact"], found["near"], found["tested"]) == (2, 2, 5)
     assert found["examples"] == [["a", "A"], ["A", "a"], ["B", "b"], ["b", "B"]]
-    assert "are also among the training images of their split (2 equal, 2 nearly)" in describe(found, splits=3)
+    assert "are also among the training images of their split (2 equal, 2 nearly)" in duplicates_in_words(
+        found, splits=3
+    )
     # Both on one side flatter nothing.
     together = torch.tensor([[0, 0, 1, 1, 1]], dtype=torch.bool)
     assert count(prints(*images), list("aAbBc"), together, ~together)["examples"] == []
@@ -82,11 +84,11 @@ def test_nothing_is_said_of_nothing():
     blank = np.full((20, 20), 3, np.uint8)
     found = count(prints(picture(0), blank, blank), list("abc"), train, ~train)
     assert found == {"exact": 0, "near": 0, "tested": 1, "examples": []}
-    assert describe(found) is None
+    assert duplicates_in_words(found) is None
 
 
 def test_one_image_in_words():
-    said = describe({"exact": 0, "near": 1, "tested": 2000, "examples": [["a", "b"]]})
+    said = duplicates_in_words({"exact": 0, "near": 1, "tested": 2000, "examples": [["a", "b"]]})
     assert said == (
         "1 of 2,000 test images is also among the training images (0 equal, 1 nearly), such as a and b: "
         "it makes the score look better than it is"

@@ -8,7 +8,6 @@ from torch import nn
 
 from dinoforge.data.sources import SequenceSource, open_source
 from dinoforge.errors import DataError
-from dinoforge.evaluation import probe as probes
 from dinoforge.evaluation.knn import knn_predict
 from dinoforge.evaluation.probe import PENALTIES, Probe, ridge_predict
 from dinoforge.models.vit import Tokens
@@ -45,12 +44,11 @@ def refit_for_each(features, labels):
 
 
 @pytest.mark.parametrize("dim", [6, 50])
-def test_the_linear_classifier_is_fitted_without_the_image_it_tells(dim, monkeypatch):
+def test_the_linear_classifier_is_fitted_without_the_image_it_tells(dim):
     features, labels = clusters(40, 3, dim, spread=1.5 if dim == 6 else 4.0)
     expected = refit_for_each(features, labels)
     assert torch.equal(ridge_predict(features, labels), expected)
-    monkeypatch.setattr(probes, "_COLUMNS", 7)
-    assert torch.equal(ridge_predict(features, labels), expected)
+    assert torch.equal(ridge_predict(features, labels, columns=7), expected)
     assert 0.4 < float((expected == labels).float().mean()) < 1
 
 
@@ -103,9 +101,8 @@ def test_a_choice_of_the_images_that_depends_on_the_seed_alone():
     assert len({first.fingerprint, other.fingerprint, Probe(source, labels, max_images=60, **READING).fingerprint}) == 3
 
 
-def test_memory_bounds_the_number_of_images(monkeypatch):
-    monkeypatch.setattr(probes, "_MOST_BYTES", 30 * 64 + 1)
-    assert len(Probe(*labelled(), max_images=1000, **READING)) == 30
+def test_memory_bounds_the_number_of_images():
+    assert len(Probe(*labelled(), max_images=1000, max_bytes=30 * 64 + 1, **READING)) == 30
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from dinoforge.data.sources import Source, open_source
 from dinoforge.errors import DataError, WeightsError
-from dinoforge.features import extract as extract_module
 from dinoforge.features.extract import embed, extract
 from dinoforge.models.vit import Tokens
 
@@ -106,11 +105,8 @@ def test_features_that_are_not_finite(greys: Source) -> None:
         extract(backbone, greys, [0, 1], **READING)
 
 
-def test_images_that_would_fill_the_memory_are_refused_before_work(
-    greys: Source, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(extract_module, "MAX_KEPT_BYTES", 100)
+def test_images_that_would_fill_the_memory_are_refused_before_work(greys: Source) -> None:
     backbone = Mean()
     with pytest.raises(DataError, match=r"eval\.size"):
-        extract(backbone, greys, [0, 1], keep_images=True, **READING)
+        extract(backbone, greys, [0, 1], keep_images=True, max_kept_bytes=100, **READING)
     assert backbone.batches == []

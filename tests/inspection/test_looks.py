@@ -6,8 +6,9 @@ import pytest
 from PIL import Image, ImageFile
 
 from dinoforge.data import looks
-from dinoforge.data.decode import decode, describe
-from dinoforge.data.looks import look
+from dinoforge.data.decode import decode
+from dinoforge.data.headers import size_and_kind
+from dinoforge.data.looks import look_at
 from dinoforge.data.sources import OnePlane
 from dinoforge.errors import ImageError
 
@@ -50,7 +51,7 @@ def test_pixels_are_those_of_decode(name, channels, keys):
     except ImageError as error:
         expected, why = None, str(error)
     try:
-        found, refused = look(data, channels=channels, decoding=keys), ""
+        found, refused = look_at(data, channels=channels, decoding=keys), ""
     except ImageError as error:
         found, refused = None, str(error)
     assert (refused or found.refused) == why
@@ -59,7 +60,7 @@ def test_pixels_are_those_of_decode(name, channels, keys):
         return
     np.testing.assert_array_equal(found.pixels, expected)
     assert (found.height, found.width) == expected.shape[:2]
-    assert found.mode == describe(data, channels)[2]
+    assert found.mode == size_and_kind(data, channels)[2]
 
 
 @pytest.mark.parametrize(
@@ -75,13 +76,13 @@ def test_pillow_decodes_once(name, monkeypatch):
         return load(self)
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", counted)
-    look(FILES[name], channels=3)
+    look_at(FILES[name], channels=3)
     assert len(decoded) == 1
 
 
 def test_one_plane_of_several():
     data = FILES["train/cat/stack.ome.tif"]
-    found = look(OnePlane(data, 3), channels=1)
+    found = look_at(OnePlane(data, 3), channels=1)
     np.testing.assert_array_equal(found.pixels, decode(OnePlane(data, 3), channels=1))
     assert (found.header.planes, found.header.along) == (7, "z")
 
@@ -92,20 +93,20 @@ def test_a_thumbnail_has_its_own_end():
     body = made.encoded(made.picture(2), "JPEG")
     segment = b"\xff\xe2" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
     whole = body[:2] + segment + body[2:]
-    assert not look(whole, channels=3).repaired
-    assert look(whole[:-2], channels=3).repaired
+    assert not look_at(whole, channels=3).repaired
+    assert look_at(whole[:-2], channels=3).repaired
 
 
 def test_an_animation_says_its_frames():
-    found = look(MORE["planes.gif"], channels=3)
+    found = look_at(MORE["planes.gif"], channels=3)
     assert (found.header.planes, found.header.along) == (2, "frame")
 
 
 def test_transparency_is_measured():
     pixels = np.dstack([made.picture(1), np.full((64, 64), 255, np.uint8)])
     pixels[:16, :, 3] = 40
-    assert look(made.encoded(pixels, "PNG"), channels=3).transparent == 0.25
-    assert look(FILES["train/cat/infrared.tif"], channels=3).transparent is None
+    assert look_at(made.encoded(pixels, "PNG"), channels=3).transparent == 0.25
+    assert look_at(FILES["train/cat/infrared.tif"], channels=3).transparent is None
 
 
 @pytest.mark.parametrize(
@@ -113,11 +114,11 @@ def test_transparency_is_measured():
 )
 def test_a_damaged_header_is_an_error_of_the_image(data):
     with pytest.raises(ImageError):
-        look(data, channels=3)
+        look_at(data, channels=3)
 
 
 def test_objects_are_looked_at():
     values = made.ramp(0, 1, np.float32)
-    found = look(values, channels=1)
+    found = look_at(values, channels=1)
     assert found.kind is looks.OBJECT
     np.testing.assert_array_equal(found.pixels, decode(values, channels=1))

@@ -10,7 +10,7 @@ from PIL import Image
 
 import dinoforge
 from dinoforge.commands.recipe import auto_recipe
-from dinoforge.data.decode import working_bytes
+from dinoforge.data.decoding_memory import working_bytes
 from dinoforge.data.sources import FolderSource, Item
 from dinoforge.errors import ImageError
 from dinoforge.inspection import passing
@@ -108,8 +108,8 @@ def many(tmp_path):
 
 def test_no_more_than_the_limit_are_decoded(many, inspect, monkeypatch):
     looks, reads = [], []
-    look, item = passing.look, FolderSource.item
-    monkeypatch.setattr(passing, "look", lambda *a, **k: looks.append(1) or look(*a, **k))
+    look, item = passing.look_at, FolderSource.item
+    monkeypatch.setattr(passing, "look_at", lambda *a, **k: looks.append(1) or look(*a, **k))
     monkeypatch.setattr(FolderSource, "item", lambda self, index: reads.append(index) or item(self, index))
     told = found(inspect, many, "--images", "40")
     assert len(looks) == 40
@@ -122,13 +122,13 @@ def test_no_more_than_the_limit_are_decoded(many, inspect, monkeypatch):
 
 
 def test_time_that_is_up_ends_the_look_and_is_said(many, inspect, monkeypatch):
-    look = passing.look
+    look = passing.look_at
 
     def slowly(*arguments, **keys):
         time.sleep(0.05)
         return look(*arguments, **keys)
 
-    monkeypatch.setattr(passing, "look", slowly)
+    monkeypatch.setattr(passing, "look_at", slowly)
     told = found(inspect, many, "--seconds", "0.6")
     assert 1 <= told["sampling"]["images"] < 40
     assert told["sampling"]["time_was_up"]
@@ -256,7 +256,7 @@ def test_the_advised_command_is_one_that_runs(tmp_path, inspect):
     command = found(inspect, tmp_path / "data")["command"]
     program, *arguments = command.split()
     assert program == "dinoforge"
-    assert dinoforge.cli.main([*arguments, "--dry-run"]) == 0
+    assert dinoforge.cli.main.main([*arguments, "--dry-run"]) == 0
 
 
 class Slow:
@@ -301,7 +301,7 @@ def test_signed_bytes_are_advised_a_range_that_takes_all_of_them(tmp_path, inspe
     assert "clipped" not in {one["code"] for one in told["troubles"]}  # nothing is, since they are refused
     (advice,) = [one for one in told["advice"] if one["key"] == "data.range"]
     assert (advice["value"], advice["by"]) == ("[-100,100]", "inspect")
-    assert dinoforge.cli.main([*told["command"].split()[1:-1], "data.range=[-100,100]", "--dry-run"]) == 0
+    assert dinoforge.cli.main.main([*told["command"].split()[1:-1], "data.range=[-100,100]", "--dry-run"]) == 0
     again = found(inspect, tmp_path / "data", "data.range=[-100,100]")
     assert "refused" not in {one["code"] for one in again["troubles"]}
     (outside,) = [one for one in again["troubles"] if one["code"] == "outside_range"]

@@ -21,8 +21,9 @@ from dinoforge.data import channels as channels_room
 from dinoforge.data import statistics
 from dinoforge.data.batches import make_loader
 from dinoforge.data.channels import Channels, channels_of, guess_channels
+from dinoforge.data.sampling import spread
 from dinoforge.data.sources import open_source
-from dinoforge.data.statistics import Symmetry, look, measure
+from dinoforge.data.statistics import Symmetry, measure_pixels, read_sizes
 from dinoforge.data.summary import DataSummary
 from dinoforge.errors import DataError, RecipeError
 from dinoforge.planning import auto
@@ -443,19 +444,19 @@ def test_large_jpegs_are_measured_small_and_large_images_seldom(tmp_path, monkey
         picture = cv2.resize(levels(texture(rng, 3)), (1600, 1100), interpolation=cv2.INTER_CUBIC)
         Image.fromarray(picture).save(tmp_path / f"{i}.jpg")
     source = open_source(tmp_path)
-    small = measure(source, 3, {})
+    small = measure_pixels(source, 3, {})
     whole = [np.asarray(Image.open(path)) for path in sorted(tmp_path.iterdir())]
     assert small.images == 9
     assert small.mean == pytest.approx(np.mean(whole, axis=(0, 1, 2)) / 255, abs=0.002)
     assert small.std == pytest.approx(np.std(whole, axis=(0, 1, 2)) / 255, abs=0.004)
-    assert measure(source, 3, {"nodata": 255.0}).mean == pytest.approx(small.mean, abs=0.002)
+    assert measure_pixels(source, 3, {"nodata": 255.0}).mean == pytest.approx(small.mean, abs=0.002)
     monkeypatch.setattr(statistics, "_EFFORT", 1600 * 1100)
-    assert measure(source, 3, {}).images == 9
-    assert measure(open_source(whole), 3, {}).images == 4  # none can be decoded small
+    assert measure_pixels(source, 3, {}).images == 9
+    assert measure_pixels(open_source(whole), 3, {}).images == 4  # none can be decoded small
     monkeypatch.setattr(statistics, "ENOUGH", 1)
-    assert measure(source, 3, {}).images == 4
-    assert measure(open_source(whole), 3, {}).images == 2  # enough, at least
-    found = look(source, 3, {})
+    assert measure_pixels(source, 3, {}).images == 4
+    assert measure_pixels(open_source(whole), 3, {}).images == 2  # enough, at least
+    found = read_sizes(source, 3, {})
     assert (found.widths, found.heights, found.modes) == ((1600, 1600), (1100, 1100), (("RGB", 9),))
     assert channels_of(source).reason.startswith("as all 9 ")
 
@@ -468,14 +469,14 @@ def test_few_files_are_read_where_they_are_stacks_of_many_planes(tmp_path, monke
     size = (stacks / "000.tif").stat().st_size
     assert size > 4 * 64 * 64 * 4
     monkeypatch.setattr(statistics, "_EFFORT", size / 4)  # 4 times that until there are enough to tell an up
-    assert measure(source, 1, {}).images == 4
+    assert measure_pixels(source, 1, {}).images == 4
     monkeypatch.setattr(channels_room, "_BYTES", 2.5 * size)
     assert channels_of(source) == Channels(1, "as all 3 images that were looked at")
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 64, 100, 256])
 def test_every_beginning_of_the_order_is_spread_over_all(count):
-    order = statistics.spread(range(count))
+    order = spread(range(count))
     assert sorted(order) == list(range(count))
     for number in (2, 4, 8, 16, 32):
         if number <= count:
@@ -495,7 +496,7 @@ def test_a_run_keeps_what_it_began_with(tmp_path, monkeypatch, capsys):
         "probe.every_minutes": None,
     }
     with monkeypatch.context() as before:
-        before.setattr("dinoforge.commands.recipe.measure", lambda *_: None)
+        before.setattr("dinoforge.commands.recipe.measure_pixels", lambda *_: None)
         assert train(images, "auto", tmp_path / "run", **keys, **{"train.max_minutes": 1e-9}).steps < 2
     assert train(images, "auto", tmp_path / "run", **keys).finished
     recipe = json.loads(json.dumps(flatten(load_recipe(tmp_path / "run" / "recipe.yaml")[0])))

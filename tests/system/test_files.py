@@ -105,6 +105,8 @@ def test_a_file_is_synced_by_a_handle_that_may_write(tmp_path, monkeypatch):
         ("Thumbs.db", True),
         (".nfs0000000000c2", True),
         ("lost+found", True),
+        ("@Recycle", True),
+        ("__MACOSX", True),
         (".gitkeep", True),
         ("teacher.safetensors", False),
         ("step_00000100", False),

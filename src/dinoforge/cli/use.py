@@ -37,10 +37,10 @@ def _export(options: argparse.Namespace) -> int:
         options.parser.error("--size takes a side, or height and width")
     keys = parse_keys(options.keys)
     from dinoforge.commands.export import export
-    from dinoforge.export.make import render
+    from dinoforge.export.make import exported_in_words
 
     size = (options.size[0], options.size[-1]) if options.size else None
-    print(render(export(options.model, options.to, options.out, size=size, bake=options.bake, **keys)))
+    print(exported_in_words(export(options.model, options.to, options.out, size=size, bake=options.bake, **keys)))
     return 0
 
 
@@ -64,13 +64,13 @@ def add_embed(commands: Commands) -> None:
 def _embed(options: argparse.Namespace) -> int:
     keys = parse_keys(options.keys)
     from dinoforge.commands.embed import write_features
-    from dinoforge.features.table import Progress, render
+    from dinoforge.features.table import Progress, embedded_in_words
 
     with Progress() as progress:
         result = write_features(
             options.model, options.data, options.out, patches=options.patches, on_progress=progress, **keys
         )
-    print(render(result))
+    print(embedded_in_words(result))
     return 0
 
 
@@ -108,22 +108,22 @@ def add_evaluate(commands: Commands) -> None:
 def _eval_knn(options: argparse.Namespace) -> int:
     keys = parse_keys(options.keys)
     from dinoforge.commands.evaluate import evaluate_knn
-    from dinoforge.evaluation.knn import render
+    from dinoforge.evaluation.knn import knn_table
 
     given = {"test": options.test, "labels": options.labels, "shots": options.shots}
     result, skipped = evaluate_knn(options.model, options.data, **given, **keys)
-    _print_evaluation(json.dumps(result) if options.json else render(result), skipped)
+    _print_evaluation(json.dumps(result) if options.json else knn_table(result), skipped)
     return 0
 
 
 def _eval_classifier(options: argparse.Namespace) -> int:
     keys = parse_keys(options.keys)
     from dinoforge.commands.evaluate import evaluate_classifier
-    from dinoforge.evaluation.classifiers import render
+    from dinoforge.evaluation.classifiers import classifier_table
 
     given = {"test": options.test, "labels": options.labels, "shots": options.shots}
     result, skipped = evaluate_classifier(options.method, options.model, options.data, **given, **keys)
-    _print_evaluation(json.dumps(result) if options.json else render(result), skipped)
+    _print_evaluation(json.dumps(result) if options.json else classifier_table(result), skipped)
     return 0
 
 

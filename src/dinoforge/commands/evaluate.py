@@ -99,7 +99,7 @@ def evaluate_classifier(
 
 
 def _say_duplicates(result: KnnResult | ClassifierResult) -> None:
-    if found := overlap.describe(result["duplicates"], splits=result["splits"]):
+    if found := overlap.duplicates_in_words(result["duplicates"], splits=result["splits"]):
         print(f"test     {found}", file=sys.stderr)
 
 

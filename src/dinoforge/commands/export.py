@@ -27,7 +27,7 @@ def export(
     size: tuple[int, int] | int | None = None,
     bake: bool = False,
     **keys: Any,
-) -> exports.Report:
+) -> exports.Exported:
     """Writes a backbone for another library, and compares that library's outputs with ours before it is there.
 
     Args:

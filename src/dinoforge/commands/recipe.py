@@ -13,8 +13,8 @@ from dinoforge.commands.given import OF_VALUES, flat_keys, images_and_keys
 from dinoforge.data.channels import Channels, channels_of, guess_channels
 from dinoforge.data.planes import taken_apart
 from dinoforge.data.sources import Source, open_source
-from dinoforge.data.statistics import look, measure
-from dinoforge.data.summary import inspect as look_at_some
+from dinoforge.data.statistics import measure_pixels, read_sizes
+from dinoforge.data.summary import summarize
 from dinoforge.data.survey import MeasuredRange, measure_range
 from dinoforge.data.values import plane_of
 from dinoforge.errors import RecipeError
@@ -94,14 +94,16 @@ def choose_recipe(
     base, measured = with_range(base, source, run)
     decoding = image_input(base).decoding
     # Where none can be read, the second look says why.
-    summary = look(source, channels.count, decoding) or look_at_some(source, channels=channels.count, decoding=decoding)
+    summary = read_sizes(source, channels.count, decoding) or summarize(
+        source, channels=channels.count, decoding=decoding
+    )
     found: dict[str, auto.Choice] = {}
     if base.data.range is not None and "data.range" not in said:
         found["data.range"] = auto.Choice(base.data.range, str(measured or "as the run began"))
     device = devices.resolve_device(said.get("device", "auto"))
     statistics = None
     if begun is None:
-        statistics = distributed.from_first(lambda: measure(source, channels.count, decoding))
+        statistics = distributed.from_first(lambda: measure_pixels(source, channels.count, decoding))
     else:  # what was measured may have been by another version, or without one
         kept = {key: auto.Choice(begun[key], "as the run began") for key in auto.OF_PIXELS}
         found |= {key: choice for key, choice in kept.items() if key not in said}
@@ -161,5 +163,5 @@ def with_range(recipe: Recipe, source: Source, run: RunDirectory | None = None) 
 def plan_of(recipe: Recipe, source: Source) -> plans.Plan:
     image = image_input(recipe)
     reduction = partial(least_reduction, recipe)
-    summary = look_at_some(source, channels=image.in_chans, decoding=image.decoding, reduction=reduction)
+    summary = summarize(source, channels=image.in_chans, decoding=image.decoding, reduction=reduction)
     return plans.make_plan(recipe, summary)

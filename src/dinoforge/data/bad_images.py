@@ -1,4 +1,4 @@
-"""Images that cannot be read: which, why, and when they are too many."""
+"""Images that cannot be read: their names, the reasons, and the limit that stops a run."""
 
 import re
 from collections import defaultdict
@@ -10,15 +10,15 @@ from dinoforge.errors import DataError
 Skipped = tuple[int, str, str]
 """Index, printable name and reason of an image that could not be read."""
 
-_KINDS = 6  # of reasons that are told one by one
+_KINDS = 6  # reasons that are told one by one
 
 
 class BadImagesError(DataError):
     """Too many images cannot be read.
 
     Args:
-        message: Says how many, and why.
-        skipped: Those that turned out to be unreadable now.
+        message: The number of images, and the reasons.
+        skipped: The images that turned out to be unreadable now.
         of_one_rank: Whether this rank alone met them; otherwise all ranks have the same error.
     """
 
@@ -29,9 +29,9 @@ class BadImagesError(DataError):
 
 
 def by_reason(bad: Iterable[Skipped]) -> str:
-    """Every kind of reason with the number of images and one of them, most frequent first.
+    """Name every kind of reason with the number of images and one of them, most frequent first.
 
-    Reasons that differ in numbers alone are of one kind. ``12 such as a.tif: truncated: 80 bytes; b.tif: empty file``
+    Reasons that differ in numbers alone are of one kind: ``12 such as a.tif: truncated: 80 bytes; b.tif: empty file``.
     """
     groups: defaultdict[str, list[Skipped]] = defaultdict(list)
     for image in bad:
@@ -53,22 +53,22 @@ class BadImages:
     the start stops nothing.
 
     Args:
-        max_share: Largest share of unreadable images, 0…1 (`data.max_bad_share`).
-        length: Number of images in the source.
+        max_share: The largest share of unreadable images, 0…1 (`data.max_bad_share`).
+        length: The number of images in the source.
     """
 
     def __init__(self, max_share: float, length: int) -> None:
         self.max_share = max_share
         self.length = length
         self.skipped: dict[int, tuple[str, str]] = {}
-        """Index -> printable name, reason."""
+        """Printable name and reason of each image, by index."""
 
     def update(self, skipped: Iterable[Skipped], draws: int) -> list[Skipped]:
-        """Note what was skipped, and return what is new.
+        """Note images that were skipped, and return those that are new.
 
         Args:
-            skipped: As in `Batch.skipped`, of one rank or of all.
-            draws: Samples drawn since the start of training, over all ranks.
+            skipped: Unreadable images as in `Batch.skipped`, of one rank or of all.
+            draws: The number of samples drawn since the start of training, over all ranks.
 
         Raises:
             BadImagesError: The share of unreadable images is above the limit.
@@ -87,7 +87,7 @@ class BadImages:
                 + by_reason((index, *told) for index, told in known.items()),
                 new,
             )
-        self.skipped = known  # what went too far is not held against a run that continues with mended images
+        self.skipped = known  # after an error they are forgotten: a run may continue with mended images
         return new
 
     def state_dict(self) -> dict[str, Any]:

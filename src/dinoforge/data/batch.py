@@ -1,4 +1,4 @@
-"""One step's data: crops, masks, and where they come from."""
+"""The data of one step: crops, masks, and the images that they come from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -38,15 +38,15 @@ class Batch:
     Crops are ordered crop-major, as in the reference: the first crop of all images, then the second of all images…
 
     Args:
-        global_crops: uint8 [2·B, C, H, W].
-        local_crops: uint8 [L·B, C, h, w]; L may be 0.
-        masks: bool [2·B, N], True where the student sees the mask token.
-        masked: int64 [M], where `masks.flatten()` is true. Stays on the CPU, so that no step waits for the device to
-            learn how many there are and where.
-        indices: int64 [B], positions in the source of the images that were used.
+        global_crops: The global crops, uint8 [2·B, C, H, W].
+        local_crops: The local crops, uint8 [L·B, C, h, w]; L may be 0.
+        masks: The masks of the global crops, bool [2·B, N], True where the student sees the mask token.
+        masked: Indices where `masks.flatten()` is true, int64 [M]. They stay on the CPU, so that no step waits for the
+            device to learn how many there are and where.
+        indices: Positions in the source of the images that were used, int64 [B].
         skipped: Index, printable name and reason of each image that could not be read while this batch was made.
-        photometry: What remains to be done to the colours of the global and of the local crops; None if it is done.
-            Stays on the CPU.
+        photometry: The operations that the colours of the global and of the local crops still need, on the CPU; None
+            if they are done.
         piece_of: What the batch is of a larger one; None if it is whole. Then it may have only some of the crops.
     """
 
@@ -65,7 +65,7 @@ class Batch:
         return self.piece_of or Share(len(self.indices), len(self.local_crops) // len(self.indices))
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Copy the tensors to a device; from pinned memory without waiting for it."""
+        """Copy the tensors to a device, without waiting for it where memory is pinned."""
         return replace(
             self,
             global_crops=self.global_crops.to(device, non_blocking=True),
@@ -75,10 +75,12 @@ class Batch:
         )
 
     def split(self, parts: int) -> list["Batch"]:
-        """Cut the batch into parts of equally many images, in their order; it is prepared, and its parts are, too.
+        """Cut a prepared batch into parts of equally many images, in their order.
+
+        Images that could not be read stay with the first part.
 
         Args:
-            parts: Divides B. What could not be read stays with the first part.
+            parts: The number of parts, a divisor of B.
         """
         if parts == 1:
             return [self]
@@ -147,18 +149,18 @@ class Batch:
 
 
 def masked_patches(masks: torch.Tensor) -> torch.Tensor:
-    """Where masks [2·B, N] are true: indices [M] into `masks.flatten()`."""
+    """The indices [M] into `masks.flatten()` where masks [2·B, N] are true."""
     return masks.flatten().nonzero()[:, 0]
 
 
 def collate_photometry(
     drawn: Sequence[Sequence[Photometry]], *, global_number: int
 ) -> tuple[PhotometryBatch, PhotometryBatch]:
-    """Lay out what was drawn for the crops of B images, crop-major.
+    """Lay out the operations that were drawn for the crops of B images, crop-major.
 
     Args:
-        drawn: Per image, what was drawn for its global crops, then for its local ones.
-        global_number: Number of global crops, G.
+        drawn: The operations of each image's global crops, then of its local ones.
+        global_number: The number of global crops, G.
     """
     by_crop = list(zip(*drawn, strict=True))
     global_part, local_part = by_crop[:global_number], by_crop[global_number:]
@@ -169,9 +171,9 @@ def normalize(crops: torch.Tensor, mean: Sequence[float], std: Sequence[float]) 
     """Bring crops to the network's range: (crops / 255 - mean) / std, on the device where they are.
 
     Args:
-        crops: uint8 [N, C, H, W]. Floating-point crops are taken to be normalised already and returned as they are.
-        mean: Per channel, of values in 0…1; length C or 1.
-        std: Likewise.
+        crops: Crops, uint8 [N, C, H, W]. Floating-point crops are taken to be normalised and returned as they are.
+        mean: The mean of each channel on the range 0…1, or one for all.
+        std: The standard deviation of each channel on the same range, or one for all.
 
     Returns:
         float32 [N, C, H, W].
@@ -185,16 +187,16 @@ def normalize(crops: torch.Tensor, mean: Sequence[float], std: Sequence[float]) 
 
 
 def prepare(batch: Batch, *, device: torch.device, mean: Sequence[float], std: Sequence[float]) -> Batch:
-    """Bring a batch to a device, its colours changed as drawn where that remains to be done, and normalised."""
+    """Bring a batch to a device, change its colours as drawn where that is still to be done, and normalise it."""
     batch = batch.to(device)
     drawn = batch.photometry or (None, None)
 
-    def finish(crops: torch.Tensor, photometry: PhotometryBatch | None) -> torch.Tensor:
+    def coloured(crops: torch.Tensor, photometry: PhotometryBatch | None) -> torch.Tensor:
         return normalize(recolour_batch(crops, photometry) if photometry else crops, mean, std)
 
     return replace(
         batch,
-        global_crops=finish(batch.global_crops, drawn[0]),
-        local_crops=finish(batch.local_crops, drawn[1]),
+        global_crops=coloured(batch.global_crops, drawn[0]),
+        local_crops=coloured(batch.local_crops, drawn[1]),
         photometry=None,
     )

@@ -1,6 +1,6 @@
-"""Which sample comes when, and how it gets there: every batch is a pure function of (seed, step).
+"""Training batches: every one is a pure function of (seed, step).
 
-Nothing random lives in a process: the image at a position of the global order, its crops and its masks are computed
+No random state lives in a process: the image at a position of the global order, its crops and its masks are computed
 from the seed and that position. So the stream of batches does not depend on the number of worker processes, on where a
 run was stopped, or, at equal global batch, on the number of ranks.
 """
@@ -21,7 +21,8 @@ from dinoforge.data.bad_images import BadImagesError, by_reason
 from dinoforge.data.bad_images import Skipped as Skipped
 from dinoforge.data.batch import Batch, collate_photometry, masked_patches
 from dinoforge.data.crops import CropParameters, MultiCrop, on_reduced, reduction
-from dinoforge.data.decode import decode, describe
+from dinoforge.data.decode import decode
+from dinoforge.data.headers import size_and_kind
 from dinoforge.data.order import sample_index, sample_rng
 from dinoforge.data.photometry import Photometry, PhotometryBatch
 from dinoforge.data.preflight import Needs, refuse_second_start, require_room, require_sendable
@@ -31,18 +32,21 @@ from dinoforge.data.workers import LOOK_SECONDS, Table, Watch, Workers, start_wo
 from dinoforge.errors import ImageError, WorkerError
 
 PREFETCH = 2
-"""Batches that each worker has ready."""
+"""The number of batches that each worker has ready."""
 
 MAX_ATTEMPTS = 10
-"""Images tried for one position before the batch is given up."""
+"""The number of images that are tried for one position before the batch is given up."""
 
 DrawMasks = Callable[[int, tuple[int, int], np.random.Generator], npt.NDArray[np.bool_]]
-"""(number of global crops, patch grid (h, w), rng) -> bool [number, h·w]; `masks.batch_masks` with its settings."""
+"""A function of the number of global crops, the patch grid (h, w) and a generator: masks, bool [number, h·w].
+
+It is `masks.batch_masks` with its settings.
+"""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A batch that could not be made. Data rather than an exception, which would carry a worker's traceback."""
+    """A batch that could not be made: data rather than an exception, which would carry a worker's traceback."""
 
     message: str
     skipped: tuple[Skipped, ...]
@@ -54,16 +58,16 @@ class TrainingData(Dataset[Batch | Failure]):
     Args:
         source: The images.
         crops: The augmentation.
-        masks: Draws the masks of all global crops of a global batch.
-        patch_size: Edge of a patch, pixels; the global crop size is a multiple of it.
-        channels: Channels of the images, C.
+        masks: A function that draws the masks of all global crops in a global batch.
+        patch_size: The edge of a patch in pixels, a divisor of the global crop size.
+        channels: The number of channels, C.
         decoding: Further keywords of `decode`: how values become pixels, and what is refused.
-        reduced_decode: Decode large JPEG files at the smallest scale that no crop has to be enlarged from.
-        photometry: Change colours here. If False, batches tell what remains to be done, see `Batch.photometry`.
+        reduced_decode: Whether large JPEG files are decoded at the smallest scale from which no crop is enlarged.
+        photometry: Whether colours are changed here; otherwise batches carry the operations, see `Batch.photometry`.
         seed: The run's seed.
-        batch_size: Images in a global batch, over all ranks.
-        rank: Which contiguous slice of the global batch to make.
-        world_size: Number of slices; divides `batch_size`.
+        batch_size: The number of images in a global batch, over all ranks.
+        rank: The number of the contiguous slice of the global batch to make.
+        world_size: The number of slices, a divisor of `batch_size`.
     """
 
     def __init__(
@@ -98,7 +102,7 @@ class TrainingData(Dataset[Batch | Failure]):
         self.rank = rank
         self.world_size = world_size
         self.on_image: Callable[[int], None] | None = None
-        """Told the index of each image before it is read, and -1 when a batch is done."""
+        """A function that gets the index of each image before it is read, and -1 when a batch is done."""
 
     def __getitem__(self, step: int) -> Batch | Failure:
         """Make this rank's part of the global batch of a step."""
@@ -160,7 +164,7 @@ class TrainingData(Dataset[Batch | Failure]):
             image = read(data)
             return image, self.crops.draw(image.shape[0], image.shape[1], rng)
         # The crops say how much of the image is needed, so they are drawn for its size in the header.
-        width, height, _ = describe(data)
+        width, height, _ = size_and_kind(data)
         parameters = self.crops.draw(height, width, rng)
         image = read(data, reduction=reduction(parameters))
         if image.shape[:2] != (height, width):
@@ -185,23 +189,23 @@ def make_loader(
     prefetch: int = PREFETCH,
     timeout: float = 600.0,
 ) -> Generator[Batch]:
-    """Start making the batches of steps `start_step`…`end_step` - 1, to be taken in order.
+    """Start making the batches of steps `start_step`…`end_step` - 1, and yield them in order.
 
     Workers start at once and leave when the iterator is closed, exhausted or forgotten.
 
     Args:
         data: The batches.
-        start_step: First step.
-        end_step: Step after the last.
-        num_workers: Worker processes; 0 makes batches in this process, when they are asked for.
-        pin_memory: Put batches into page-locked memory.
-        prefetch: Batches that each worker prepares ahead.
-        timeout: Longest wait for a batch, seconds, above 0. Without workers it has no meaning.
+        start_step: The first step.
+        end_step: The step after the last.
+        num_workers: The number of worker processes; 0 makes each batch in this process when it is asked for.
+        pin_memory: Whether batches lie in page-locked memory.
+        prefetch: The number of batches that each worker prepares ahead.
+        timeout: The longest wait for a batch in seconds, above 0; it has no meaning without workers.
 
     Raises:
-        DataError: Workers cannot be started here, or not be given the images; (on iteration) a batch could not be made
-            or fetched.
-        WorkerError: (on iteration) A worker was killed, or hangs: names the image it was at.
+        DataError: Workers cannot be started here or cannot be given the images; or, on iteration, a batch cannot be
+            made or fetched.
+        WorkerError: On iteration, a worker was killed or hangs; the message names its image.
     """
     if num_workers:
         refuse_second_start()
@@ -225,7 +229,7 @@ def make_loader(
 
 
 def _needs(data: TrainingData, num_workers: int, batches: int) -> Needs:
-    """What workers and `batches` in flight need of the system."""
+    """Compute what workers and `batches` in flight need of the system."""
     share = data.batch_size // data.world_size
     crops = share * data.channels * (2 * data.crops.global_size**2 + data.crops.local_number * data.crops.local_size**2)
     masks = 2 * share * data.grid[0] * data.grid[1]
@@ -273,7 +277,7 @@ def _sound(batch: Batch | Failure) -> Batch:
 
 
 def _naming(source: Source, indices: list[int]) -> str:
-    """Words on the images that workers were at."""
+    """Name the images that workers were at."""
     names = [printable(source.name(index)) for index in indices if index >= 0]
     return f" while it read {', '.join(names)}" if names else " between two images"
 

@@ -1,23 +1,26 @@
-"""How many channels the images of a data set have."""
+"""The number of channels to read a data set's images with."""
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dinoforge.data.decode import AnImage, channels_said, describe, raw
+from dinoforge.data.decode import read_values
+from dinoforge.data.headers import channels_said, size_and_kind
+from dinoforge.data.pictures import AnImage
+from dinoforge.data.sampling import spaced, spread
 from dinoforge.data.sources import Source
-from dinoforge.data.statistics import bytes_of, spaced, spread
+from dinoforge.data.statistics import bytes_of
 from dinoforge.errors import ImageError
 
-_HEADERS = 64  # images that are looked at
-_BANDS = 4  # of those, in which the last band is looked at, where it may be no more than a mask
-_BYTES = 2e9  # of files that are read for it
+_HEADERS = 64  # images whose headers are read
+_BANDS = 4  # images of a kind whose last band is examined, where it may be no more than a mask
+_BYTES = 2e9  # bytes of files that are read
 _GREY = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"))
 
 
 @dataclass(frozen=True)
 class Channels:
-    """How many channels to read, and why."""
+    """The number of channels to read, and why."""
 
     count: int
     reason: str
@@ -25,11 +28,11 @@ class Channels:
 
 @dataclass(frozen=True)
 class Has:
-    """Channels of an image.
+    """The channels that an image has.
 
     Args:
-        channels: that it has.
-        is_picture: whether it can be read as grey and as RGB, too.
+        channels: The number of channels.
+        is_picture: Whether the image can be read as grey and as RGB, too.
     """
 
     channels: int
@@ -40,7 +43,7 @@ class Has:
 
 
 def has_of(kind: str) -> Has:
-    """Channels of images of a kind, as ``describe`` names it."""
+    """The channels of images of a kind, as ``size_and_kind`` names it."""
     count = channels_said(kind)
     if count is None:
         mode = kind.partition(",")[0]
@@ -49,14 +52,14 @@ def has_of(kind: str) -> Has:
 
 
 def channels_of(source: Source) -> Channels:
-    """How many channels to read images with: as many as most of some that are looked at have.
+    """Choose the number of channels that most of some images have.
 
-    Grey images and colour ones make 3. The band beside the colours, or beside grey, of a TIFF is a channel unless it
-    has no more than two values, as a transparency or a mask that says little. Transparency of other files is none,
-    since it is laid over white.
+    Grey images beside colour ones make 3. A band beside the colours or beside grey in a TIFF is a channel unless it has
+    no more than two values, as a mask or a transparency that says little. Transparency of other files is no channel,
+    since images are laid over white.
     """
     kinds: Counter[str] = Counter()
-    beside: dict[str, list[Has]] = {}  # of kinds with a band that may be no channel
+    beside: dict[str, list[Has]] = {}  # by kind, for kinds whose last band may be no channel
     size = 0
     for index in spread(spaced(len(source), _HEADERS)):
         if size > _BYTES:
@@ -64,11 +67,11 @@ def channels_of(source: Source) -> Channels:
         try:
             image = source.item(index).image
             size += bytes_of(image)
-            kind = describe(image)[2]
+            kind = size_and_kind(image)[2]
             if has_of(kind).channels in (2, 4) and len(found := beside.setdefault(kind, [])) < _BANDS:
                 found.append(_last_band(image, has_of(kind)))
         except ImageError:
-            continue  # told when it is its turn
+            continue  # training reports it when it comes to it
         kinds[kind] += 1
     have: Counter[Has] = Counter()
     dropped = 0
@@ -83,8 +86,8 @@ def channels_of(source: Source) -> Channels:
 
 
 def _last_band(image: AnImage, has: Has) -> Has:
-    """Channels of an image of two or four with a look at the last one."""
-    found = raw(image)
+    """The channels of an image of two or four, by the values of the last one."""
+    found = read_values(image)
     if found is None or found.alpha:
         return Has(has.channels - 1, True)
     if found.colour != has.channels - 1:
@@ -95,7 +98,7 @@ def _last_band(image: AnImage, has: Has) -> Has:
 
 
 def most(have: Mapping[Has, int]) -> Channels:
-    """The number of channels that most images have, where grey and RGB are one kind."""
+    """Choose the number of channels that most images have, where grey and RGB are one kind."""
     total = sum(have.values())
     if not total:
         return Channels(3, "no image could be looked at")
@@ -121,5 +124,5 @@ def most(have: Mapping[Has, int]) -> Channels:
 
 
 def guess_channels(source: Source) -> int:
-    """How many channels to read the images with; see ``channels_of``."""
+    """The number of channels to read images with; see ``channels_of``."""
     return channels_of(source).count

@@ -1,4 +1,4 @@
-"""Which sub-folders of a folder are classes: not train/ and val/, nor images/ and masks/."""
+"""The sub-folders of a folder that are classes: not train/ and val/, nor images/ and masks/."""
 
 import os
 import re
@@ -22,10 +22,10 @@ _BESIDE = "unlabeled unlabelled labeled labelled extra trainval minival query ga
 _PART_OF_WORD = {word: part for part, words in _PARTS.items() for word in words.split()} | {
     word: word for word in _BESIDE.split()
 }
-"""Words in names of folders -> the part of a split that they mean."""
+"""The part of a split that words in names of folders mean."""
 
 _QUALIFIERS = frozenset("set data image images img imgs only jpg jpeg png part full small large a b i ii iii".split())
-"""Words beside them that change nothing, as numbers do."""
+"""Words beside these that change nothing, just as numbers."""
 
 _ROLES = re.compile(
     r"(data|dataset|images?|imgs?|jpegimages|photos?|pictures?|pics|inputs?|raw|rgb|masks?|labels?|annotations?|annots?|"
@@ -35,13 +35,13 @@ _ROLES = re.compile(
 """Names of folders that tell what the files are for, not what they show."""
 
 FEW_STRAYS = 10
-"""So many images without a label hurt no measurement, whatever their share."""
+"""The number of images without a label that hurts no measurement, whatever their share."""
 
-_DEEPEST = 4  # folders that are looked through
+_DEEPEST = 4  # levels of folders that are looked through
 
 
 def few(strays: int, images: int) -> bool:
-    """Whether so many of the images may lack a label while the others keep theirs: up to 10, or 1 %; under half."""
+    """Whether as few images may lack a label while the others keep theirs: up to 10, or 1 %; under half."""
     return strays <= max(FEW_STRAYS, images // 100) and 2 * strays < images
 
 
@@ -53,18 +53,18 @@ def is_split(name: str) -> bool:
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """Which folder of an image's path is its label.
+    """The folder in an image's path that is its label.
 
     Args:
-        depth: Its place in the relative path, from 0; None: no labels.
-        said: What the labels are, or why there are none, in words.
+        depth: The place of the folder in the relative path, from 0; None where there are no labels.
+        said: The kind of the labels, or the reason why there are none, in words.
     """
 
     depth: int | None
     said: str
 
     def label(self, name: str) -> str | None:
-        """The label of an image by its relative path; None where it has none."""
+        """Find the label of an image by its relative path; None where it has none."""
         if self.depth is None:
             return None
         parts = name.split("/", self.depth + 1)
@@ -112,11 +112,11 @@ def class_folders(names: Sequence[bytes]) -> ClassFolders:
 
 
 def _below_splits(names: Sequence[bytes], depth: int, above: str) -> ClassFolders:
-    """Classes in train/, val/, …, which lie at a depth: those one level deeper, where the parts agree on them."""
+    """Find the classes in train/, val/, …, which lie at a depth: one level deeper, where the parts agree on them."""
     deeper = depth + 1
     while deeper < _DEEPEST and _is_split_level(_folders_at(names, deeper)):
         deeper += 1  # training_set/training_set/…, as archives unpack
-    classes: defaultdict[str, set[str]] = defaultdict(set)  # of each part
+    classes: defaultdict[str, set[str]] = defaultdict(set)  # the classes of each part
     bare: defaultdict[str, list[bytes]] = defaultdict(list)  # images of each part that lie in none
     labelled = 0
     for name in names:
@@ -169,7 +169,7 @@ def _folders_at(names: Iterable[bytes], depth: int) -> set[str | None]:
 
 
 def _part_of(name: str) -> tuple[str | None, tuple[str, ...]]:
-    """The part of a split that a name means, and what else it says: ``DIV2K_train_HR`` -> train, (div, k, hr)."""
+    """Find the part of a split in a name, and its other words: ``DIV2K_train_HR`` gives train and (div, k, hr)."""
     apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
     words = re.findall(r"[^\W\d_]+", re.sub(r"hold[-_ ]out", "holdout", apart))
     part = next((found for word in words if (found := _PART_OF_WORD.get(word))), None)
@@ -186,7 +186,7 @@ def _is_split_level(folders: Iterable[str | None]) -> bool:
 
 
 def _splits_among(folders: Sequence[str]) -> list[str]:
-    """Those of the folders that are parts of a split: at least two that differ in nothing but the part."""
+    """Find the folders that are parts of a split: at least two that differ in nothing but the part."""
     alike: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in folders:
         part, rest = _part_of(name)
@@ -203,7 +203,7 @@ def _first(names: Sequence[bytes]) -> str:
 
 
 def _said_of_strays(names: Sequence[bytes]) -> str:
-    """Words on images without a label, which take no part."""
+    """Say which images have no label and take no part."""
     if not names:
         return ""
     first = ", ".join(printable(os.fsdecode(name)) for name in names[:3]) + (", …" if len(names) > 3 else "")
@@ -213,7 +213,7 @@ def _said_of_strays(names: Sequence[bytes]) -> str:
 
 
 def _listed(folders: Sequence[str], above: str = "") -> str:
-    """Up to four folders, such as ``a/, b/ and c/``."""
+    """Name up to four folders, such as ``a/, b/ and c/``."""
     shown = [f"{printable(above + folder)}/" for folder in folders[:4]]
     if len(folders) > 4:
         return f"{', '.join(shown)} and {len(folders) - 4:,} more"

@@ -1,8 +1,8 @@
 """Multi-crop augmentation: one image to two global crops and L local crops (SwAV, arXiv 2006.09882; DINO, 2104.14294).
 
-Two halves: *drawing* decides everything that is random about a crop and puts it into `CropParameters`; *applying* is
-a function of the image and those. Distributions are torchvision's, as the reference composes them: geometry (crop,
-resize, flip), then photometry (see `photometry`); quarter turns, which it does not have, come after the flip.
+*Drawing* decides everything that is random about a crop and puts it into `CropParameters`; *applying* is a function of
+the image and these parameters. Distributions are torchvision's, as the reference composes them: geometry (crop,
+resize, flip), then photometry (see `photometry`). Quarter turns, which the reference lacks, come after the flip.
 """
 
 import math
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dinoforge.data.photometry import JITTER, Photometry, UInt8, as_uint8, recolour
+from dinoforge.data.photometry import JITTER, Photometry, as_uint8, recolour
+from dinoforge.data.values import UInt8
 
 BLUR_PROBABILITY: dict[str, tuple[float, float, float]] = {"released": (0.0, 0.9, 0.5), "stated": (1.0, 0.1, 0.5)}
 """Probability of Gaussian blur for the first global, the second global and the local crops.
@@ -25,7 +26,7 @@ published models were trained with the complement: ``released``. ``stated`` is w
 
 
 Uniform = Callable[[], float]
-"""Draws a number in 0…1, 1 excluded."""
+"""A function that draws a number in 0…1, 1 excluded."""
 
 _UNCHANGED = Photometry()
 
@@ -35,12 +36,12 @@ class CropParameters:
     """Everything that was drawn for one crop.
 
     Args:
-        size: Edge of the crop, pixels.
-        box: Top, left, height, width in the image, pixels.
-        horizontal_flip: Mirror left and right.
-        vertical_flip: Mirror up and down.
-        quarter_turns: By how many right angles to turn it counter-clockwise after the flips, 0 to 3.
-        photometry: What happens to its colours.
+        size: The edge of the crop in pixels.
+        box: Top, left, height and width in the image, in pixels.
+        horizontal_flip: Whether left and right are mirrored.
+        vertical_flip: Whether top and bottom are mirrored.
+        quarter_turns: The number of right angles by which the crop is turned counter-clockwise after flips, 0 to 3.
+        photometry: The operations on its colours.
     """
 
     size: int
@@ -53,24 +54,30 @@ class CropParameters:
 
 @dataclass(frozen=True, kw_only=True)
 class MultiCrop:
-    """Two global crops and `local_number` local ones; defaults are the official ones (DINOv2, section 4 and code).
+    """The augmentation to two global crops and `local_number` local ones; defaults are the official ones.
 
     Args:
-        global_size, local_size: Edges of the crops, pixels.
-        global_scale, local_scale: Smallest and largest share of the image's area in a crop.
-        local_number: Number of local crops, L; 0 is valid.
-        aspect: Smallest and largest width / height of a crop before it is resized to a square.
-        horizontal_flip, vertical_flip: Probabilities.
-        quarter_turns: Probability that a crop is turned by 90, 180 or 270 degrees, each as likely.
-        jitter_probability: Probability that a crop's colours are jittered.
-        brightness, contrast, saturation: Factors are uniform in max(0, 1 - s)…1 + s.
-        hue: Shifts are uniform in -s…s turns; at most 0.5.
-        grayscale_probability: Probability that a crop loses its colour.
-        blur_probability: For the first global, the second global and the local crops; see `BLUR_PROBABILITY`.
-        blur_sigma: Smallest and largest standard deviation, pixels.
-        blur_kernel: Edge of the blur's kernel, pixels, odd.
-        solarize_probability: For the second global crop; no other crop is solarized.
-        solarize_threshold: Values from here on are inverted, 0…255.
+        global_size: The edge of global crops in pixels.
+        global_scale: The smallest and largest share of the image's area in a global crop.
+        local_size: The edge of local crops in pixels.
+        local_scale: The smallest and largest share of the image's area in a local crop.
+        local_number: The number of local crops, L; 0 is valid.
+        aspect: The smallest and largest width / height of a crop before it is resized to a square.
+        horizontal_flip: The probability that left and right are mirrored.
+        vertical_flip: The probability that top and bottom are mirrored.
+        quarter_turns: The probability that a crop is turned by 90, 180 or 270 degrees, each as likely.
+        jitter_probability: The probability that a crop's colours are jittered.
+        brightness: The strength s of jitter; factors are uniform in max(0, 1 - s)…1 + s.
+        contrast: The strength of jitter, likewise.
+        saturation: The strength of jitter, likewise.
+        hue: The strength s of jitter, at most 0.5; shifts are uniform in -s…s turns.
+        grayscale_probability: The probability that a crop loses its colour.
+        blur_probability: The probabilities of blur for the first global, the second global and the local crops; see
+            `BLUR_PROBABILITY`.
+        blur_sigma: The smallest and largest standard deviation of blur in pixels.
+        blur_kernel: The edge of the blur's kernel in pixels, odd.
+        solarize_probability: The probability that the second global crop is solarized; no other crop ever is.
+        solarize_threshold: The value from which on values are inverted, 0…255.
     """
 
     global_size: int = 224
@@ -104,11 +111,11 @@ class MultiCrop:
         """Draw and make the crops of one image.
 
         Args:
-            image: uint8 [H, W, C].
-            rng: Source of randomness; the crops are a function of the image and its state.
+            image: An image, uint8 [H, W, C].
+            rng: The generator; the crops are a function of the image and the generator's state.
 
         Returns:
-            Global crops uint8 [2, C, G, G] and local crops uint8 [L, C, l, l].
+            Global crops, uint8 [2, C, G, G], and local crops, uint8 [L, C, l, l].
         """
         height, width, channels = image.shape
         global_crops, local_crops = self.empty(1, channels)
@@ -116,7 +123,7 @@ class MultiCrop:
         return global_crops[:, 0], local_crops[:, 0]
 
     def empty(self, images: int, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Room for the crops of so many images: uint8 [2, B, C, G, G] and [L, B, C, l, l]."""
+        """Make room for the crops of B images: uint8 [2, B, C, G, G] and [L, B, C, l, l]."""
         kinds = (2, self.global_size), (self.local_number, self.local_size)
         first, second = (torch.empty(n, images, channels, edge, edge, dtype=torch.uint8) for n, edge in kinds)
         return first, second
@@ -133,10 +140,11 @@ class MultiCrop:
         """Make the crops that `draw` decided on.
 
         Args:
-            image: uint8 [H, W, C].
-            parameters: Of the global crops, then of the local ones.
-            global_crops, local_crops: Where to put them, uint8 [2, C, G, G] and [L, C, l, l].
-            photometry: False leaves the colours as they are.
+            image: An image, uint8 [H, W, C].
+            parameters: The parameters of the global crops, then of the local ones.
+            global_crops: Room for the global crops, uint8 [2, C, G, G].
+            local_crops: Room for the local crops, uint8 [L, C, l, l].
+            photometry: Whether colours are changed.
         """
         for place, drawn in zip([*global_crops.numpy(), *local_crops.numpy()], parameters, strict=True):
             crop = cut(image, drawn)
@@ -155,7 +163,7 @@ class MultiCrop:
                 *[local] * self.local_number,
             )
         ]
-        if self.quarter_turns > 0:  # drawn last, so that all else is what it is without turns
+        if self.quarter_turns > 0:  # drawn last, so that everything else stays as it is without turns
             crops = [replace(crop, quarter_turns=self._draw_turns(uniform)) for crop in crops]
         return crops
 
@@ -186,7 +194,7 @@ class MultiCrop:
         )
 
     def _draw_jitter(self, uniform: Uniform) -> tuple[tuple[str, float], ...]:
-        """Draw order and factors; an operation of strength 0 is left out."""
+        """Draw the order and the factors of colour operations; one of strength 0 is left out."""
         factors = []
         for name, strength in zip(JITTER, (self.brightness, self.contrast, self.saturation, self.hue), strict=True):
             if strength > 0:
@@ -196,7 +204,7 @@ class MultiCrop:
 
 
 def _uniform(rng: np.random.Generator) -> Uniform:
-    """Numbers of a generator in 0…1, drawn many at a time: one at a time costs as much as a blur."""
+    """Draw a generator's numbers in 0…1 many at a time: one at a time costs as much as a blur."""
 
     def numbers() -> Iterator[float]:
         while True:
@@ -219,11 +227,18 @@ def draw_box(
 ) -> tuple[int, int, int, int]:
     """Draw a random part of an image, distributed as torchvision's RandomResizedCrop.
 
-    Area uniform in `scale`, aspect log-uniform; up to ten tries until it fits into the image; else the largest centred
-    part with an aspect in range.
+    The area is uniform in `scale` and the aspect log-uniform. Where ten tries do not fit into the image, the largest
+    centred part with an aspect in range is taken.
+
+    Args:
+        height: The image's height in pixels.
+        width: The image's width in pixels.
+        uniform: The source of random numbers.
+        scale: The smallest and largest share of the image's area.
+        aspect: The smallest and largest width / height.
 
     Returns:
-        Top, left, height, width, pixels.
+        Top, left, height and width in pixels.
     """
     log_aspect = math.log(aspect[0]), math.log(aspect[1])
     for _ in range(10):
@@ -254,12 +269,12 @@ def cut(image: UInt8, parameters: CropParameters) -> UInt8:
 
 
 def reduction(parameters: Sequence[CropParameters]) -> int:
-    """By how much an image may be reduced before any crop would have to be enlarged, or enlarged further."""
+    """Find the factor by which an image may be reduced before a crop would have to be enlarged, or enlarged further."""
     return max(min(min(p.box[2:]) // p.size for p in parameters), 1)
 
 
 def on_reduced(parameters: CropParameters, image: tuple[int, int], reduced: tuple[int, int]) -> CropParameters:
-    """The same crop of an image that was reduced from (H, W) to (h, w), to the nearest pixel."""
+    """Move a crop to an image that was reduced from (H, W) to (h, w), to the nearest pixel."""
     edges = []
     for start, length, full, now in zip(parameters.box[:2], parameters.box[2:], image, reduced, strict=True):
         first = min(round(start * now / full), now - 1)
@@ -283,10 +298,10 @@ def whole(image: UInt8, size: int, *, center_crop: bool = False) -> torch.Tensor
     """Prepare an image for evaluation.
 
     Args:
-        image: uint8 [H, W, C].
-        size: Edge of the result, pixels.
-        center_crop: False: the whole image, resized to a square. True: the official rule, shorter side to
-            round(size · 256 / 224), then the centre.
+        image: An image, uint8 [H, W, C].
+        size: The edge of the result in pixels.
+        center_crop: Whether the official rule holds, by which the shorter side becomes round(size · 256 / 224) and the
+            centre is cut out; otherwise the whole image is resized to a square.
 
     Returns:
         uint8 [C, size, size].

@@ -13,11 +13,11 @@ Two images are nearly equal where both of these hold:
    as bright as the other by a gain and an offset, they differ by no more than the noise of an encoder, in detail as
    well, and their colours are the same.
 
-Measured on the 2,624 solar cells of ELPV, which all look alike, and on 30 photographs and wallpapers with ``distance``
-7: share of the changed images that are found, and of what is found that is right. See ``docs/evaluation.md``.
+``docs/evaluation.md`` has the shares of changed images that are found, and of found ones that are right, with
+``distance`` 7 on the 2,624 solar cells of ELPV, which all look alike, and on 30 photographs and wallpapers.
 
-Images that show nothing are no duplicates of each other. Those of one constant colour are in no group at all
-(``Fingerprint.is_constant``). Those that are nearly flat at 32 x 32 pixels (``near`` is 0) are in a group only where
+Images that show nothing are no duplicates of each other. Images of one constant colour are in no group at all
+(``Fingerprint.is_constant``). Images that are nearly flat at 32 x 32 pixels (``near`` is 0) are in a group only where
 their pixels are equal.
 """
 
@@ -34,19 +34,19 @@ import numpy.typing as npt
 
 DISTANCE = 7  # bits of 64; up to 7, bands find all pairs with few look-ups
 
-_SIDE = 32  # of the small picture
-_REACH = 1.5  # samples: half the width of the triangle that one is a mean under
-_COARSE = 8  # of its colours
-_FLAT = 1.5  # levels: standard deviation of a small picture in which there is nothing to compare
-_NOISE = 0.65, 0.04  # levels, or share of the deviation where that is more: by how much small pictures of one differ
-_MOST_NOISE = 0.15  # of the deviation: more of it tells nothing
-_DETAIL = 0.7  # correlation of their details at least
-_GAIN = 1.2  # of brightness
-_OFFSET = 24.0  # levels, of the mean
-_COLOUR = 5.0  # levels: by how much the coarse colours of one picture differ at most
+_SIDE = 32  # the side of the small picture, in samples
+_REACH = 1.5  # half the width, in samples, of the triangle under which a sample is a mean
+_COARSE = 8  # the side of the grid of coarse colours
+_FLAT = 1.5  # the standard deviation, in levels, of a small picture in which there is nothing to compare
+_NOISE = 0.65, 0.04  # the tolerated difference, in levels or, where that is more, as a share of the deviation
+_MOST_NOISE = 0.15  # the most noise, as a share of the deviation; beyond, a comparison says nothing
+_DETAIL = 0.7  # the least correlation of details
+_GAIN = 1.2  # the largest gain of brightness
+_OFFSET = 24.0  # the largest difference of means, in levels
+_COLOUR = 5.0  # the largest difference of the coarse colours of one picture, in levels
 _BANDS, _BAND_BITS = 4, 16
-_PAIRS = 4096  # compared at once
-_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)  # of each byte
+_PAIRS = 4096  # pairs that are compared at once
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)  # set in each byte
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -54,13 +54,13 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What tells an image from others; 2 KiB, and 64 bytes for each channel of a coloured one.
+    """The fingerprint of an image: 2 KiB, and 64 bytes for each channel of a coloured one.
 
     Args:
-        exact: 16 bytes, a hash of shape and pixels.
-        near: A 64-bit perceptual hash; 0: the picture is too flat to be compared.
+        exact: A hash of shape and pixels, 16 bytes.
+        near: A perceptual hash, 64 bits; 0 for a picture that is too flat to be compared.
         is_constant: Whether all pixels are the same.
-        small: The small picture by which candidates are compared; empty: hashes alone decide.
+        small: The small picture by which candidates are compared; empty where hashes alone decide.
     """
 
     exact: bytes
@@ -73,7 +73,7 @@ def fingerprint(pixels: npt.NDArray[np.uint8]) -> Fingerprint:
     """Compute the fingerprint of an image.
 
     Args:
-        pixels: uint8 [H, W, C], any C.
+        pixels: The image, uint8 [H, W, C], any C.
     """
     pixels = np.ascontiguousarray(pixels)
     coloured = _shrink(pixels)  # [32, 32, C]
@@ -87,9 +87,10 @@ def fingerprint(pixels: npt.NDArray[np.uint8]) -> Fingerprint:
 
 
 def same(fingerprints: Sequence[Fingerprint]) -> list[list[int]]:
-    """Groups of two or more images with equal pixels; ascending, the first images of groups ascending as well.
+    """Group images with equal pixels, two or more in a group.
 
-    Constant images are in none.
+    Returns:
+        Ascending indices, the first images of groups ascending as well. Constant images are in no group.
     """
     found: dict[bytes, list[int]] = {}
     for index, one in enumerate(fingerprints):
@@ -99,14 +100,14 @@ def same(fingerprints: Sequence[Fingerprint]) -> list[list[int]]:
 
 
 def groups(fingerprints: Sequence[Fingerprint], *, distance: int = DISTANCE) -> list[list[int]]:
-    """Groups of two or more equal or nearly equal images: each is so to another one of its group.
+    """Group equal or nearly equal images, two or more in a group: each is like another image of its group.
 
-    Pairs of hashes that differ in ``distance`` bits or fewer agree but for ``distance // 4`` bits in one of four parts
-    of 16 bits, so looking those up finds all candidates: for 10,000 different images, in well under a second.
+    Hashes that differ in ``distance`` bits or fewer differ in ``distance // 4`` bits or fewer in one of four parts of
+    16 bits, so looking up these parts finds all candidates: for 10,000 different images, in well under a second.
 
     Args:
-        fingerprints: Of the images.
-        distance: Bits, 0 to 64, in which the hashes of nearly equal images may differ.
+        fingerprints: The fingerprints of the images.
+        distance: The number of bits, 0 to 64, in which the hashes of nearly equal images may differ.
 
     Returns:
         Ascending indices, the first images of groups ascending as well. Constant images are in no group.
@@ -137,7 +138,7 @@ def groups(fingerprints: Sequence[Fingerprint], *, distance: int = DISTANCE) -> 
 
 
 def _digest(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """16 bytes of shape and pixels. Checksums of 16 parts cost a tenth of decoding, cryptographic ones a third."""
+    """Hash shape and pixels to 16 bytes, by checksums of 16 parts: a cryptographic hash costs three times as much."""
     stream = pixels.reshape(-1).data
     step = max(1, -(-len(stream) // 16))
     sums = [zlib.crc32(stream[start : start + step]) for start in range(0, len(stream), step)]
@@ -145,7 +146,7 @@ def _digest(pixels: npt.NDArray[np.uint8]) -> bytes:
 
 
 def _shrink(pixels: npt.NDArray[np.uint8]) -> Floats:
-    """Mean colour of each cell of a grid of 32 x 32 equal cells, float32 [32, 32, C]."""
+    """Compute the mean colour of each cell in a grid of 32 x 32 equal cells, float32 [32, 32, C]."""
     height, width, _ = pixels.shape
     # Blocks of whole pixels first, which is most of the work; at least 2 x 2 of them in a cell.
     tall, wide = max(1, height // (2 * _SIDE)), max(1, width // (2 * _SIDE))
@@ -155,7 +156,7 @@ def _shrink(pixels: npt.NDArray[np.uint8]) -> Floats:
 
 
 def _block_means(pixels: npt.NDArray[np.uint8], tall: int, wide: int) -> Floats:
-    """Means of blocks of tall x wide pixels, less of them at the lower and right edges; [H / tall, W / wide, C]."""
+    """Compute the means [H / tall, W / wide, C] of blocks of tall x wide pixels, which are smaller at the far edges."""
     height, width, channels = pixels.shape
     if (tall, wide) == (1, 1):
         return pixels.astype(np.float32)
@@ -182,14 +183,14 @@ def _whole_and_rest(length: int, block: int) -> list[slice]:
 
 @functools.lru_cache(maxsize=256)
 def _weights(length: int, block: int) -> Floats:
-    """How much of each block of pixels is in each of 32 samples, [32, number of blocks]; a row's sum is 1.
+    """Compute the share of each block of pixels in each of 32 samples, [32, number of blocks]; a row's sum is 1.
 
     A sample is a mean under a triangle three samples wide. Under a rectangle, sharp edges between two samples would
-    fall to one or the other, as the filter of whoever resized the image has it.
+    belong to one or the other, depending on the filter by which the image was resized.
     """
     edges = np.minimum(np.arange(-(-length // block) + 1) * block, length) * _SIDE / length
     reach = np.clip(edges - (np.arange(_SIDE)[:, None] + 0.5), -_REACH, _REACH) / _REACH  # [32, number of blocks + 1]
-    area = np.where(reach < 0, (1 + reach) ** 2 / 2, 1 - (1 - reach) ** 2 / 2)  # of the triangle up to there
+    area = np.where(reach < 0, (1 + reach) ** 2 / 2, 1 - (1 - reach) ** 2 / 2)  # the triangle's area up to each edge
     weights = np.diff(area, axis=1)
     weights = np.asarray(weights / weights.sum(axis=1, keepdims=True), np.float32)
     weights.flags.writeable = False
@@ -199,13 +200,13 @@ def _weights(length: int, block: int) -> Floats:
 def _hash(grey: Floats) -> int:
     if grey.std() < _FLAT:
         return 0
-    low = cv2.dct(grey)[:8, :8].ravel()  # from the mean brightness to 4 periods in each direction
+    low = cv2.dct(grey)[:8, :8].ravel()  # frequencies from 0 to 4 periods in each direction
     bits = low > np.median(low[1:])
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
 def _candidates(hashes: npt.NDArray[np.uint64], distance: int) -> Iterator[tuple[Ints, Ints]]:
-    """Pairs of places, the lower one first, whose hashes differ in at most `distance` bits; each pair once."""
+    """Find the pairs of places, the lower one first, whose hashes differ in at most `distance` bits; each pair once."""
     places = np.arange(len(hashes))
     tolerated = min(distance // _BANDS, _BAND_BITS)
     flips = [bits for n in range(tolerated + 1) for bits in combinations(range(_BAND_BITS), n)]
@@ -236,12 +237,12 @@ def _candidates(hashes: npt.NDArray[np.uint64], distance: int) -> Iterator[tuple
 
 
 def _count(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
-    """Bits that are 1 in each word [P]; NumPy has a function for it from version 2."""
+    """Count the bits that are 1 in each word, [P]; NumPy has a function for it from version 2."""
     return np.asarray(_BITS[words.view(np.uint8).reshape(-1, 8)].sum(axis=1, dtype=np.uint8))
 
 
 def _chunks(counts: Ints) -> Iterator[slice]:
-    """Slices of images that have about a million candidates together."""
+    """Cut the images into slices that have about a million candidates each."""
     totals = np.cumsum(counts)
     start = 0
     while start < len(counts):
@@ -252,13 +253,13 @@ def _chunks(counts: Ints) -> Iterator[slice]:
 
 
 class _Glance:
-    """Tells pairs that cannot be alike by 64 numbers of each, so that few small pictures are compared.
+    """A quick test by 64 numbers of each image, which rules out most pairs before their small pictures are compared.
 
-    A mean over cells takes nothing from a sum of squares but what is within the cells: what differs by too much here
-    differs by no less in the whole small picture.
+    The numbers are means over cells, which only remove the differences within cells: pairs that differ by too much here
+    differ by no less in the whole small picture.
 
     Args:
-        small: Small pictures, of all places that are asked for.
+        small: The small pictures of all images that may be asked for.
     """
 
     def __init__(self, small: Sequence[bytes]) -> None:
@@ -291,7 +292,7 @@ class _Glance:
 
 
 def _tolerated(sd: Floats) -> Floats:
-    """By how many levels two small pictures of a standard deviation may differ."""
+    """The number of levels by which two small pictures of a standard deviation may differ."""
     return np.asarray(np.minimum(np.maximum(_NOISE[0], _NOISE[1] * sd), _MOST_NOISE * sd), np.float32)
 
 
@@ -311,13 +312,13 @@ def _stack(rows: Sequence[bytes], size: int) -> npt.NDArray[np.uint8]:
 
 
 def _grey(small: npt.NDArray[np.uint8]) -> Floats:
-    """[P, 32, 32], levels."""
+    """Take the grey pictures, [P, 32, 32], in levels."""
     numbers = small[:, : 2 * _SIDE**2].copy().view("<u2").reshape(-1, _SIDE, _SIDE)
     return np.asarray(numbers / np.float32(256), np.float32)
 
 
 def _colours(small: npt.NDArray[np.uint8]) -> Floats:
-    """What each channel has more than their mean, [P, 64, C], levels; C is 0 for one channel."""
+    """Take the differences of channels from their mean, [P, 64, C], in levels; C is 0 for one channel."""
     cells = small[:, 2 * _SIDE**2 :].reshape(len(small), _COARSE**2, -1).astype(np.float32)
     return cells - cells.mean(axis=2, keepdims=True) if cells.size else cells
 
@@ -340,7 +341,7 @@ def _grey_alike(x: Floats, y: Floats) -> npt.NDArray[np.bool_]:
 
 
 def _details(x: Floats) -> Floats:
-    """A picture [P, 32, 32] less its own blur over 5 x 5 pixels: without shading that all images of a camera share."""
+    """Subtract from pictures [P, 32, 32] their blur over 5 x 5 pixels, and so shading that a camera's images share."""
     return np.asarray(x - np.stack([cv2.blur(one, (5, 5)) for one in x]), np.float32)
 
 
@@ -355,7 +356,7 @@ def _colours_alike(x: Floats, y: Floats) -> npt.NDArray[np.bool_]:
 
 
 def _roots(parent: Ints, which: Ints) -> Ints:
-    """The first image of each one's group, in the forest of `parent`."""
+    """Find the first image of each image's group, in the forest of `parent`."""
     roots = parent[which]
     while not np.array_equal(higher := parent[roots], roots):
         roots = higher

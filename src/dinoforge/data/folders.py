@@ -1,4 +1,4 @@
-"""What lies in a folder: the images, and what is left out beside them."""
+"""The content of a folder: the images, and the files beside them that are left out."""
 
 import os
 import re
@@ -11,29 +11,7 @@ from pathlib import Path
 from dinoforge.data.kinds import EXTENSIONS, IMAGE_EXTENSIONS, OTHER_EXTENSIONS, Kind, extension, kind_of
 from dinoforge.data.names import printable
 from dinoforge.errors import DataError
-
-_JUNK = frozenset(
-    {
-        "__macosx",  # archives made by macOS
-        "$recycle.bin",  # Windows
-        "recycler",
-        "recycled",
-        "system volume information",
-        "found.000",
-        "lost+found",  # ext4
-        "@eadir",  # Synology: thumbnails
-        "@tmp",
-        "#recycle",
-        "#snapshot",
-        "@recycle",  # QNAP
-        "@recently-snapshot",
-        ".@__thumb",
-        "network trash folder",
-        "temporary items",
-        "__pycache__",
-    }
-)
-"""Folders, in lower case, that systems make for themselves: copies, thumbnails and deleted files."""
+from dinoforge.system.files import is_stranger
 
 _THUMBNAILS = frozenset({"thumbnails", "thumbnail"})
 """Folders, in lower case, of small copies of the images outside."""
@@ -41,7 +19,7 @@ _THUMBNAILS = frozenset({"thumbnails", "thumbnail"})
 _ARRAY_FOLDERS = frozenset({"zarr", "n5"})
 """Ends of the names of folders that are one array each."""
 
-_MOST_COUNTED = 10_000  # files of a folder that is left out: snapshots and .git have many
+MOST_COUNTED = 10_000  # files of a folder that is left out: snapshots and .git have many
 _NO_EXTENSION = "without extension"
 _SAMPLES = 8  # files of a kind that are looked at
 _MOST_KINDS = 12  # kinds of files that are looked at, or named
@@ -50,12 +28,12 @@ _LOOK = 4096  # bytes
 
 @dataclass(frozen=True)
 class Contents:
-    """What the walk of a folder found.
+    """The images in a folder, and the files that are left out.
 
     Args:
         names: Relative paths of the images with forward slashes, sorted.
-        left_out: Kinds of other files, in words such as ``.dcm (DICOM)`` -> their number, most frequent first.
-        hint: What to do about the most frequent of them; '' where nothing can be said.
+        left_out: The number of other files by kind, in words such as ``.dcm (DICOM)``, most frequent first.
+        hint: Advice on the most frequent kind; '' where there is none.
     """
 
     names: list[bytes]
@@ -63,16 +41,20 @@ class Contents:
     hint: str = ""
 
 
-def walk(root: Path) -> Contents:
-    """List the images below a folder, and count by kind what is left out.
+def walk(root: Path, *, most_counted: int = MOST_COUNTED) -> Contents:
+    """List the images below a folder, and count the other files by kind.
 
-    Images are told by the ends of their names. Of files whose names tell nothing, a few are opened and looked at.
+    Images are told by the ends of their names. A few of the files whose names tell nothing are opened.
+
+    Args:
+        root: The folder.
+        most_counted: The most files that are counted in a folder that is left out.
 
     Raises:
         DataError: The folder does not exist, is not a folder, or cannot be read.
     """
     names: list[bytes] = []
-    others = _Others()
+    others = _Others(most_counted)
     # Each pending folder knows the real folders above it: a link to one of them would never end.
     pending: list[tuple[bytes, bytes, frozenset[tuple[int, int]]]] = [(os.fsencode(root), b"", frozenset())]
     while pending:
@@ -86,7 +68,7 @@ def walk(root: Path) -> Contents:
                 for entry in entries:
                     name = os.fsdecode(entry.name)
                     if _leads_to(entry.is_dir):
-                        if name.startswith(".") or name.lower() in _JUNK:
+                        if name.startswith(".") or is_stranger(name):
                             others.add_folder(name, entry.path)
                         elif _is_run(entry.path):
                             others.add_folder(name, entry.path, "a run of dinoforge")
@@ -112,16 +94,16 @@ def walk(root: Path) -> Contents:
 
 
 def no_images(root: Path, contents: Contents) -> str:
-    """Why a folder without images cannot be used, and what it holds."""
+    """Say why a folder without images cannot be used, and what it holds."""
     expected = f"no images in {printable(root)}: expected files of {', '.join(EXTENSIONS)}"
     if not contents.left_out:
         return f"{expected}; found no files at all"
     hint = f". The way out: {contents.hint}" if contents.hint else ""
-    return f"{expected}; found only others, {describe(contents.left_out)}{hint}"
+    return f"{expected}; found only others, {left_out_in_words(contents.left_out)}{hint}"
 
 
-def describe(left_out: Mapping[str, int]) -> str:
-    """What was left out, in words such as ``52 files: 50 .dcm (DICOM), 2 hidden``."""
+def left_out_in_words(left_out: Mapping[str, int]) -> str:
+    """Say what was left out, in words such as ``52 files: 50 .dcm (DICOM), 2 hidden``."""
     total = sum(left_out.values())
     kinds = sorted(left_out.items(), key=lambda kind: -kind[1])
     said = [f"{count:,} {words}" for words, count in kinds[:_MOST_KINDS]]
@@ -132,8 +114,9 @@ def describe(left_out: Mapping[str, int]) -> str:
 
 @dataclass
 class _Others:
-    """Files that are left out, by kind."""
+    """The files that are left out, by kind."""
 
+    most_counted: int
     counts: Counter[str] = field(default_factory=Counter)
     samples: defaultdict[str, list[bytes]] = field(default_factory=lambda: defaultdict(list))
 
@@ -142,12 +125,12 @@ class _Others:
             self.counts[words] += count
 
     def add_folder(self, name: str, path: bytes, what: str = "") -> None:
-        """Count the files below a folder that is left out; what of it may not be opened does not matter."""
+        """Count the files below a folder that is left out; parts of it that may not be opened do not matter."""
         words = f"in {printable(name)}" + (f" ({what})" if what else "")
         count = 0
         for _, _, files in os.walk(path):
             count += len(files)
-            if count >= _MOST_COUNTED:
+            if count >= self.most_counted:
                 self.add(f"or more {words}", count)
                 return
         self.add(words, count)
@@ -165,7 +148,7 @@ class _Others:
             self.samples[words].append(path)
 
     def summary(self) -> tuple[dict[str, int], str]:
-        """The counts, most frequent first, and what to do about the most frequent kind that a look tells."""
+        """The counts, most frequent first, and advice on the most frequent kind that the content of files tells."""
         named: dict[str, int] = {}
         hint = ""
         for number, (words, count) in enumerate(sorted(self.counts.items(), key=lambda kind: (-kind[1], kind[0]))):
@@ -192,10 +175,10 @@ def _way_out(kind: Kind) -> str:
 
 
 def _look_at(paths: Iterable[bytes]) -> list[Kind]:
-    """The kinds of a few files, images first; empty where nothing can be said of the first."""
+    """Read the kinds of a few files, images first; none where there is no advice on the first."""
     found: set[Kind] = set()
     for path in paths:
-        with suppress(OSError):  # what cannot be read is left out all the same, under the name that it has
+        with suppress(OSError):  # a file that cannot be read is left out all the same, under its name
             if os.path.isfile(path):
                 with open(path, "rb") as file:
                     found.add(kind_of(file.read(_LOOK)))

@@ -1,6 +1,6 @@
 """Files that Pillow reads with too few bits, or not at all: 16-bit PNG, JPEG 2000, JPEG XL, Netpbm, .npy, HEIC.
 
-Each is told by its content. The libraries that read them are imported when the first such file is opened.
+Content tells each. The libraries that read them are imported when the first such file is opened.
 """
 
 import io
@@ -14,8 +14,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image
 
 from dinoforge.data import kinds
-from dinoforge.data.tiff import upright
-from dinoforge.data.values import Samples, check_size
+from dinoforge.data.values import Samples, check_size, upright
 from dinoforge.errors import ImageError
 
 Values = npt.NDArray[Any]
@@ -25,15 +24,15 @@ Header = tuple[int, int, str]
 
 
 def read(data: bytes, *, channels: int | None, max_pixels: int) -> Samples | Image.Image | None:
-    """Read the values of a file of these formats; a picture where only that is to be had; None for other formats.
+    """Read the values of a file of these formats, or its picture where no more can be read; None for other formats.
 
     Args:
         data: The file.
-        channels: Channels wanted: they may decide which axis of a .npy file they are.
-        max_pixels: Largest H·W.
+        channels: The number of channels wanted, which may decide which axis of a .npy file holds them.
+        max_pixels: The largest H·W.
 
     Raises:
-        ImageError: Too large, damaged, or a package is missing.
+        ImageError: The file is too large or damaged, or a package is missing.
     """
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return _png(data, max_pixels)
@@ -55,11 +54,15 @@ def read(data: bytes, *, channels: int | None, max_pixels: int) -> Samples | Ima
     return None
 
 
-def describe(data: bytes, channels: int | None = None) -> Header | None:
-    """Tell width, height and kind from the header; None for formats that are not of this module.
+def size_and_kind(data: bytes, channels: int | None = None) -> Header | None:
+    """Read width, height and kind from the header of these formats; None for other formats.
+
+    Args:
+        data: The file, or its beginning.
+        channels: The number of channels wanted, as for `read`.
 
     Raises:
-        ImageError: A damaged header, or a package is missing.
+        ImageError: The header is damaged, or a package is missing.
     """
     kind = kinds.kind_of(data[:4096])
     if kind is kinds.JPEG_2000:
@@ -97,7 +100,7 @@ def _has_more(data: bytes) -> bool:
 
 
 def _png_chunks(data: bytes, *, to_the_end: bool = False) -> Iterator[tuple[bytes, bytes]]:
-    """Name and body of each chunk before the pixels, or of every one that is not pixels."""
+    """Yield name and body of each chunk before the pixels, or of every chunk that is not pixels."""
     place = 8
     while place + 8 <= len(data):
         size, name = struct.unpack_from(">I4s", data, place)
@@ -135,7 +138,7 @@ def _png(data: bytes, max_pixels: int) -> Samples | None:
 
 
 def _png_orientation(data: bytes) -> int:
-    """The EXIF orientation, 1…8, of any chunk that Pillow finds it in, before or after the pixels."""
+    """Read the EXIF orientation, 1…8, from any chunk in which Pillow finds it, before or after the pixels."""
     chunks = _png_chunks(data, to_the_end=True)
     if not any(
         name == b"eXIf" or body.startswith((b"Raw profile type exif", b"XML:com.adobe.xmp")) for name, body in chunks
@@ -171,7 +174,7 @@ def _significant(values: Values, colours: int, bits: int, alpha: bool) -> tuple[
 
 
 def _jpeg_2000_header(data: bytes) -> tuple[int, int, str, int, int] | None:
-    """Width, height, type, channels and bits; None for what is left to Pillow: palettes, YCC, unequal channels."""
+    """Read width, height, type, channels and bits; None for files left to Pillow: palettes, YCC, unequal channels."""
     start = data.find(b"\xff\x4f\xff\x51")
     if start < 0:
         raise ImageError("damaged: JPEG 2000 without a code stream")
@@ -221,7 +224,7 @@ def _jpeg_xl(data: bytes, max_pixels: int) -> Samples:
 
 
 def _jpeg_xl_size(data: bytes) -> tuple[int, int]:
-    """The upright size, from the first bits of the code stream (ISO/IEC 18181-1, SizeHeader and ImageMetadata)."""
+    """Read the upright size from the first bits of the code stream (ISO/IEC 18181-1, SizeHeader and ImageMetadata)."""
     start = data.find(b"\xff\x0a", 0, 65536)
     if start < 0:
         raise ImageError("damaged: JPEG XL without a code stream")
@@ -251,7 +254,7 @@ def _jpeg_xl_size(data: bytes) -> tuple[int, int]:
 
 
 def _netpbm_header(data: bytes) -> tuple[int, int, int, int, int, int]:
-    """Number after the P, width, height, channels, largest value, where the values start."""
+    """Read the number after the P, width, height, channels, largest value, and the place where the values start."""
     kind = data[1] - ord("0")
     field = rb"(?:\s|#[^\n\r]*[\n\r])+(\d+)"
     found = re.match(rb"P[1-6]" + field * (2 if kind in (1, 4) else 3) + rb"(?:#[^\n\r]*[\n\r])?\s?", data[:65536])
@@ -304,7 +307,7 @@ def _check_count(found: int, expected: int) -> None:
 
 
 def _npy_header(data: bytes) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
-    """Where the values start, shape and type."""
+    """Read the place where the values start, their shape and their type."""
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -315,7 +318,7 @@ def _npy_header(data: bytes) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
 
 
 def _npy_axes(shape: tuple[int, ...], channels: int | None) -> tuple[int, int, int | None]:
-    """Height, width and channels among the axes: channels are the last or the first axis, whichever is so long."""
+    """Find height, width and channels among the axes: channels are the last or the first axis, by its length."""
     if len(shape) == 2:
         return 0, 1, None
     if len(shape) != 3:

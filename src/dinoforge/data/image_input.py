@@ -1,4 +1,4 @@
-"""What a backbone expects of images."""
+"""The images that a backbone expects."""
 
 from dataclasses import dataclass
 
@@ -7,24 +7,37 @@ from dinoforge.data.values import Decoding, pairs_of, plane_of
 
 @dataclass(frozen=True)
 class ImageInput:
-    """How an image has to be made for a backbone."""
+    """The images that a backbone expects, and how values become their pixels.
 
-    size: int  # side in pixels it was trained at (global crops)
+    Args:
+        size: The side in pixels of the images that it was trained on (global crops).
+        in_chans: The number of channels.
+        mean: The mean of each channel on the range 0..1, or one for all.
+        std: The standard deviation on the same range, likewise.
+        sixteen_bit: The rule for values deeper than 8 bits, ``full`` or ``minmax``.
+        max_pixels: The largest H·W that is decoded.
+        range: The values that become 0 and 255, for all channels or for each in turn.
+        nodata: A value that means no data.
+        fill: The level of pixels without data.
+        plane: The plane of a file with several, as the recipe has it.
+    """
+
+    size: int
     in_chans: int
-    mean: tuple[float, ...]  # on the range 0..1
+    mean: tuple[float, ...]
     std: tuple[float, ...]
     sixteen_bit: str
     max_pixels: int
-    range: tuple[float, ...] | None = None  # files of earlier versions do not say it, nor what follows
+    range: tuple[float, ...] | None = None  # files of earlier versions lack it, and the fields below
     nodata: float | None = None
     fill: int = 0
     plane: str | None = None
 
     @property
     def rule(self) -> str | None:
-        """How values become levels, as arguments of ``dinoforge.read_image``; None where 8-bit values stay as they are.
+        """The arguments of ``dinoforge.read_image`` that scale values; None where 8-bit values stay as they are.
 
-        Other libraries do not know it.
+        Other libraries do not have such rules.
         """
         rules = {"sixteen_bit": "full", "range": None, "nodata": None, "fill": 0, "plane": None}
         said = {key: value for key, usual in rules.items() if (value := getattr(self, key)) != usual}
@@ -32,7 +45,7 @@ class ImageInput:
 
     @property
     def decoding(self) -> Decoding:
-        """How values become pixels."""
+        """The keywords of ``decode`` by which values become pixels."""
         return Decoding(
             sixteen_bit=self.sixteen_bit,
             max_pixels=self.max_pixels,

@@ -1,4 +1,4 @@
-"""JPEG files that lack their end, that are of a kind that is not read, and CMYK without Adobe's marker."""
+"""JPEG files that lack their end, or are of a kind that is not read, or are CMYK without Adobe's marker."""
 
 import io
 import re
@@ -15,7 +15,7 @@ _FILLERS = (b"\x00" * 64, b"\x55" * 64, b"\xaa" * 64)
 
 
 def unread_kind(data: bytes) -> str:
-    """What a JPEG is that the decoder does not take, though it is not damaged: 12 bits, lossless…; '' for others."""
+    """Name the kind of a sound JPEG that the decoder does not take, such as 12 bits or lossless; '' for others."""
     place = 2
     while place + 5 <= len(data) and data[place] == 0xFF:
         mark = data[place + 1]
@@ -40,7 +40,7 @@ def without_end(data: bytes, load: Callable[[bytes], Image.Image]) -> Image.Imag
 
     Args:
         data: The file.
-        load: Decodes a file to pixels.
+        load: A function that decodes a file to pixels.
 
     Raises:
         ImageError: Rows are missing.
@@ -99,5 +99,5 @@ def plain_cmyk(picture: Image.Image) -> Image.Image:
 
 
 def opened(data: bytes) -> Image.Image:
-    """Open a JPEG alone."""
+    """Open a JPEG, and no other format."""
     return Image.open(io.BytesIO(data), formats=("JPEG",))

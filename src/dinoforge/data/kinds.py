@@ -1,8 +1,7 @@
-"""What a file is: by its first bytes, and by the end of its name.
+"""Kinds of files, by their first bytes and by the ends of their names.
 
-Nothing is decoded here. What a file is named decides whether a folder's walk takes it (`EXTENSIONS`); what it holds is
-looked up where that matters: for errors ("is an HTML page, not an image: …"), and for a look at files that were left
-out.
+Nothing is decoded here. A file's name decides whether a folder's walk takes it (`EXTENSIONS`); its content is read
+where that matters: for errors ("is an HTML page, not an image: …"), and for advice on files that were left out.
 """
 
 import re
@@ -23,7 +22,7 @@ EXTENSIONS: dict[str, tuple[str, ...]] = {
     "Netpbm": ("ppm", "pgm", "pbm", "pnm"),
     "NumPy array": ("npy",),
 }
-"""The kinds of images that are taken from a folder -> the ends of their names, in lower case."""
+"""The ends of names, in lower case, of the kinds of images that are taken from a folder."""
 
 IMAGE_EXTENSIONS = frozenset(end for ends in EXTENSIONS.values() for end in ends)
 """The ends of the names that are taken from a folder, in lower case, without the dot."""
@@ -69,19 +68,19 @@ _OTHER_ENDS = {
     "": "db dds hdr html ini ipynb json py tfrecord xml yaml yml",
 }
 OTHER_EXTENSIONS = {end: words for words, ends in _OTHER_ENDS.items() for end in ends.split()}
-"""Ends of the names of other files that are known -> what they hold; empty where nothing has to be said."""
+"""The content of other files by the ends of their names; empty where nothing has to be said."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a file is.
+    """A kind of files.
 
     Args:
-        name: The kind, such as ``JPEG`` or ``HTML page``.
+        name: The name of the kind, such as ``JPEG`` or ``HTML page``.
         is_image: Whether files of this kind are images that are read, perhaps with a package that has to be installed.
-        hint: What to do with a file that is not read; empty where there is nothing to say.
-        article: ``a`` or ``an`` where the name needs one in a sentence.
-        why_not: Why such a file is not read, where it is not.
+        hint: Advice for a file that is not read; empty where there is none.
+        article: The article that the name needs in a sentence, ``a`` or ``an``.
+        why_not: The reason why such a file is not read.
     """
 
     name: str
@@ -97,12 +96,12 @@ class Kind:
 
     @property
     def refusal(self) -> str:
-        """What is wrong with such a file, such as ``is a git-lfs pointer, not an image: run git lfs pull``."""
+        """The fault of such a file in words, such as ``is a git-lfs pointer, not an image: run git lfs pull``."""
         why = "" if self.is_image else f", {self.why_not}"
         return f"is {self.words}{why}" + (f": {self.hint}" if self.hint else "")
 
     def is_named(self, name: str) -> bool:
-        """Whether a file name ends as those of this kind do; True for kinds that names do not tell."""
+        """Whether a file's name ends like those of this kind; True for kinds that names do not tell."""
         ends = EXTENSIONS.get(self.name)
         return ends is None or extension(name) in ends
 
@@ -247,7 +246,7 @@ _LOOK = 4096  # bytes from the start that are looked at
 
 
 def kind_of(data: bytes) -> Kind:
-    """What a file is by its first bytes: ``UNKNOWN`` where they do not say.
+    """Tell the kind of a file by its first bytes: ``UNKNOWN`` where they do not say.
 
     Args:
         data: The file, or its first few thousand bytes.
@@ -278,7 +277,7 @@ def kind_of(data: bytes) -> Kind:
 
 
 def _of_media_container(head: bytes) -> Kind:
-    """An ISO base media file, told by its brands: the major one, then the compatible ones."""
+    """Tell the kind of an ISO base media file by its brands: the major one, then the compatible ones."""
     size = min(max(int.from_bytes(head[:4], "big"), 16), len(head))
     brands = [head[8:12], *(head[i : i + 4] for i in range(16, size, 4))]
     if _AVIF_BRANDS.intersection(brands):
@@ -301,7 +300,7 @@ def _of_gzip(head: bytes) -> Kind:
 
 
 def _of_zip(head: bytes) -> Kind:
-    """A ZIP archive, told by the name of its first entry."""
+    """Tell the kind of a ZIP archive by the name of its first entry."""
     first = head[30 : 30 + int.from_bytes(head[26:28], "little")]
     if first.endswith(b".npy"):
         return _unread("NumPy archive", "save its arrays as .npy, or give them from Python", "a")

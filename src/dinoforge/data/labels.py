@@ -1,7 +1,7 @@
-"""What images are labelled by: their folders, themselves, or a table; and what of it has to be said.
+"""Labels of images: from their folders, from the data, or from a table, with notes on guesses.
 
-Of a table's columns nothing is assumed: the names are in the column that names most images, the labels in the one whose
-header says so, or in the only other one. What had to be guessed is said, and what could mean two things is refused.
+Nothing is assumed about a table's columns: the names are in the column that names most images, the labels in the column
+whose header says so, or in the only other one. Guesses are told, and columns that could mean two things are refused.
 """
 
 import os
@@ -26,20 +26,20 @@ _LABEL_HEADERS = (
     frozenset("label labels labelname classlabel".split()),
     frozenset("class classes classname target targets category y".split()),
 )
-"""Headers of the column of labels, those that say so most plainly first."""
+"""Headers of the column of labels, the plainest ones first."""
 _OTHER_HEADERS = frozenset(
     "split set subset fold partition phase usage part istrain istest isval index id unnamed0 width height size bytes "
     "depth channels md5 sha1 sha256 hash checksum url link date time timestamp datetime lat lon latitude longitude x "
     "xmin xmax ymin ymax bbox format mode mime license comment comments note notes".split()
 )
 """Headers of columns that are never the label."""
-_SAMPLED_ROWS = 2000  # that tell which column names images; all of them where these name none exactly
+_SAMPLED_ROWS = 2000  # by which the column of names is found; all rows where these name no image exactly
 
 Row = tuple[int, list[str]]
-"""Line number and cells."""
+"""The line number and the cells of a row."""
 
 Hits = Mapping[int, tuple[int, int]]
-"""Column -> how many of its cells name images as they are, and how many by some comparison."""
+"""The number of cells in each column that name images as they are, and by some comparison."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,10 @@ class Labels:
     """The labels of a source's images.
 
     Args:
-        values: One for each image, None for one that has none and takes no part; None as a whole: no labels.
-        said: What they are, or why there are none, such as ``2 classes from sub-folders of train/ and val/``.
-        notes: What was guessed while they were read, a sentence each.
+        values: The label of each image, None for an image that has none and takes no part; None where there are none.
+        said: The kind of the labels, or the reason why there are none, such as
+            ``2 classes from sub-folders of train/ and val/``.
+        notes: The guesses that were made while they were read, a sentence each.
     """
 
     values: list[str | None] | None
@@ -58,7 +59,7 @@ class Labels:
 
 
 def labels_of(source: Source) -> Labels:
-    """The labels that a source knows by itself, without reading images."""
+    """Take the labels that a source knows by itself, without reading images."""
     values = source.labels()
     if isinstance(source, PlanesOf):
         found = labels_of(source.files)
@@ -77,7 +78,7 @@ def labels_of(source: Source) -> Labels:
 
 
 def read_labels(path: str | os.PathLike[str], source: Source) -> list[str]:
-    """One label for each image of a source, from a table; see ``label_table``."""
+    """Read one label for each image of a source from a table; see ``label_table``."""
     return [label for label in label_table(path, source).values or () if label is not None]
 
 
@@ -90,8 +91,8 @@ def label_table(path: str | os.PathLike[str], source: Source) -> Labels:
     file is an image, the name of the file means all of them.
 
     Args:
-        path: Text in UTF-8, UTF-16 or Windows-1252, with commas, semicolons, tabs, vertical bars or blanks between
-            columns, as ``read_table`` finds out.
+        path: A file of text in UTF-8, UTF-16 or Windows-1252, with commas, semicolons, tabs, vertical bars or blanks
+            between columns, as ``read_table`` finds out.
         source: The images.
 
     Raises:
@@ -136,7 +137,7 @@ def label_table(path: str | os.PathLike[str], source: Source) -> Labels:
 
 
 def _of_planes(source: Source, values: Sequence[str | None] | None) -> tuple[str, ...]:
-    """What has to be known of accuracies over planes of which some are alike."""
+    """A note on accuracies over planes, which are alike within a file."""
     if values is None or not isinstance(source, PlanesOf) or len(source) == len(source.files):
         return ()
     return (
@@ -146,14 +147,24 @@ def _of_planes(source: Source, values: Sequence[str | None] | None) -> tuple[str
 
 
 class _Writer:
-    """Labels as they come, each image's once."""
+    """Labels of images, each of which gets one label."""
 
     def __init__(self, path: Path, source: Source) -> None:
         self.values: list[str | None] = [None] * len(source)
         self._path, self._source = path, source
 
     def give(self, line: int, cell: str, label: str, found: Sequence[Sequence[int]]) -> None:
-        """Label the images that a cell names; ``found`` as from ``_Names.find``."""
+        """Label the images that a cell names.
+
+        Args:
+            line: The number of the cell's line.
+            cell: The cell.
+            label: The label; '' for none.
+            found: The images that it names, as ``_Names.find`` gives them.
+
+        Raises:
+            DataError: The name is ambiguous, or an image has another label already.
+        """
         where = f"{self._path}, line {line}: '{printable(cell.strip())}'"
         if len(found) > 1:
             examples = ", ".join(printable(self._source.name(group[0])) for group in found[:3])
@@ -169,7 +180,7 @@ class _Writer:
 
 
 class _Names:
-    """What a table may call the images of a source."""
+    """The names that a table may have for the images of a source."""
 
     def __init__(self, source: Source) -> None:
         self.indices: defaultdict[str, list[int]] = defaultdict(list)
@@ -190,7 +201,7 @@ class _Names:
         self._above = [f"{root}/", *("/".join(folders[i:]) + "/" for i in range(len(folders)))] if root else []
 
     def find(self, cell: str) -> list[list[int]]:
-        """The images that a cell names, one group for each name that it may be: several groups are ambiguous."""
+        """Find the images that a cell names, one group for each name that it may be: several groups are ambiguous."""
         for name in _spellings(cell):
             if name in self.indices:
                 return [self.indices[name]]
@@ -212,7 +223,7 @@ class _Names:
 
 
 def _spellings(cell: str) -> Iterator[str]:
-    """What a cell may mean: itself first, then without blanks around it, with slashes, as ``names.txt`` has it."""
+    """The names that a cell may mean: itself, then without blanks around it, with slashes, and unescaped."""
     stripped = cell.strip()
     seen = set()
     for name in (cell, stripped, stripped.replace("\\", "/"), original_name(stripped)):
@@ -246,13 +257,13 @@ _FALLBACKS: Mapping[str, Callable[[str], str]] = {
     "with small and capital letters alike": lambda name: _normal(name).casefold(),
     "without the ends of file names, and with small and capital letters alike": _loosest,
 }
-"""How names are compared where they fit no image as they are."""
+"""Comparisons of names that fit no image as they are, from strict to loose, in words."""
 
 
 def _give_by(
     key: Callable[[str], str], rows: Sequence[tuple[int, str, str]], names: _Names, writer: _Writer
 ) -> list[tuple[int, str, str]]:
-    """Give labels by a looser comparison to images that have none; the rows that fit none come back."""
+    """Give labels by a looser comparison to images that have none; return the rows that fit none."""
     by_key: defaultdict[str, list[list[int]]] = defaultdict(list)
     for name, indices in names.indices.items():
         if writer.values[indices[0]] is None:
@@ -273,7 +284,7 @@ def _give_by(
 
 @dataclass(frozen=True)
 class _Columns:
-    """Which column is what."""
+    """The columns of names and labels, and the rows below the header."""
 
     name: int
     label: int
@@ -327,7 +338,7 @@ def _columns(path: Path, table: Table, names: _Names, hits: Hits) -> _Columns:
 
 
 def _label_column(path: Path, header: Sequence[str], body: Sequence[Row], others: Sequence[int]) -> int:
-    """The column of labels, of those that are not names."""
+    """Find the column of labels among those that are not names."""
     words = {column: _word(header[column]) for column in others if header}
     if "x" in words.values():  # coordinates
         words = {column: "x" if word == "y" else word for column, word in words.items()}
@@ -348,7 +359,7 @@ def _label_column(path: Path, header: Sequence[str], body: Sequence[Row], others
     if possible:
         return possible[0]
     if not any(len(cells) > 1 for _, cells in body):
-        return 1  # which is missed row by row, in words
+        return 1  # rows without it are refused one by one
     shown = ", ".join(_called(header, column) for column in others[:6])
     only = f"beside the names there {'is' if len(others) == 1 else 'are'} only {shown}" if shown else "all name images"
     raise DataError(
@@ -363,7 +374,7 @@ def _ambiguous(path: Path, header: Sequence[str], columns: Sequence[int]) -> str
 
 
 def _name_and_label(path: Path, line: int, cells: list[str], columns: _Columns, table: Table) -> tuple[str, str]:
-    """The two cells of a row that matter."""
+    """Take the name and the label out of a row."""
     if len(cells) < 2:
         raise DataError(f"{path}, line {line}: expected a file name and a label, got '{printable(cells[0])}'")
     if len(trimmed(cells)) > table.width:
@@ -392,7 +403,7 @@ def _cell(cells: Sequence[str], column: int) -> str:
 
 
 def _word(header: str) -> str:
-    """A header without what does not matter: ``Image_ID`` -> ``imageid``."""
+    """Reduce a header to its small letters and digits: ``Image_ID`` to ``imageid``."""
     return re.sub(r"[\W_]", "", header).lower()
 
 

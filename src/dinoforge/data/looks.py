@@ -1,6 +1,7 @@
-"""A close look at one image: what its file is, the values that it stores, and the pixels that training gets of it.
+"""A close look at one image: the kind of its file, the values that it stores, and the pixels that training gets.
 
-The file is decoded once: `Look.samples` are its values before they are scaled, `Look.pixels` what ``decode`` gives.
+The file is decoded once: `Look.samples` are its values before they are scaled, `Look.pixels` those that ``decode``
+gives.
 """
 
 import io
@@ -12,31 +13,34 @@ from typing import Any, Literal
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-from dinoforge.data import formats, kinds, tiff
-from dinoforge.data.decode import MAX_PIXELS, AnImage, UInt8, count_planes, decode, describe, finish, raw
+from dinoforge.data import formats, kinds
+from dinoforge.data.decode import MAX_PIXELS, decode, read_values
+from dinoforge.data.headers import count_planes, size_and_kind
 from dinoforge.data.kinds import Kind, kind_of
+from dinoforge.data.pictures import AnImage
+from dinoforge.data.pixels import to_pixels
 from dinoforge.data.sources import OnePlane
-from dinoforge.data.values import Decoding, Samples, Scaling
+from dinoforge.data.values import Decoding, Samples, Scaling, UInt8, check_plane, upright
 from dinoforge.errors import ImageError
 
 OBJECT = Kind("object in memory", is_image=True, article="an")
-"""What arrays, tensors and PIL images are, which come from no file."""
+"""The kind of arrays, tensors and PIL images, which come from no file."""
 
 _ICC_PROFILE, _ORIENTATION = 34675, 274  # tags of a TIFF
-_PICTURES = frozenset({kinds.JPEG, kinds.WEBP, kinds.BMP, kinds.GIF, kinds.AVIF, kinds.HEIC})  # of 8 bits, always
+_PICTURES = frozenset({kinds.JPEG, kinds.WEBP, kinds.BMP, kinds.GIF, kinds.AVIF, kinds.HEIC})  # always of 8 bits
 _PILLOW = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of a file says beside the size.
+    """The header of a file, beside the size.
 
     Args:
-        profile: Name of the embedded colour profile; '' where there is none.
-        orientation: The EXIF orientation as it stands there, even where it is none of the eight; None: there is none.
-        planes: Planes (z, time), pages or frames that there are.
-        along: What they are, such as ``z, t``, ``page`` or ``frame``; '' for one.
-        bare_cmyk: Whether it is a CMYK JPEG without Adobe's marker.
+        profile: The name of the embedded colour profile; '' where there is none.
+        orientation: The EXIF orientation as written, even where it is none of the eight; None where there is none.
+        planes: The number of planes (z, time), pages or frames.
+        along: The axes along which planes lie, such as ``z, t``, ``page`` or ``frame``; '' for one plane.
+        bare_cmyk: Whether the file is a CMYK JPEG without Adobe's marker.
     """
 
     profile: str = ""
@@ -51,16 +55,17 @@ class Look:
     """One image, looked at closely.
 
     Args:
-        kind: What the file is by its content.
-        size: Bytes of the file; of the values for objects in memory.
-        width, height: Upright, pixels.
-        mode: Kind of pixels, as `describe` tells it.
-        header: What else the header says.
-        samples: Values as stored, upright [H, W, C].
-        pixels: What training gets, uint8 [H, W, channels]; None where it refuses the image.
-        refused: Why training refuses it; '' where it does not.
-        repaired: Whether it is a JPEG that lacks its end, with all rows there.
-        seconds: That decoding took.
+        kind: The kind of the file by its content.
+        size: The bytes of the file; of the values for objects in memory.
+        width: The upright width in pixels.
+        height: The upright height in pixels.
+        mode: The kind of pixels, as `size_and_kind` tells it.
+        header: The rest of the header.
+        samples: The values as stored, upright [H, W, C].
+        pixels: The pixels that training gets, uint8 [H, W, channels]; None where it refuses the image.
+        refused: The reason why training refuses the image; '' where it does not.
+        repaired: Whether the file is a JPEG that lacks its end, with all rows there.
+        seconds: The time that decoding took.
     """
 
     kind: Kind
@@ -77,23 +82,25 @@ class Look:
 
     @property
     def transparent(self) -> float | None:
-        """Share of the pixels that are not wholly opaque; None where there is no transparency."""
+        """The share of the pixels that are not wholly opaque; None where there is no transparency."""
         if not self.samples.alpha:
             return None
         alpha = self.samples.values[:, :, -1]
         return float(np.mean(alpha < (self.samples.limit or _top(alpha.dtype))))
 
 
-def look(image: AnImage, *, channels: int, decoding: Decoding | None = None) -> Look:
-    """Read one image, with all that can be said about it.
+def look_at(image: AnImage, *, channels: int, decoding: Decoding | None = None) -> Look:
+    """Read one image, with everything that can be said about it.
+
+    An image that can be read and that training refuses all the same gives a look without pixels.
 
     Args:
-        image: As for `decode`.
-        channels: That training wants.
+        image: An image as for `decode`.
+        channels: The number of channels that training wants.
         decoding: Further keywords of `decode`.
 
     Raises:
-        ImageError: It cannot be read. One that can be read, and is refused all the same, is a look without pixels.
+        ImageError: The image cannot be read.
     """
     keys = decoding or Decoding()
     plane, max_pixels = keys.get("plane"), keys.get("max_pixels", MAX_PIXELS)
@@ -106,10 +113,10 @@ def look(image: AnImage, *, channels: int, decoding: Decoding | None = None) -> 
     start = time.perf_counter()
     samples = None
     if kind not in _PICTURES:
-        samples = raw(image, channels=channels, max_pixels=max_pixels, plane=plane)
+        samples = read_values(image, channels=channels, max_pixels=max_pixels, plane=plane)
         if samples is not None and kind is kinds.PNG and not formats.is_deep_png(data):  # Pillow's, as it lies
-            tiff.check_plane(None if plane == "each" else plane, 1)
-            samples = replace(samples, values=tiff.upright(samples.values, _valid(header.orientation)))
+            check_plane(None if plane == "each" else plane, 1)
+            samples = replace(samples, values=upright(samples.values, _valid(header.orientation)))
     is_picture = samples is None
     if samples is None:
         stored = decode(image, channels=None, max_pixels=max_pixels, plane=plane)
@@ -117,15 +124,15 @@ def look(image: AnImage, *, channels: int, decoding: Decoding | None = None) -> 
         samples = Samples(stored, None, 3 if bands > 2 else 1, alpha=bands in (2, 4))
     pixels, refused = None, ""
     try:
-        if is_picture and planes > 1 and plane == "max":  # of frames that are grey already, where grey is wanted
+        if is_picture and planes > 1 and plane == "max":  # the brightest frame has to be found among frames made grey
             pixels = decode(image, channels=channels, **keys)
         else:
-            pixels = finish(samples, channels, _scaling(keys))
+            pixels = to_pixels(samples, channels, _scaling(keys))
     except ImageError as error:
         refused = _why_not(image, channels, keys) if is_picture else str(error)
     seconds = time.perf_counter() - start
     height, width = samples.values.shape[:2]
-    mode = describe(image, channels)[2]
+    mode = size_and_kind(image, channels)[2]
     return Look(
         kind=kind,
         size=len(data) or samples.values.nbytes,
@@ -142,7 +149,7 @@ def look(image: AnImage, *, channels: int, decoding: Decoding | None = None) -> 
 
 
 def _why_not(image: AnImage, channels: int, keys: Decoding) -> str:
-    """Why a picture is refused, as training says it: by its mode."""
+    """Find training's reason for refusing a picture, which names its mode."""
     try:
         decode(image, channels=channels, **keys)
     except ImageError as error:
@@ -164,7 +171,7 @@ def _valid(orientation: int | None) -> int:
 
 
 def _header(data: bytes, kind: Kind) -> Header:
-    """What the header says; whatever of it is damaged counts as not there."""
+    """Read the header; damaged parts of it count as missing."""
     read = {"TIFF": _of_tiff, "HEIC": _of_heic}.get(kind.name, _of_picture)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

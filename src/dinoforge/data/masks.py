@@ -1,4 +1,4 @@
-"""Which patch tokens of the student are replaced by the mask token (iBOT, arXiv 2111.07832; DINOv2, section 4).
+"""Masks: the patch tokens of the student that the mask token replaces (iBOT, arXiv 2111.07832; DINOv2, section 4).
 
 Masks are bool arrays over the patch grid, True where a token is masked. Every function is pure in its generator.
 """
@@ -15,13 +15,13 @@ TRIES_PER_BLOCK = 10
 
 
 def max_num_patches(image_size: int, patch_size: int) -> float:
-    """Largest block of the reference: half of the patches, rounded as its training script rounds.
+    """Compute the largest block of the reference: half of the patches, rounded as its training script rounds.
 
-    Evaluated from left to right as written there, so it is not exactly half: 98 / 14 gives 21 of 49 patches.
+    Its expression is evaluated from left to right, so it is not exactly half: 98 / 14 gives 21 of 49 patches.
 
     Args:
-        image_size: Edge of a global crop, pixels.
-        patch_size: Edge of a patch, pixels.
+        image_size: The edge of a global crop in pixels.
+        patch_size: The edge of a patch in pixels.
     """
     return 0.5 * image_size // patch_size * image_size // patch_size
 
@@ -35,7 +35,7 @@ def block_mask(
     max_patches: float,
     min_aspect: float = 0.3,
 ) -> npt.NDArray[np.bool_]:
-    """Draw one block-wise mask, bool [h, w], of at most `target` patches. Arguments as for `block_masks`."""
+    """Draw one block-wise mask, bool [h, w], of at most `target` patches; see `block_masks`."""
     masks = block_masks(
         grid, np.array([target]), rng, min_patches=min_patches, max_patches=max_patches, min_aspect=min_aspect
     )
@@ -68,15 +68,15 @@ def block_masks(
     remainder below `min_patches` is still filled.
 
     Args:
-        grid: Patches (h, w).
-        targets: Patches to mask in each, [M].
-        rng: Source of randomness.
-        min_patches: Smallest area that is asked for.
-        max_patches: Most patches that one block may add.
-        min_aspect: Smallest height / width; the largest is its inverse.
+        grid: The patch grid (h, w).
+        targets: The number of patches to mask in each mask, [M].
+        rng: The generator.
+        min_patches: The smallest area of a block that is asked for.
+        max_patches: The most patches that one block may add.
+        min_aspect: The smallest height / width; the largest is its inverse.
 
     Returns:
-        bool [M, h, w]; the count never exceeds the target and may fall short of it.
+        Masks, bool [M, h, w]; their count never exceeds the target and may fall short of it.
     """
     height, width = grid
     rows, columns = np.arange(height), np.arange(width)
@@ -108,11 +108,7 @@ def block_masks(
 
 
 def bernoulli_mask(grid: tuple[int, int], ratio: float, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
-    """Mask each patch independently with probability `ratio`.
-
-    Returns:
-        bool [h, w].
-    """
+    """Draw a mask, bool [h, w], of which each patch is masked independently with probability `ratio`."""
     mask: npt.NDArray[np.bool_] = rng.random(grid) < ratio
     return mask
 
@@ -132,22 +128,22 @@ def batch_masks(
     """Draw the masks of a batch of global crops.
 
     Of n crops, int(n · probability) are masked. The range of ratios is cut into that many equal bins and each masked
-    crop draws uniformly in its own, so that every batch covers the range evenly; then crops are shuffled. Block masks
-    aim at int(N · ratio) of the N patches; Bernoulli masks take each patch with that ratio.
+    crop draws uniformly in a bin of its own, so that every batch covers the range evenly; then crops are shuffled.
+    Block masks aim at int(N · ratio) of the N patches; Bernoulli masks take each patch with that ratio.
 
     Args:
-        n_crops: Global crops in the whole batch, over all ranks.
-        grid: Patches (h, w), N = h · w.
-        rng: Source of randomness.
-        kind: ``block`` (the reference) or ``bernoulli``.
-        ratio: Smallest and largest ratio of masked patches; equal for one fixed ratio.
-        probability: Share of the crops that are masked at all.
-        max_patches: Most patches that one block may add; None: no limit but the target.
-        min_patches: Smallest block area that is asked for.
-        min_aspect: Smallest height / width of a block.
+        n_crops: The number of global crops in the whole batch, over all ranks.
+        grid: The patch grid (h, w), N = h · w.
+        rng: The generator.
+        kind: The kind of masks, ``block`` (the reference's) or ``bernoulli``.
+        ratio: The smallest and largest ratio of masked patches; equal for one fixed ratio.
+        probability: The share of the crops that are masked at all.
+        max_patches: The most patches that one block may add; None for no limit but the target.
+        min_patches: The smallest block area that is asked for.
+        min_aspect: The smallest height / width of a block.
 
     Returns:
-        bool [n_crops, N].
+        Masks, bool [n_crops, N].
     """
     assert kind in ("block", "bernoulli"), kind
     height, width = grid

@@ -15,7 +15,7 @@ _LONG = {short: character for character, short in _SHORT.items()}
 
 
 def printable(name: str | os.PathLike[str]) -> str:
-    r"""One line of UTF-8 for a name; ``original_name`` gives the name back.
+    r"""Write a name on one line of UTF-8; ``original_name`` gives the name back.
 
     ``\n``, ``\r`` and ``\t`` stand for line end, carriage return and tab, ``\xNN`` for other control characters and
     for bytes that are not UTF-8 (which Python holds as surrogate escapes), ``\uNNNN`` for U+0080 to U+009F, U+2028,
@@ -25,12 +25,12 @@ def printable(name: str | os.PathLike[str]) -> str:
 
 
 def original_name(text: str) -> str:
-    """The name that ``printable`` or ``in_table`` made a text of."""
+    """Restore the name that ``printable`` or ``in_table`` wrote."""
     return _ESCAPED.sub(_unescape, text)
 
 
 def in_table(printed: str) -> str:
-    r"""What ``printable`` gave, for files of lines: ``\x22`` stands for quotes, which begin a cell of several lines."""
+    r"""Escape quotes as ``\x22`` in a printable name, since they begin a cell of several lines in files of lines."""
     return printed.replace('"', "\\x22")
 
 

@@ -1,4 +1,4 @@
-"""The order of images, and the random numbers of each: functions of the seed and the position."""
+"""The order of images, and the random numbers of each image: functions of the seed and the position."""
 
 import hashlib
 import math
@@ -10,15 +10,15 @@ _MASK64 = (1 << 64) - 1
 
 
 def sample_index(position: int, length: int, seed: int) -> int:
-    """Look up which image comes at a position of the global order.
+    """Compute the index of the image at a position of the global order.
 
-    Each epoch is a permutation of the images of its own, computed on the fly: a generalised Feistel network on
-    Z_a x Z_b with a·b just above `length` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), walked
-    until it lands inside. Needs no list, whatever the length.
+    Each epoch is a permutation of its own, computed on the fly without a list, whatever the length: a generalised
+    Feistel network on Z_a x Z_b with a·b just above `length` (Black and Rogaway, "Ciphers with arbitrary finite
+    domains", 2002), walked until it lands inside.
 
     Args:
-        position: Samples before this one since the start of training.
-        length: Number of images.
+        position: The number of samples before this one since the start of training.
+        length: The number of images.
         seed: The run's seed.
     """
     epoch, place = divmod(position, length)

@@ -1,10 +1,10 @@
 """Colour jitter, grayscale, blur and solarize, one crop at a time in a data worker or many at once on a device.
 
-Both compute with 8-bit values between operations, as Pillow does and with it the reference: products are cut off, not
+Both ways compute with 8-bit values between operations, as Pillow and the reference do: products are truncated, not
 rounded; luma is ITU-R 601, rounded; hue has 256 steps a turn. They agree with each other, with torchvision and with
 Pillow to within a few levels; the tests state the tolerances.
 
-Hue, saturation and grayscale mean something for three channels only; with any other number they are left out.
+Hue, saturation and grayscale are defined for three channels only, and left out for any other number.
 Brightness and contrast treat all channels of an image alike.
 """
 
@@ -17,9 +17,8 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from dinoforge.data.values import UInt8
 from dinoforge.system.transfer import to_device
-
-UInt8 = npt.NDArray[np.uint8]
 
 JITTER = ("brightness", "contrast", "saturation", "hue")
 
@@ -31,10 +30,10 @@ class Photometry:
     """The photometric operations that were drawn for one crop, in the order in which they are applied.
 
     Args:
-        jitter: Colour operations in order, each (name out of `JITTER`, factor). A hue's factor is in turns.
-        grayscale: Replace the colour by its luma.
-        blur: Kernel edge and standard deviation in pixels, or None.
-        solarize: Invert values from this threshold on, or None.
+        jitter: Colour operations in order, each a name out of `JITTER` and a factor; a hue's factor is in turns.
+        grayscale: Whether luma replaces colour.
+        blur: The kernel's edge and the standard deviation in pixels, or None.
+        solarize: The value from which on values are inverted, or None.
     """
 
     jitter: tuple[tuple[str, float], ...] = ()
@@ -44,14 +43,14 @@ class Photometry:
 
 
 def recolour(crop: UInt8, drawn: Photometry) -> UInt8:
-    """Apply what was drawn to one crop.
+    """Apply the operations that were drawn to one crop.
 
     Args:
-        crop: uint8 [h, w, C].
+        crop: A crop, uint8 [h, w, C].
         drawn: The operations.
 
     Returns:
-        uint8 [h, w, C]; may be `crop` itself.
+        The changed crop, uint8 [h, w, C]; it may be `crop` itself.
     """
     colour = crop.shape[2] == 3
     for name, factor in drawn.jitter:
@@ -84,28 +83,30 @@ def _grey(crop: UInt8) -> UInt8:
 
 
 def _blend(crop: UInt8, factor: float, other: cv2.typing.MatLike, weight: float, shift: float = 0.0) -> UInt8:
-    """factor · crop + weight · other + shift, limited to 8 bits and cut off."""
-    # OpenCV rounds: of just under half a level less, that is what cutting off gives.
+    """Compute factor · crop + weight · other + shift, limited to 8 bits and truncated."""
+    # OpenCV rounds; just under half a level less makes that a truncation.
     return as_uint8(cv2.addWeighted(crop, factor, other, weight, shift - 0.499), crop.shape)
 
 
 def as_uint8(array: npt.NDArray[np.generic], shape: tuple[int, ...]) -> UInt8:
-    """What OpenCV made of uint8 [h, w, C]: its stubs promise any type, and it drops the axis of a single channel."""
+    """Restore type and shape of OpenCV's result: its stubs promise any type, and it drops the axis of one channel."""
     assert array.dtype == np.uint8, array.dtype
     return array.reshape(shape)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class PhotometryBatch:
-    """What was drawn for N crops, as tensors. They stay on the CPU, so that no step waits to learn who needs what.
+    """The operations that were drawn for N crops, as tensors.
+
+    They stay on the CPU, so that no step waits to learn which crops need which.
 
     Args:
-        operations: int8 [N, 4], position in `JITTER` of the first, second… operation; -1 for none.
-        factors: float32 [N, 4].
-        grayscale: bool [N].
-        sigma: float32 [N], standard deviation of the blur, pixels; 0 for none.
-        kernel: Edge of the blur's kernel, pixels, odd.
-        threshold: int16 [N], of solarize; 256 for none.
+        operations: Positions in `JITTER` of the first, second… operation, int8 [N, 4]; -1 for none.
+        factors: The factors of these operations, float32 [N, 4].
+        grayscale: Whether luma replaces colour, bool [N].
+        sigma: The standard deviation of the blur in pixels, float32 [N]; 0 for none.
+        kernel: The edge of the blur's kernel in pixels, odd.
+        threshold: The threshold of solarize, int16 [N]; 256 for none.
     """
 
     operations: torch.Tensor
@@ -117,7 +118,7 @@ class PhotometryBatch:
 
     @staticmethod
     def of(drawn: Sequence[Photometry]) -> "PhotometryBatch":
-        """Lay out what was drawn for each crop. All blurs have kernels of one size."""
+        """Lay out the operations of each crop; all blurs have kernels of one size."""
         operations = torch.full((len(drawn), len(JITTER)), -1, dtype=torch.int8)
         factors = torch.zeros(len(drawn), len(JITTER))
         for row, crop in enumerate(drawn):
@@ -136,20 +137,20 @@ class PhotometryBatch:
 
 
 def recolour_batch(crops: torch.Tensor, drawn: PhotometryBatch) -> torch.Tensor:
-    """Apply what was drawn to each of many crops, on the device where they are.
+    """Apply the operations that were drawn to many crops, on the device where they are.
 
     Args:
-        crops: uint8 [N, C, h, w].
-        drawn: The operations for each.
+        crops: Crops, uint8 [N, C, h, w]; they are left alone.
+        drawn: The operations of each crop.
 
     Returns:
-        uint8 [N, C, h, w]; `crops` itself is left alone.
+        The changed crops, uint8 [N, C, h, w].
     """
     crops = crops.clone()
     colour = crops.shape[1] == 3
 
     def change(wanted: torch.Tensor, operation: Callable[..., torch.Tensor], *values: torch.Tensor) -> None:
-        """Replace the crops where `wanted` [N] is true by `operation` of them and of their values."""
+        """Apply `operation`, with a crop's own values, to the crops where `wanted` [N] is true."""
         rows = wanted.nonzero()[:, 0]
         if len(rows):
             places = to_device(rows, crops.device)
@@ -168,7 +169,7 @@ def recolour_batch(crops: torch.Tensor, drawn: PhotometryBatch) -> torch.Tensor:
 
 
 def _luma(x: torch.Tensor) -> torch.Tensor:
-    """ITU-R 601 luma of [n, 3, h, w], rounded: [n, 1, h, w]; of any other number of channels, themselves."""
+    """Compute the rounded ITU-R 601 luma [n, 1, h, w] of [n, 3, h, w]; other numbers of channels stay as they are."""
     if x.shape[1] != 3:
         return x
     red, green, blue = (x[:, i : i + 1] * weight for i, weight in enumerate(_LUMA))
@@ -189,7 +190,7 @@ def _saturation(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def _hue(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Turn the hue, through HSV of 8 bits each."""
+    """Turn the hue, through HSV of 8 bits per channel."""
     value, least = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     span = value - least
     red, green, blue = x.split(1, dim=1)
@@ -200,7 +201,7 @@ def _hue(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
         torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
     hue = ((sixth * (256 / 6)).round() + (turns * 256).round()).remainder(256) * (6 / 256)  # 0…6
-    span = (span * 255 / value.clamp(min=1)).round() * value / 255  # as from a saturation of 8 bits
+    span = (span * 255 / value.clamp(min=1)).round() * value / 255  # rounded like a saturation of 8 bits
     # Each channel is the value less the span, but for the part of the circle near its own hue.
     turned = torch.arange(5, 0, -2, dtype=x.dtype, device=x.device)  # 5, 3, 1, without a copy to the device
     place = (hue + turned.view(1, 3, 1, 1)).remainder(6)
@@ -208,7 +209,7 @@ def _hue(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
 
 
 def _blur(x: torch.Tensor, sigma: torch.Tensor, kernel: int) -> torch.Tensor:
-    """Gaussian blur of [n, C, h, w], each with its own sigma [n, 1, 1, 1]; edges are reflected. Rounded."""
+    """Blur [n, C, h, w], each with its own sigma [n, 1, 1, 1], with reflected edges and rounded values."""
     n = len(x)
     reach = kernel // 2
     distance = torch.arange(-reach, reach + 1, device=x.device)

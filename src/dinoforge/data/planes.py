@@ -10,22 +10,22 @@ from pathlib import Path
 import numpy as np
 
 from dinoforge.data import tiff
-from dinoforge.data.decode import count_planes, may_move
+from dinoforge.data.headers import count_planes, may_move
 from dinoforge.data.sources import FolderSource, Item, OnePlane, SequenceSource, Source
 from dinoforge.errors import ImageError
 
-_THREADS = 8  # that wait for storage
-_AT_ONCE = 4096  # files that they are given
+_THREADS = 8  # threads that wait for storage
+_AT_ONCE = 4096  # files that the threads are given
 _HEAD = 4096  # bytes
 
 
 def taken_apart(source: Source, plane: str | None, channels: int) -> Source:
-    """The source itself, or with ``data.plane=each`` every plane of its files.
+    """Take the files of a source apart into planes with ``data.plane=each``; else return the source itself.
 
     Args:
         source: The images.
         plane: The recipe's ``data.plane``.
-        channels: Channels wanted: they decide which pages of a file are channels and no planes.
+        channels: The number of channels wanted, which decides which pages of a file are channels and not planes.
     """
     if plane != "each":
         return source
@@ -45,7 +45,7 @@ class PlanesOf:
 
     Args:
         source: The files.
-        channels: Channels wanted.
+        channels: The number of channels wanted.
     """
 
     def __init__(self, source: Source, channels: int) -> None:
@@ -53,7 +53,7 @@ class PlanesOf:
         self.channels = channels
         counts: list[int] = []
         self.along: Counter[str] = Counter()
-        """What the planes are, such as ``z`` -> number of files with several of them."""
+        """The number of files with several planes, by what the planes are, such as ``z``."""
         for count, along in _counted(source, channels):
             counts.append(count)
             if count > 1:
@@ -65,17 +65,17 @@ class PlanesOf:
 
     @property
     def left_out(self) -> Mapping[str, int]:
-        """As of the files."""
+        """The kinds of files that are left out beside these."""
         found: Mapping[str, int] = getattr(self.files, "left_out", {})
         return found
 
     @property
     def counts(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Planes of each file."""
+        """The number of planes of each file."""
         return np.diff(self._offsets)
 
     def place(self, index: int) -> tuple[int, int | None]:
-        """Index of the file, and number of the plane in it; None where the file has but one."""
+        """Find the index of the file, and the number of the plane in it; None where the file has only one."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         file = int(np.searchsorted(self._offsets, index, side="right")) - 1
@@ -83,7 +83,7 @@ class PlanesOf:
         return file, index - first if after - first > 1 else None
 
     def name(self, index: int) -> str:
-        """Name of the file, and after ``#`` the number of the plane."""
+        """Name the file and, after ``#``, the number of the plane."""
         file, plane = self.place(index)
         name = self.files.name(file)
         return name if plane is None else f"{name}#{plane}"
@@ -92,7 +92,7 @@ class PlanesOf:
         """Fetch the file of one plane.
 
         Raises:
-            ImageError: It cannot be read.
+            ImageError: The file cannot be read.
         """
         file, plane = self.place(index)
         item = self.files.item(file)
@@ -108,7 +108,7 @@ class PlanesOf:
         return [label for label, count in zip(labels, self.counts.tolist(), strict=True) for _ in range(count)]
 
     def fingerprint(self) -> str:
-        """Hash of the files' fingerprint and of how many planes each has."""
+        """Hash the files' fingerprint and the number of planes of each."""
         digest = hashlib.sha256(f"planes {len(self)}\n{self.files.fingerprint()}\n".encode())
         digest.update(self._offsets.astype("<i8").tobytes())
         return digest.hexdigest()
@@ -125,7 +125,7 @@ class PlanesOf:
 
 
 def _counted(source: Source, channels: int) -> Iterator[tuple[int, str]]:
-    """Planes of each image of a source, and what they are."""
+    """Count the planes of each image of a source, and say what they are."""
 
     def path_of(index: int) -> Path | None:
         return source.path(index) if isinstance(source, FolderSource | SequenceSource) else None
@@ -151,7 +151,7 @@ def _counted(source: Source, channels: int) -> Iterator[tuple[int, str]]:
 
 
 def _slowly(source: Source, index: int, path: Path | None, channels: int) -> tuple[int, str]:
-    """With libraries whose settings belong to the process, and so not in several threads."""
+    """Count planes with libraries whose settings belong to the process, and so in one thread."""
     try:
         if path is None:
             image = source.item(index).image

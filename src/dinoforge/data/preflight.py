@@ -1,4 +1,4 @@
-"""Whether data workers can be started here: room for their batches, a script that they can import, images to give."""
+"""Checks before data workers start: room for their batches, a script that they can import, images that can be sent."""
 
 import copyreg
 import multiprocessing
@@ -27,7 +27,7 @@ SHM = Path("/dev/shm")
 UNGUARDED = 86  # exit code of a worker that would have started the run again
 _NOT_THERE = 87  # exit code of a trial in whose script a class is missing
 _DESCRIPTORS_OF_A_WORKER = 4  # two pipes here: to its queue, and to see it end
-_SPARE_DESCRIPTORS = 64  # for files of the run, and ten that PyTorch keeps free
+_SPARE_DESCRIPTORS = 64  # descriptors for files of the run, and ten that PyTorch keeps free
 _SOCKET_PATH = {"darwin": 104}.get(sys.platform, 108) - 1  # characters
 _SECONDS_TO_IMPORT = 600.0  # the script, in a worker: as long as a batch may take
 
@@ -35,11 +35,11 @@ _SECONDS_TO_IMPORT = 600.0  # the script, in a worker: as long as a batch may ta
 def refuse_second_start() -> None:
     """End this process at once if it is a worker that is still importing the script that started it.
 
-    Whatever starts workers, or writes what they would write too, calls this first: under spawn and forkserver a script
-    without a main guard runs again in each worker. Nothing that follows in the script runs; the process that started
-    the worker says why, see `Workers.failure`.
+    Every function that starts workers, or writes files that a second start would overwrite, calls this first: under
+    spawn and forkserver a script without a main guard runs again in each worker. The rest of the script does not run;
+    the process that started the worker says why, see `Workers.failure`.
     """
-    # What multiprocessing itself asks before it starts a process.
+    # multiprocessing asks the same before it starts a process.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         for stream in (sys.stdout, sys.stderr):
             with suppress(AttributeError, OSError, ValueError):  # closed, or None
@@ -49,14 +49,14 @@ def refuse_second_start() -> None:
 
 @dataclass(frozen=True)
 class Needs:
-    """What workers and the batches in flight need of the system.
+    """The needs of workers and of the batches in flight.
 
     Args:
-        workers: Processes.
-        batches: In flight at most: made ahead, and the one in use.
-        batch_bytes: Of the tensors of a batch.
-        batch_tensors: Their number, and so that of its file descriptors.
-        key: What sets the number of workers, in the user's words.
+        workers: The number of processes.
+        batches: The most batches in flight: those made ahead, and the one in use.
+        batch_bytes: The bytes of a batch's tensors.
+        batch_tensors: The number of a batch's tensors, and so of its file descriptors.
+        key: The key of the recipe or the option that sets the number of workers.
     """
 
     workers: int
@@ -67,12 +67,12 @@ class Needs:
 
 
 def require_room(needs: Needs) -> None:
-    """Look whether workers can hand their batches over, before they start: later it would be a batch that never comes.
+    """Check before workers start that they can hand their batches over; otherwise a batch would never come.
 
-    Raises the soft limit of open files where the hard one allows it.
+    The soft limit of open files is raised where the hard limit allows it.
 
     Raises:
-        DataError: Too little shared memory, too few file descriptors, or no folder for sockets.
+        DataError: There is too little shared memory, too few file descriptors, or no folder for sockets.
     """
     _require_shared_memory(needs)
     _require_descriptors(needs)
@@ -96,7 +96,7 @@ def _require_shared_memory(needs: Needs) -> None:
 
 
 def _shared_memory() -> tuple[int, int] | None:
-    """Bytes free and in all where tensors for other processes are kept; None where they are kept elsewhere."""
+    """The free bytes and all bytes of shared memory in `SHM`; None where tensors for other processes lie elsewhere."""
     if not sys.platform.startswith("linux"):
         return None
     try:
@@ -161,7 +161,7 @@ def _more_descriptors(wanted: int, key: str) -> str:
 
 
 def _require_sockets(key: str) -> None:
-    """Make a socket as multiprocessing does, which passes file descriptors through it."""
+    """Make a socket like those through which multiprocessing passes file descriptors."""
     if sys.platform == "win32" or not hasattr(socket, "AF_UNIX"):
         return
     # Newer versions of Python look for a shorter folder where the usual one is too long.
@@ -197,15 +197,15 @@ def _other_folder(key: str) -> str:
 
 
 def require_sendable(data: object, key: str = "train.num_workers") -> None:
-    """Look whether workers can be given the user's images, where they do not inherit them (spawn, forkserver).
+    """Check that workers can be given the user's images where they do not inherit them (spawn, forkserver).
 
     Args:
         data: The images.
-        key: What sets the number of workers, in the user's words.
+        key: The key of the recipe or the option that sets the number of workers.
 
     Raises:
-        DataError: Something in them cannot be pickled, the script cannot be imported by workers or lacks a main guard,
-            or this process may have none.
+        DataError: A part of the images cannot be pickled, workers cannot import the script, the script lacks a main
+            guard, or this process may have no workers.
     """
     if multiprocessing.current_process().daemon:
         raise DataError(
@@ -224,7 +224,7 @@ def require_sendable(data: object, key: str = "train.num_workers") -> None:
     trial = _Trial(main_is_importable=script is not None)
     try:
         trial.dump(data)
-    except Exception as error:  # of any __reduce__ or __getstate__
+    except Exception as error:  # __reduce__ and __getstate__ may raise anything
         holder = _holder(data, trial.last)
         which = f"{holder[1]!r} of {type(holder[0]).__name__} is " if holder else "it holds "
         raise DataError(
@@ -239,14 +239,15 @@ def require_sendable(data: object, key: str = "train.num_workers") -> None:
 
 @cache  # a loader that starts again finds the same script
 def _require_importable(script: Path, names: frozenset[str], method: str, key: str) -> None:
-    """Let one process import the script before all workers do: one that ends there, or before it has read what it is
-    given, is waited for without end.
+    """Let one process import the script before all workers do.
+
+    A worker that ends while it imports, or before it has read the images, would be waited for without end.
 
     Args:
         script: The script.
-        names: What has to be in it then.
-        method: How processes are started.
-        key: What sets the number of workers, in the user's words.
+        names: Names of classes and functions that the script has to define.
+        method: The way in which processes are started.
+        key: The key of the recipe or the option that sets the number of workers.
     """
     process = multiprocessing.get_context("spawn").Process(
         target=exec, args=(_LOOK_FOR.format(names=sorted(names), code=_NOT_THERE),)
@@ -281,7 +282,7 @@ for name in {names!r}:
     except AttributeError:
         sys.exit({code})
 """
-"""A program, and not a function here, whose import would take longer."""
+"""A program rather than a function of this module, whose import would take longer."""
 
 
 def unguarded(method: str, key: str) -> str:
@@ -292,7 +293,7 @@ def unguarded(method: str, key: str) -> str:
 
 
 def script_of_workers() -> Path | None:
-    """What workers import as the main module; None if that has no file, as in a notebook, a console or python -c."""
+    """Find the script that workers import; None if there is no file, as in a notebook, a console or python -c."""
     main = sys.modules["__main__"]
     name = getattr(getattr(main, "__spec__", None), "name", None)
     path = getattr(main, "__file__", None)
@@ -307,14 +308,14 @@ class _Discard:
 
 
 class _Trial(pickle.Pickler):
-    """Pickle to nowhere, to see what fails. What surely works is passed over: it may be large."""
+    """A pickler to nowhere that shows what fails; it passes over objects that surely work and may be large."""
 
     def __init__(self, *, main_is_importable: bool) -> None:
         super().__init__(_Discard(), pickle.HIGHEST_PROTOCOL)
         self._main_is_importable = main_is_importable
         self.dispatch_table = _reducers()
         self.last: object = None
-        """What was looked at last."""
+        """The object that was pickled last."""
         self.of_script: set[str] = set()
         """Names of classes and functions that the main module defines."""
 
@@ -335,12 +336,12 @@ class _Trial(pickle.Pickler):
 
 
 def _reducers() -> dict[type, Callable[[Any], Any]]:
-    """How multiprocessing pickles what pickle alone does not."""
+    """The functions by which multiprocessing pickles objects that pickle alone does not."""
     return {**copyreg.dispatch_table, **getattr(ForkingPickler, "_extra_reducers", {})}
 
 
 def _holder(data: object, item: object, depth: int = 4) -> tuple[object, str] | None:
-    """The object, within `data`, that has `item` as an attribute, and the attribute's name."""
+    """Find the object within `data` that has `item` as an attribute, and the attribute's name."""
     values = getattr(data, "__dict__", None)
     if not isinstance(values, dict) or isinstance(data, type) or depth == 0:
         return None
@@ -361,7 +362,7 @@ TOO_MANY_FILES = ("Too many open files", "ancdata")  # the latter says that a fi
 
 
 def with_advice(text: str, key: str) -> str:
-    """What the system said, and what may help."""
+    """Add to the system's words an advice that may help."""
     if any(sign in text for sign in TOO_MANY_FILES):
         text = "too many open files"
         advice = _more_descriptors(0, key)

@@ -1,4 +1,4 @@
-"""Where images come from: an index in, one undecoded image with its name and label out.
+"""Sources of images: an index in, one undecoded image with its name and label out.
 
 A source never holds pixels and never decodes; it is cheap to pickle and cheap to share with worker processes.
 """
@@ -30,11 +30,11 @@ RawImage = bytes | Image.Image | np.ndarray | torch.Tensor
 
 @dataclass(frozen=True)
 class OnePlane:
-    """One plane (z, time, page, frame) of an image with several: `dinoforge.data.decode` reads it and no other.
+    """One plane (z, time, page, frame) of an image with several; `dinoforge.data.decode` reads no other.
 
     Args:
         image: The image with all planes.
-        number: Of the plane, from 0.
+        number: The number of the plane, from 0.
     """
 
     image: RawImage
@@ -48,8 +48,8 @@ class Item:
     Args:
         image: Encoded bytes, a PIL image, an array [H, W] or [H, W, C], a tensor [H, W] or [C, H, W], or one plane of
             such an image.
-        name: What to call it in messages.
-        label: Its class, where the source knows one. Never seen by training.
+        name: The name of the image in messages.
+        label: The class of the image, where the source knows one; training never sees it.
     """
 
     image: RawImage | OnePlane
@@ -64,7 +64,11 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def item(self, index: int) -> Item:
-        """Fetch one image. Raises: ImageError: it cannot be read."""
+        """Fetch one image.
+
+        Raises:
+            ImageError: The image cannot be read.
+        """
         ...
 
     def name(self, index: int) -> str:
@@ -72,16 +76,16 @@ class Source(Protocol):
         ...
 
     def labels(self) -> list[str | None] | None:
-        """One label per image, None for one without; or None if the source knows none without reading the images."""
+        """Give one label per image, None for one without; or None if no label is known without reading the images."""
         ...
 
     def fingerprint(self) -> str:
-        """Hash of the number and names of the images: two sources that agree order their images alike."""
+        """Hash the number and names of the images: two sources with one fingerprint order their images alike."""
         ...
 
 
 def open_source(data: object) -> Source:
-    """Make a source of what the user calls their data.
+    """Make a source of the user's data.
 
     Args:
         data: A folder's path, a Source, or any object with ``__len__`` and ``__getitem__`` (see SequenceSource).
@@ -101,11 +105,11 @@ def open_source(data: object) -> Source:
 class FolderSource:
     """All images below a folder, sorted by relative path.
 
-    Found by the ends of their names (`dinoforge.data.kinds.EXTENSIONS`, any case), through symbolic links as
-    ``find -L`` does. Hidden files and folders are left out, and so is what systems put beside images: thumbnails
-    (``@eaDir``, ``thumbnails``), deleted files (``$RECYCLE.BIN``, ``lost+found``), residue of archives
-    (``__MACOSX``). Names that are not valid UTF-8 work: as Python strings they carry surrogate escapes, in messages the
-    offending bytes read ``\\xNN``.
+    Images are found by the ends of their names (`dinoforge.data.kinds.EXTENSIONS`, any case), through symbolic links
+    like ``find -L``. Hidden files and folders are left out, and so are folders that systems put beside images:
+    thumbnails (``@eaDir``, ``thumbnails``), deleted files (``$RECYCLE.BIN``, ``lost+found``), residue of archives
+    (``__MACOSX``). Names that are not valid UTF-8 work: as Python strings they carry surrogate escapes, and in messages
+    the offending bytes read ``\\xNN``.
 
     The index is one bytes object and one array of offsets: the length of a path plus 8 bytes per image.
 
@@ -122,9 +126,9 @@ class FolderSource:
         if not contents.names:
             raise DataError(no_images(self.root, contents))
         self.left_out: Mapping[str, int] = contents.left_out
-        """Kinds of files that are no images of the source, in words such as ``.dcm (DICOM)`` -> their number."""
+        """The number of files that are left out by kind, in words such as ``.dcm (DICOM)``."""
         self.classes = class_folders(contents.names)
-        """Which sub-folders are labels, or why none are."""
+        """The sub-folders that are labels, or the reason why none are."""
         self._names = b"".join(contents.names)
         self._offsets = np.cumsum([0, *map(len, contents.names)], dtype=np.int64)  # [count + 1]
 
@@ -132,32 +136,32 @@ class FolderSource:
         return len(self._offsets) - 1
 
     def name(self, index: int) -> str:
-        """Relative path with forward slashes, e.g. ``cats/tom.jpg``."""
+        """Give the relative path of an image with forward slashes, e.g. ``cats/tom.jpg``."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         return os.fsdecode(self._names[self._offsets[index] : self._offsets[index + 1]])
 
     def path(self, index: int) -> Path:
-        """Where the file of one image lies."""
+        """Give the path of an image's file."""
         return self.root / self.name(index)
 
     def item(self, index: int) -> Item:
         """Read one file.
 
         Raises:
-            ImageError: It vanished, may not be read, or is empty.
+            ImageError: The file vanished, may not be read, or is empty.
         """
         name = self.name(index)
         return Item(image=_read_file(self.root / name), name=name, label=self.classes.label(name))
 
     def labels(self) -> list[str | None] | None:
-        """The sub-folder of each image that is its class, as `classes` says; None where no sub-folders are classes."""
+        """Give the sub-folder that is each image's class, by `classes`; None where no sub-folders are classes."""
         if self.classes.depth is None:
             return None
         return [self.classes.label(self.name(index)) for index in range(len(self))]
 
     def fingerprint(self) -> str:
-        """Hash of the sorted relative paths."""
+        """Hash the sorted relative paths."""
         digest = hashlib.sha256(f"folder {len(self)}\n".encode())
         digest.update(self._offsets.astype("<i8").tobytes())
         digest.update(self._names)
@@ -190,12 +194,12 @@ class SequenceSource:
         return len(self._items) if hasattr(self._items, "__len__") else int(self._items.shape[0])
 
     def name(self, index: int) -> str:
-        """The path where a list of paths says so, else ``item 17``."""
+        """Give the path of an item in a list of paths, else ``item 17``."""
         path = self._path(index)
         return f"item {index}" if path is None else path
 
     def path(self, index: int) -> Path | None:
-        """Where the file of one item lies; None where the items are no list of paths."""
+        """Give the path of an item's file; None where the items are not a list of paths."""
         path = self._path(index)
         return None if path is None else Path(path)
 
@@ -227,9 +231,9 @@ class SequenceSource:
         return Item(image=image, name=self.name(index), label=label)
 
     def labels(self) -> list[str | None] | None:
-        """The labels of a list or tuple in which all items but a few have one.
+        """Give the labels of a list or tuple in which all items but a few have one.
 
-        None where more items lack one, and for other objects: their items would be read.
+        It is None where more items lack one, and for other objects, whose items would have to be read.
         """
         if not isinstance(self._items, list | tuple):
             return None
@@ -237,7 +241,7 @@ class SequenceSource:
         return labels if few(labels.count(None), len(labels)) else None
 
     def why_no_labels(self) -> str:
-        """Why `labels` gives none, in words."""
+        """Say why `labels` gives none."""
         if not isinstance(self._items, list | tuple):
             return (
                 f"data of type {type(self._items).__name__} are not asked for labels, since that would read the images"
@@ -249,7 +253,7 @@ class SequenceSource:
         return f"{len(without):,} of {len(self):,} items have no text or number beside the image, such as {first}"
 
     def fingerprint(self) -> str:
-        """Hash of the number of items and of the paths, where a list of paths names them."""
+        """Hash the number of items, and their paths in a list of paths."""
         digest = hashlib.sha256(f"sequence {len(self)}\n".encode())
         if isinstance(self._items, list | tuple):
             for index in range(len(self)):
@@ -262,10 +266,10 @@ _STORAGE = {
     for name in ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN", "EAGAIN", "EREMOTEIO", "ENETDOWN", "ENETRESET")
     if hasattr(errno, name)
 }
-"""How storage, such as a network drive, says that it has failed for the moment."""
+"""Errors by which storage, such as a network drive, says that it has failed for the moment."""
 
 _PATIENCE = (0.1, 0.5, 2.0)
-"""Seconds before storage that has failed is asked again. An image that is left out changes what a run learns."""
+"""The waits in seconds before failed storage is asked again, since an image that is left out changes a run."""
 
 
 def _read_file(path: Path) -> bytes:
@@ -290,7 +294,7 @@ def _read_patiently(path: Path) -> bytes:
 
 
 def _image_and_label(value: Any) -> tuple[Any, str | None]:
-    """Take an item of the user's object apart."""
+    """Take an item of the user's object apart into image and label."""
     if isinstance(value, Mapping):
         image, label = value.get("image"), value.get("label")
     elif isinstance(value, tuple | list):
@@ -299,7 +303,7 @@ def _image_and_label(value: Any) -> tuple[Any, str | None]:
         return value, None
     if isinstance(label, np.ndarray | torch.Tensor) and label.ndim == 0:
         label = label.item()
-    # Masks, boxes and one-hot rows are no classes, and the NaN of a table means that there is none.
+    # Masks, boxes and one-hot rows are not classes, and a table's NaN means that there is no class.
     if not isinstance(label, str | bytes | int | float | np.generic | Enum) or label != label:
         return image, None
     return image, str(label) or None

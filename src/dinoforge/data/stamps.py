@@ -1,40 +1,47 @@
-"""Sizes and dates of a data set's files, by which files that were replaced under their old names are noticed."""
+"""Sizes and dates of a data set's files, which tell files that were replaced under their old names."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from dinoforge.data.names import in_table, original_name, printable
 from dinoforge.data.planes import PlanesOf
+from dinoforge.data.sampling import spaced
 from dinoforge.data.sources import FolderSource, Source
 
 MOST = 10_000
-"""Files that are asked, evenly spaced; each is a question to the storage."""
+"""The most files that are asked, evenly spaced; each is a question to the storage."""
 
-_SECONDS = 2  # that dates may differ by: some file systems keep no more
+_SECONDS = 2  # the tolerated difference of dates, which some file systems round
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """What tells a file's content without reading it.
+    """The size and date of a file, which change with its content.
 
     Args:
-        size: Bytes.
-        date: Of its last change, in seconds since 1970.
+        size: The size in bytes.
+        date: The date of the last change in seconds since 1970.
     """
 
     size: int
     date: int
 
 
-def stamps_of(source: Source) -> dict[str, Stamp]:
-    """Names and stamps of up to ``MOST`` files, evenly spaced; empty for data that are no files, or are not there."""
+def stamps_of(source: Source, most: int = MOST) -> dict[str, Stamp]:
+    """Ask a data set's files for their stamps.
+
+    Args:
+        source: The data set.
+        most: The most files that are asked, evenly spaced.
+
+    Returns:
+        Names and stamps; empty for data that are no files. Files that are gone are left out.
+    """
     files = source.files if isinstance(source, PlanesOf) else source
     if not isinstance(files, FolderSource):
         return {}
     found = {}
-    for index in np.unique(np.linspace(0, len(files) - 1, MOST).round().astype(int)).tolist():
+    for index in spaced(len(files), most):
         try:
             status = files.path(index).stat()
         except OSError:  # it is told when it is its turn
@@ -44,12 +51,12 @@ def stamps_of(source: Source) -> dict[str, Stamp]:
 
 
 def as_text(stamps: Mapping[str, Stamp]) -> str:
-    """One line for each file: name, size, date."""
+    """Write one line for each file: name, size, date."""
     return "".join(f"{in_table(printable(name))}\t{s.size}\t{s.date}\n" for name, s in stamps.items())
 
 
 def from_text(text: str) -> dict[str, Stamp]:
-    """What ``as_text`` wrote; lines that a kill has torn are left out."""
+    """Read lines of ``as_text``; lines that a kill has torn are left out."""
     found = {}
     for line in text.split("\n"):
         name, *numbers = line.split("\t")
@@ -59,7 +66,7 @@ def from_text(text: str) -> dict[str, Stamp]:
 
 
 def what_changed(before: Mapping[str, Stamp], now: Mapping[str, Stamp]) -> str | None:
-    """Say how many files are others than before under the same names; None if none is, as far as that shows."""
+    """Say how many files were replaced under the same names; None if none was, as far as stamps show."""
     both = [name for name in before if name in now]
     sizes = [name for name in both if before[name].size != now[name].size]
     dates = [name for name in both if name not in set(sizes) and abs(before[name].date - now[name].date) > _SECONDS]

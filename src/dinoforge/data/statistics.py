@@ -1,4 +1,4 @@
-"""Mean, deviation and symmetry of a data set's pixels, gathered one image at a time; sizes and kinds of its images."""
+"""Statistics of a data set: mean, deviation and symmetry of its pixels, and sizes and kinds of its images."""
 
 import math
 from collections import Counter
@@ -11,24 +11,27 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from dinoforge.data.decode import AnImage, decode, describe
+from dinoforge.data.decode import decode
+from dinoforge.data.headers import size_and_kind
+from dinoforge.data.pictures import AnImage
+from dinoforge.data.sampling import spaced, spread
 from dinoforge.data.sources import OnePlane, Source
 from dinoforge.data.values import Bool, Decoding, UInt8
 from dinoforge.errors import ImageError
 
 ENOUGH = 32
-"""Images that tell brightness and contrast of places apart; below that nothing is said about symmetry."""
+"""The least number of images by which symmetry is judged."""
 
-_SHARPEST = 96  # images: an asymmetry that takes more of them to be seen is too small to matter
-_LARGEST = 0.025  # share of the asymmetry that may be common to all images where few of them leave much to chance
-_CELLS, _PIXELS = 8, 8  # of a side: cells of the grid, pixels of a cell
+_SHARPEST = 96  # images: an asymmetry that only more of them show is too small to matter
+_LARGEST = 0.025  # the share of the asymmetry that all images may have in common where few of them leave much to chance
+_CELLS, _PIXELS = 8, 8  # cells of the grid's side, pixels of a cell's
 _SIDE = _CELLS * _PIXELS
 _NORMAL = 2.326  # 99 % of a normal distribution lie below
 
 _LOOKED_AT = 16  # images whose sizes and kinds count
-_MEASURED = 256  # images whose pixels are measured, and
-_EFFORT = 140e6  # pixels of three channels that are decoded for it; of a JPEG that can be reduced, a quarter
-_REDUCED = 512  # pixels that the shorter side of a reduced JPEG keeps
+_MEASURED = 256  # the most images whose pixels are measured
+_EFFORT = 140e6  # the most pixels of three channels that are decoded; a quarter of them count for a reduced JPEG
+_REDUCED = 512  # the least pixels of the shorter side of a reduced JPEG
 
 Float = npt.NDArray[np.float64]
 Turn = Literal["upside down", "mirrored", "turned by a quarter"]
@@ -36,13 +39,13 @@ Turn = Literal["upside down", "mirrored", "turned by a quarter"]
 
 @dataclass(frozen=True)
 class Symmetry:
-    """Which turns of the images look alike on average.
+    """The turns of the images that look alike on average.
 
     Args:
-        upside_down: there is no up: images and their vertical mirror images are alike.
-        mirrored: left and right are alike.
-        quarter_turns: images and those turned by 90, 180 or 270 degrees are alike.
-        reason: what was measured, in words and numbers.
+        upside_down: Whether there is no up: images and their vertical mirror images are alike.
+        mirrored: Whether left and right are alike.
+        quarter_turns: Whether images and images turned by 90, 180 or 270 degrees are alike.
+        reason: The measurement in words and numbers.
     """
 
     upside_down: bool
@@ -82,21 +85,21 @@ class PixelStatistics:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Of each channel on the range 0 to 1; empty before the first image."""
+        """The mean of each channel on the range 0 to 1; empty before the first image."""
         return tuple((self._mean / 255).tolist())
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Standard deviation over all pixels of all images of each channel on the range 0 to 1."""
+        """The standard deviation of each channel over all pixels of all images, on the range 0 to 1."""
         return tuple((np.sqrt(self._squares / max(self.images, 1)) / 255).tolist())
 
     def add(self, pixels: UInt8, valid: Bool | None = None) -> None:
         """Add an image.
 
         Args:
-            pixels: uint8 [H, W, C], with as many channels as the images before.
-            valid: [H, W] or [H, W, C], False where there is no data; None: everywhere valid. An image without any data
-                in some channel counts for nothing.
+            pixels: The image, uint8 [H, W, C], with as many channels as the images before.
+            valid: A mask [H, W] or [H, W, C], False where there is no data; None where every pixel is valid. An image
+                without any data in some channel is left out.
         """
         channels = pixels.shape[2]
         assert self.images == 0 or channels == len(self._mean), (channels, self._mean.shape)
@@ -136,7 +139,7 @@ class PixelStatistics:
             self._stripes.add(_direction(square))
 
     def symmetry(self) -> Symmetry:
-        """What the images added so far say about flips and quarter turns; nothing is alike below `ENOUGH` of them."""
+        """Judge flips and quarter turns by the images added so far; nothing is alike below `ENOUGH` of them."""
         if self._whole.count < ENOUGH:
             few = f"{self._whole.count} images with a picture are too few to tell whether there is an up"
             return Symmetry(False, False, False, f"{few} (at least {ENOUGH})")
@@ -182,7 +185,7 @@ class _Moments:
         self._products += np.outer(vector, vector)
 
     def test(self, difference: Float) -> _Test:
-        """Whether the mean of d = `difference` @ vector may be 0."""
+        """Test whether the mean of d = `difference` @ vector may be 0."""
         mean = difference @ self._sum / self.count
         second = difference @ self._products @ difference.T / self.count  # mean of d dᵀ
         size = float(np.trace(second))
@@ -197,7 +200,7 @@ class _Moments:
 
 
 def _degrees(covariance: Float, count: int) -> float:
-    """Degrees of freedom of the sum of squares of a mean; the squares of a sample's covariance are too large."""
+    """Estimate the degrees of freedom of a mean's sum of squares, less the excess of a sample's squared covariance."""
     trace = float(np.trace(covariance))
     squares = float((covariance**2).sum()) - trace**2 / count
     if trace <= 0:
@@ -206,13 +209,13 @@ def _degrees(covariance: Float, count: int) -> float:
 
 
 def _percentile(degrees: float) -> float:
-    """The 99th percentile of chi² / ν, by Wilson and Hilferty (1931)."""
+    """Compute the 99th percentile of chi² / ν, by Wilson and Hilferty (1931)."""
     spread = 2 / (9 * degrees)
     return float((1 - spread + _NORMAL * math.sqrt(spread)) ** 3)
 
 
 def _half_difference(turn: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]) -> Float:
-    """The matrix of f -> (f - turned f) / 2 for grids [2, 8, 8] laid out as vectors."""
+    """Make the matrix of f -> (f - turned f) / 2 for grids [2, 8, 8] laid out as vectors."""
     places = np.arange(2 * _CELLS**2)
     turned = turn(places.reshape(2, _CELLS, _CELLS)).reshape(-1)
     unit = np.eye(len(places))
@@ -220,7 +223,7 @@ def _half_difference(turn: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int6
 
 
 def _counts(pixels: UInt8, valid: Bool | None, channel: int) -> npt.NDArray[np.int64]:
-    """How often each level is in a channel: int64 [256]."""
+    """Count each level in a channel, int64 [256]."""
     levels = pixels[:, :, channel]
     if valid is not None:
         levels = levels[valid[:, :, channel]].reshape(-1, 1)
@@ -231,7 +234,7 @@ def _counts(pixels: UInt8, valid: Bool | None, channel: int) -> npt.NDArray[np.i
 
 
 def _brightness(pixels: UInt8) -> npt.NDArray[np.float32]:
-    """Mean of the channels, levels [H, W]; large images at a fraction of their size, which costs less."""
+    """Compute the mean of the channels, levels [H, W]; large images are shrunk, which costs less."""
     height, width, channels = pixels.shape
     fraction = max(min(height, width) // (4 * _SIDE), 1)
     size = -(-width // fraction), -(-height // fraction)
@@ -243,7 +246,7 @@ def _brightness(pixels: UInt8) -> npt.NDArray[np.float32]:
 
 
 def _shrunk(brightness: npt.NDArray[np.float32]) -> Float | None:
-    """Brightness at 64 × 64 pixels, of mean 0 and deviation 1; None for an image of one brightness."""
+    """Shrink brightness to 64 × 64 pixels, with mean 0 and deviation 1; None for an image of one brightness."""
     kind = cv2.INTER_AREA if min(brightness.shape) >= _SIDE else cv2.INTER_LINEAR
     small = cv2.resize(brightness, (_SIDE, _SIDE), interpolation=kind).astype(np.float64)
     small -= small.mean()
@@ -252,7 +255,7 @@ def _shrunk(brightness: npt.NDArray[np.float32]) -> Float | None:
 
 
 def _grid(brightness: Float, valid: Bool | None) -> Float:
-    """Brightness and contrast of every cell, each relative to their mean: [2 · 8 · 8]; 0 for cells without data."""
+    """Compute brightness and contrast of every cell, relative to their means, [2 · 8 · 8]; 0 for cells without data."""
     cells = brightness.reshape(_CELLS, _PIXELS, _CELLS, _PIXELS)
     grid = np.stack([cells.mean(axis=(1, 3)), cells.std(axis=(1, 3))])
     kept = np.ones((_CELLS, _CELLS), bool)
@@ -264,70 +267,88 @@ def _grid(brightness: Float, valid: Bool | None) -> Float:
 
 
 def _direction(brightness: Float) -> Float:
-    """Logarithm of the ratio of horizontal to vertical gradients: [1]; above 0 where lines run up and down."""
+    """Compute the log of the ratio of horizontal to vertical gradients, [1]; above 0 where lines run up and down."""
     energies = [float((np.diff(brightness, axis=axis) ** 2).mean()) + 1e-4 for axis in (1, 0)]
     return np.array([math.log(energies[0] / energies[1])])
 
 
 @dataclass(frozen=True)
-class Look:
-    """Sizes and kinds of the images that were looked at and can be read; see ``DataSummary``."""
+class Sizes:
+    """Sizes and kinds of some images of a data set.
+
+    Args:
+        count: The number of images in the data set.
+        widths: The smallest and largest width in pixels.
+        heights: The smallest and largest height in pixels.
+        modes: The kinds of pixels before decoding and their number, most frequent first.
+        side: The median of the shorter sides in pixels; 0 where it is not known.
+    """
 
     count: int
     widths: tuple[int, int]
     heights: tuple[int, int]
     modes: tuple[tuple[str, int], ...]
-    side: int = 0  # median of the shorter sides; 0: not known
+    side: int = 0
 
 
-def look(source: Source, channels: int, decoding: Decoding) -> Look | None:
-    """Sizes and kinds of the images that the plan is made of, in less time; None where none can be read.
+def read_sizes(source: Source, channels: int, decoding: Decoding) -> Sizes | None:
+    """Read the sizes and kinds of as many images as ``summarize`` does, in less time; None where none can be read.
 
-    Large JPEGs are decoded at a fraction of their size, which tells as well whether they are whole.
+    Large JPEGs are decoded at a fraction of their size, which shows as well whether they are whole.
+
+    Args:
+        source: The images.
+        channels: The number of channels wanted.
+        decoding: Further keywords of `decode`.
     """
     sizes: list[tuple[int, int]] = []
     kinds: Counter[str] = Counter()
     for index in spaced(len(source), _LOOKED_AT):
         try:
             image = source.item(index).image
-            width, height, kind = describe(image)
+            width, height, kind = size_and_kind(image)
             decode(image, channels=channels, reduction=_reduction(image, width, height), **decoding)
         except ImageError:
-            continue  # told with the plan
+            continue  # the plan reports it
         sizes.append((width, height))
         kinds[kind] += 1
     if not sizes:
         return None
     widths, heights = zip(*sizes, strict=True)
     ends = (min(widths), max(widths)), (min(heights), max(heights))
-    return Look(len(source), *ends, tuple(kinds.most_common()), median_side(sizes))
+    return Sizes(len(source), *ends, tuple(kinds.most_common()), median_side(sizes))
 
 
 def median_side(sizes: Sequence[tuple[int, int]]) -> int:
-    """The shorter side that half of the images reach, so that one panorama among many small images counts as one."""
+    """Compute the median of the shorter sides, so that a panorama among many small images counts as one image."""
     return sorted(min(size) for size in sizes)[len(sizes) // 2]
 
 
 def _reduction(image: AnImage, width: int, height: int) -> int:
-    """By how much an image may be reduced while it is decoded, to be only looked at; 1 for all but large JPEGs."""
+    """Choose the divisor of edges at which an image that is only measured is decoded; 1 for all but large JPEGs."""
     is_jpeg = isinstance(image, bytes) and image.startswith(b"\xff\xd8")
     return max(min(width, height) // _REDUCED, 1) if is_jpeg else 1
 
 
-def measure(source: Source, channels: int, decoding: Decoding) -> PixelStatistics:
-    """Mean, deviation and symmetry of the pixels of up to 256 images, as training gets them.
+def measure_pixels(source: Source, channels: int, decoding: Decoding) -> PixelStatistics:
+    """Measure mean, deviation and symmetry of the pixels of up to 256 images, as training gets them.
 
-    The images are spread evenly, and fewer where they are large: decoding them should take seconds. So large JPEGs are
-    decoded at a half, a quarter or an eighth of their size, as near above 512 pixels as that gets. Other large images
-    are fewer still, but if it takes no more than four times as long, enough to see a symmetry. What has no data counts
-    for nothing.
+    The images are spread evenly, and fewer where they are large, since decoding them should take seconds. Large JPEGs
+    are decoded at a half, a quarter or an eighth of their size, the smallest of at least 512 pixels. Other large images
+    are fewer still, yet enough to see a symmetry where that takes no more than four times as long. Pixels without data
+    do not count.
+
+    Args:
+        source: The images.
+        channels: The number of channels wanted.
+        decoding: Further keywords of `decode`.
     """
     statistics = PixelStatistics()
     effort = 0.0
     for index in spread(spaced(len(source), _MEASURED)):
         try:
             image = source.item(index).image
-            width, height, kind = describe(image, channels)
+            width, height, kind = size_and_kind(image, channels)
             reduction = _reduction(image, width, height)
             if effort >= (_EFFORT if statistics.images > ENOUGH else 4 * _EFFORT):
                 break
@@ -336,33 +357,21 @@ def measure(source: Source, channels: int, decoding: Decoding) -> PixelStatistic
             read = partial(decode, image, channels=channels, reduction=reduction)
             pixels = read(**decoding)
             valid = None
-            if _may_have_gaps(kind) or decoding.get("nodata") is not None:  # where pixels depend on what fills them
+            if _may_have_gaps(kind) or decoding.get("nodata") is not None:  # pixels without data change with the fill
                 other: Decoding = {**decoding, "fill": 255 - decoding.get("fill", 0)}
                 valid = pixels == read(**other)
             statistics.add(pixels, valid)
         except ImageError:
-            continue  # told when it is its turn
+            continue  # training reports it when it comes to it
     return statistics
 
 
 def _may_have_gaps(kind: str) -> bool:
-    """Whether images of a kind, as ``describe`` names it, may say that some pixels have no data."""
+    """Whether images of a kind, as ``size_and_kind`` names it, may say that some pixels have no data."""
     return kind.startswith(("float", "F")) or ", nodata " in kind or ", mask" in kind
 
 
 def bytes_of(image: AnImage) -> int:
-    """Bytes of the file of an image; 0 where there is none."""
+    """The size in bytes of an image's file; 0 where there is none."""
     data = image.image if isinstance(image, OnePlane) else image
     return len(data) if isinstance(data, bytes) else 0
-
-
-def spaced(length: int, number: int) -> list[int]:
-    """Up to so many places among so many, evenly spaced, with both ends."""
-    places: list[int] = np.unique(np.linspace(0, length - 1, number).round().astype(int)).tolist()
-    return places
-
-
-def spread(places: Sequence[int]) -> list[int]:
-    """The places in an order whose every beginning is spread over all: by the bits of their numbers, backwards."""
-    bits = max(len(places) - 1, 1).bit_length()
-    return [places[i] for i in sorted(range(len(places)), key=lambda i: f"{i:0{bits}b}"[::-1])]

@@ -1,4 +1,4 @@
-"""What a look at a few images tells about a data set, before any work starts."""
+"""A summary of a data set from a few of its images, before any work starts."""
 
 import math
 import re
@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from dinoforge.data.bad_images import Skipped, by_reason
-from dinoforge.data.decode import working_bytes
-from dinoforge.data.looks import look
+from dinoforge.data.decoding_memory import working_bytes
+from dinoforge.data.looks import look_at
 from dinoforge.data.planes import PlanesOf
+from dinoforge.data.sampling import spaced
 from dinoforge.data.sources import Source, printable
 from dinoforge.data.statistics import median_side
 from dinoforge.data.values import Decoding, Samples, extent, missing
@@ -20,12 +21,13 @@ from dinoforge.errors import DataError, ImageError
 
 @dataclass(frozen=True)
 class Depth:
-    """The stored values of the images of one type among those that were looked at.
+    """The stored values of images of one type.
 
     Args:
-        images: Their number.
-        low, high: Smallest and largest value where there is data.
-        top: What full brightness is: 255, 65535, 1.0 of floats, or less where files say that they have fewer bits.
+        images: The number of images.
+        low: The smallest value where there is data.
+        high: The largest value where there is data.
+        top: The value of full brightness: 255, 65535, 1.0 of floats, or less where files say that they have fewer bits.
     """
 
     images: int
@@ -36,25 +38,26 @@ class Depth:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What a look at a few images tells about a source.
+    """A summary of a data set from a few of its images.
 
     Args:
-        count: Images in the source.
-        sampled: Images that were looked at.
-        widths, heights: Smallest and largest, pixels, of those that could be read.
+        count: The number of images in the data set.
+        sampled: The number of images that were looked at.
+        widths: The smallest and largest width in pixels of the images that could be read.
+        heights: The smallest and largest height, likewise.
         modes: Kinds of pixels before decoding and their number, most frequent first, e.g. ``(("RGB", 15), ("L", 1))``.
-        values: Smallest and largest pixel value after decoding, over all of them.
-        failures: Index, printable name and reason of those that could not be read.
-        left_out: Kinds of other files beside the images, in words, and their number.
-        depths: Type of the stored values -> what they are.
-        planes: Of each image with several planes (z, time, pages, frames) their number, and what they are.
-        apart: How files were taken apart into planes, in words; '' where they were not.
-        transparent: Images with transparency that is laid over white.
-        profiles: Embedded colour profiles that are not applied, but sRGB and grey -> number of images.
-        turned: Images that are turned as their EXIF orientation says.
-        working_bytes: That decoding takes at most, by the estimate of `dinoforge.data.decode.working_bytes`.
-        side: Median of the shorter sides, pixels; 0: not known.
-        blank: Images of one single colour.
+        values: The smallest and largest pixel value after decoding, over all images.
+        failures: Index, printable name and reason of the images that could not be read.
+        left_out: The number of other files beside the images, by kind in words.
+        depths: The stored values of the images, by type.
+        planes: The number and the kind of planes (z, time, pages, frames) of each image with several.
+        apart: The planes into which files were taken apart, in words; '' where they were not.
+        transparent: The number of images with transparency that is laid over white.
+        profiles: The number of images by embedded colour profile that is not applied, without sRGB and grey.
+        turned: The number of images that are turned by their EXIF orientation.
+        working_bytes: The most bytes that decoding takes, by `dinoforge.data.decoding_memory.working_bytes`.
+        side: The median of the shorter sides in pixels; 0 where it is not known.
+        blank: The number of images of one single colour.
     """
 
     count: int
@@ -76,7 +79,7 @@ class DataSummary:
     blank: int = 0
 
 
-def inspect(
+def summarize(
     source: Source,
     *,
     channels: int = 3,
@@ -88,13 +91,13 @@ def inspect(
 
     Args:
         source: The images.
-        channels: Wanted.
+        channels: The number of channels wanted.
         decoding: Further keywords of `decode`.
-        samples: Images to look at.
-        reduction: (width, height) -> the least by which training reduces large JPEG files while it decodes them.
+        samples: The number of images to look at.
+        reduction: A function of width and height: the least divisor at which training decodes large JPEG files.
 
     Raises:
-        DataError: None of them can be read.
+        DataError: None of the images can be read.
     """
     shapes: list[tuple[int, ...]] = []
     modes: Counter[str] = Counter()
@@ -104,12 +107,12 @@ def inspect(
     planes: list[tuple[int, str]] = []
     profiles: Counter[str] = Counter()
     transparent = turned = most = blank = 0
-    indices = np.unique(np.linspace(0, len(source) - 1, samples).round().astype(int)).tolist()
+    indices = spaced(len(source), samples)
 
     def note(index: int) -> None:
         nonlocal transparent, turned, most, blank
         image = source.item(index).image
-        seen = look(image, channels=channels, decoding=decoding)
+        seen = look_at(image, channels=channels, decoding=decoding)
         if seen.pixels is None:
             raise ImageError(seen.refused)
         size = reduction(seen.width, seen.height)
@@ -160,7 +163,7 @@ _PLAIN_PROFILES = re.compile("srgb|gr[ae]y|dot gain|^c2", re.IGNORECASE)  # c2: 
 
 
 def _without_planes(mode: str) -> str:
-    """A kind of `describe` without the number of planes, which differs from file to file."""
+    """Take the number of planes, which differs from file to file, out of a kind of `size_and_kind`."""
     return re.sub(r", (?:plane|page) 1 of \d+(?: \(.*?\))?", "", mode)
 
 

@@ -1,4 +1,4 @@
-"""What values the images of a whole data set have, from a look at some of them."""
+"""The range of values in a whole data set, measured on some of its images."""
 
 import math
 from collections import Counter
@@ -9,29 +9,32 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dinoforge.data.decode import MAX_PIXELS, raw
+from dinoforge.data.decode import MAX_PIXELS, read_values
+from dinoforge.data.sampling import spaced
 from dinoforge.data.sources import Source
 from dinoforge.data.values import Pair, Samples, missing
 from dinoforge.errors import ImageError
 
-_FIRST, _IMAGES = 8, 64  # that are looked at, evenly spaced: to see whether any has more than 8 bits, and then
-_VALUES = 2**15  # of each
-_TAIL = 0.1  # per cent of the values at either end that count for nothing, such as hot pixels
-_MARGIN = 0.05  # of the range that is added at either end where its ends are not round
-_FEW = 16  # of 255 levels: a channel that one range for all would leave so dark has its own
+_FIRST = 8  # images, evenly spaced, that show whether any has more than 8 bits
+_IMAGES = 64  # images, evenly spaced, that are measured then
+_VALUES = 2**15  # values of each image
+_TAIL = 0.1  # per cent of the values at either end that do not count, such as hot pixels
+_MARGIN = 0.05  # the share of the range that is added at either end where its ends are not round
+_FEW = 16  # levels of 255: a channel that one range for all would leave as dark gets its own
 
 
 @dataclass(frozen=True)
 class MeasuredRange:
-    """What becomes black and white in all images of a data set.
+    """The values that become black and white in all images of a data set.
 
     Args:
-        low, high: the values.
-        found: low and high of what was found, without the tails.
-        kind: type of the values.
-        images: that were looked at and have such values.
-        channels: low and high of each channel, where one range would leave some of them dark; else empty.
-        turned_over: images among them in which white is 0: there low becomes 255, and high 0.
+        low: The value that becomes 0.
+        high: The value that becomes 255.
+        found: The lowest and highest value that was found, without the tails.
+        kind: The type of the values.
+        images: The number of measured images.
+        channels: The low and high value of each channel, where one range would leave some of them dark; else empty.
+        turned_over: The number of images in which white is 0, so that low becomes 255 and high 0.
     """
 
     low: float
@@ -44,12 +47,12 @@ class MeasuredRange:
 
     @property
     def range(self) -> tuple[float, ...]:
-        """What ``data.range`` has to be: low, high, or these of each channel in turn."""
+        """The value of ``data.range``: low and high, or both of each channel in turn."""
         return tuple(end for pair in self.channels for end in pair) or (self.low, self.high)
 
     @property
     def key(self) -> str:
-        """The key as it is pasted on the command line."""
+        """The key and its value as they are pasted on the command line."""
         return f"data.range=[{','.join(f'{end:.7g}' for end in self.range)}]"
 
     def __str__(self) -> str:
@@ -73,20 +76,23 @@ def measure_range(
     nodata: float | None = None,
     plane: int | Literal["max", "each"] | None = None,
 ) -> MeasuredRange | None:
-    """Measures which values of a data set should become 0 and 255; one range, so that images stay comparable.
+    """Measure which values of a data set should become 0 and 255; one range, so that images stay comparable.
 
     Integers that are not negative get the smallest number of bits that holds them: 0 to 4,095 where the largest is
-    3,900. Others get the range that is found, but for 0.1 % at either end, and a twentieth beyond. A band that would
-    become no more than 16 dark levels, as a weak stain beside a strong one, gets a range of its own; the colours of a
-    picture do not.
+    3,900. Other values get the range that is found, without 0.1 % at either end, and a twentieth beyond. A band that
+    would become no more than 16 dark levels, as a weak stain beside a strong one, gets a range of its own; the colours
+    of a picture do not.
 
     Args:
-        source: the images.
-        channels, max_pixels, nodata, plane: as for ``decode``.
+        source: The images.
+        channels: The number of channels wanted, as for ``decode``.
+        max_pixels: The largest H·W, as for ``decode``.
+        nodata: A value that means no data, as for ``decode``.
+        plane: The plane wanted, as for ``decode``.
 
     Returns:
-        None where the type's own range serves: 8 bits, bits that files declare, integers of 16 bits that fill a quarter
-        of their range or more, floats from 0 to 1 likewise; or where no image could be read.
+        The range; None where the type's own range serves (8 bits, bits that files declare, integers of 16 bits that
+        fill a quarter of their range or more, floats from 0 to 1 likewise), or where no image could be read.
     """
     values: list[npt.NDArray[Any]] = []
     kinds: Counter[str] = Counter()
@@ -94,7 +100,7 @@ def measure_range(
     bands: list[list[npt.NDArray[Any]]] = []  # [images][channels], while all images are of so many bands
     are_bands, turned_over = True, 0
     for samples in _looked_at(source, channels, max_pixels, plane):
-        if samples is None:  # of 8 bits, which may be grey
+        if samples is None:  # an image of 8 bits, which may be grey
             are_bands = False
             continue
         kept = _kept(samples, nodata)
@@ -127,7 +133,7 @@ def measure_range(
 
 
 def _of_each(bands: list[list[npt.NDArray[Any]]], whole: Pair, is_float: bool) -> tuple[Pair, ...]:
-    """The range of each channel: its own where the whole one leaves it dark; none where that serves all."""
+    """Choose the range of each channel: its own where the whole range leaves it dark; none where that serves all."""
     found: list[Pair] = []
     for channel in range(len(bands[0])):
         values = np.concatenate([image[channel] for image in bands])
@@ -143,30 +149,24 @@ def _of_each(bands: list[list[npt.NDArray[Any]]], whole: Pair, is_float: bool) -
 def _looked_at(
     source: Source, channels: int | None, max_pixels: int, plane: int | Literal["max", "each"] | None
 ) -> Iterator[Samples | None]:
-    """The values of some images where some have more than 8 bits; None for those that have not."""
+    """Yield the values of some images, None for images of 8 bits; nothing where all have 8 bits."""
 
-    def look(index: int) -> Samples | Literal["unread"] | None:
+    def values_at(index: int) -> Samples | Literal["unread"] | None:
         try:
-            found = raw(source.item(index).image, channels=channels, max_pixels=max_pixels, plane=plane)
+            found = read_values(source.item(index).image, channels=channels, max_pixels=max_pixels, plane=plane)
         except ImageError:
-            return "unread"  # told when it is its turn
+            return "unread"  # training reports it when it comes to it
         return found if found is not None and found.values.dtype.itemsize > 1 else None
 
-    if not any(isinstance(look(index), Samples) for index in _spaced(len(source), _FIRST)):
+    if not any(isinstance(values_at(index), Samples) for index in spaced(len(source), _FIRST)):
         return
-    for index in _spaced(len(source), _IMAGES):
-        if (found := look(index)) != "unread":
+    for index in spaced(len(source), _IMAGES):
+        if (found := values_at(index)) != "unread":
             yield found
 
 
-def _spaced(length: int, number: int) -> list[int]:
-    """Up to so many places among so many, evenly spaced, with both ends."""
-    places: list[int] = np.unique(np.linspace(0, length - 1, number).round().astype(int)).tolist()
-    return places
-
-
 def _kept(samples: Samples, nodata: float | None) -> npt.NDArray[Any]:
-    """Some of the finite values where there is data."""
+    """Take some of the finite values where there is data."""
     gone = missing(samples, nodata)
     values = samples.values if gone is None else samples.values[~np.broadcast_to(gone, samples.values.shape)]
     values = values.reshape(-1)
@@ -175,7 +175,7 @@ def _kept(samples: Samples, nodata: float | None) -> npt.NDArray[Any]:
 
 
 def _kept_of_each(samples: Samples, nodata: float | None) -> list[npt.NDArray[Any]]:
-    """As `_kept`, of each channel."""
+    """Take some of the finite values of each channel where there is data."""
     gone = missing(samples, nodata)
     found = []
     for channel in range(samples.values.shape[2]):
@@ -206,7 +206,7 @@ def _of_floats(low: float, high: float) -> tuple[float, float] | None:
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
-    """A range that is not empty, with a margin; from 0 where it begins near it."""
+    """Widen a range by a margin, so that it is not empty; it begins at 0 where it begins near 0."""
     if high <= low:
         return low - 0.5, low + 0.5
     margin = _MARGIN * (high - low)

@@ -1,4 +1,4 @@
-"""Tables as text: encodings and separators found out rather than assumed."""
+"""Tables as text, whose encoding and separator are found rather than assumed."""
 
 import codecs
 import csv
@@ -14,7 +14,7 @@ from dinoforge.data.kinds import kind_of
 from dinoforge.errors import DataError
 
 SEPARATORS = {"\t": "tabs", ";": "semicolons", ",": "commas", "|": "vertical bars", " ": "blanks"}
-"""What may stand between cells, in words."""
+"""Separators of cells, and their names."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Table:
     """Rows of cells.
 
     Args:
-        rows: Line number and cells of each row that is not blank.
-        separator: What stands between cells.
-        notes: What was guessed, a sentence each.
-        error: Line and sentence, where the text cannot be read to its end.
+        rows: The line number and the cells of each row that is not blank.
+        separator: The separator of cells.
+        notes: The guesses that were made, a sentence each.
+        error: The line and the reason where the text cannot be read to its end.
     """
 
     rows: list[tuple[int, list[str]]]
@@ -35,7 +35,7 @@ class Table:
 
     @cached_property
     def width(self) -> int:
-        """Columns of the first row."""
+        """The number of columns of the first row."""
         return len(trimmed(self.rows[0][1])) if self.rows else 0
 
     @cached_property
@@ -51,10 +51,10 @@ def read_table(path: Path, fit: Callable[[Table], tuple[float, ...]]) -> Table:
 
     Args:
         path: The file.
-        fit: How well a reading fits, the larger the better. Of readings that fit alike the most even one is taken.
+        fit: A function that rates a reading, the larger the better; the most even one of equals is taken.
 
     Raises:
-        DataError: The file cannot be read, or is no text, or no reading of it comes to its end.
+        DataError: The file cannot be read, is no text, or no reading of it comes to its end.
     """
     readings = []
     for text, notes in _texts(path):
@@ -71,7 +71,7 @@ def read_table(path: Path, fit: Callable[[Table], tuple[float, ...]]) -> Table:
 
 
 def trimmed(cells: list[str]) -> list[str]:
-    """A row without empty cells at its end."""
+    """Take empty cells off the end of a row."""
     end = len(cells)
     while end and not cells[end - 1].strip():
         end -= 1
@@ -79,7 +79,7 @@ def trimmed(cells: list[str]) -> list[str]:
 
 
 def _texts(path: Path) -> list[tuple[str, tuple[str, ...]]]:
-    """What a file may say by each encoding that it may be in, the likelier first, with what has to be told."""
+    """Decode a file by each encoding that it may be in, the likeliest first, with notes on guesses."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -107,7 +107,7 @@ def _texts(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     except UnicodeDecodeError:
         text, encoding = data.decode("latin-1"), "Latin-1"
     note = f"{path.name}: read as {encoding}, since it is no UTF-8; save it as UTF-8 if letters look wrong"
-    # Names of files that are no UTF-8 themselves may stand in a table as the bytes that they are.
+    # Names of files that are not UTF-8 themselves may stand in a table as their bytes.
     return [(text, (note,)), (data.decode("utf-8", "surrogateescape"), ())]
 
 

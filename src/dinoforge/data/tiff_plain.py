@@ -1,7 +1,8 @@
-"""Values of TIFFs that lie in the file as they are: viewed from the headers alone, without tifffile.
+"""Values of TIFFs that lie in the file as they are, viewed by the headers alone, without tifffile.
 
-tifffile takes longer to open such a file than its values take to become levels. Only what is plainly so goes this way;
-the result is what the long way gives, ``dinoforge.data.tiff`` through tifffile, and tests hold the two together.
+tifffile takes longer to open such a file than its values take to become levels. Only files whose values plainly lie
+there go this way; the result equals that of the long way, ``dinoforge.data.tiff`` through tifffile, and tests hold the
+two together.
 """
 
 import math
@@ -39,11 +40,23 @@ _NOT_PLAIN_OME = (b"BinaryOnly", b"MetadataOnly", b"BinData", b"Modulo", b"UUID 
 
 @dataclass(frozen=True)
 class Plain:
-    """Values that lie in a file one after the other, without compression."""
+    """Values that lie in a file one after the other, without compression.
+
+    Args:
+        start: The place of the first value in the file.
+        dtype: The type of the values, with its order of bytes.
+        shape: Height, width and channels.
+        planar: Whether the values lie channel by channel.
+        colour: The number of leading channels that are a picture, as in ``Samples``.
+        nodata: The values that mean no data.
+        family: The kind of TIFF in words, such as ``GeoTIFF``.
+        axes: Letters of the axes, such as ``CYX``; '' for one page.
+        rgb: Whether the first three channels are RGB.
+    """
 
     start: int
-    dtype: np.dtype[Any]  # with the order of bytes
-    shape: tuple[int, int, int]  # [H, W, C]
+    dtype: np.dtype[Any]
+    shape: tuple[int, int, int]
     planar: bool
     colour: int = 0
     nodata: tuple[float, ...] = ()
@@ -57,7 +70,7 @@ class Plain:
 
     @property
     def kind(self) -> str:
-        """In the words of ``dinoforge.data.tiff``."""
+        """Type and number of channels, and what else was found, in the words of ``TiffImage.kind``."""
         words = [f"{self.dtype.newbyteorder('=')} x{self.shape[2]}", self.family]
         if self.axes:
             words.append(f"axes {self.axes}")
@@ -67,7 +80,7 @@ class Plain:
         return ", ".join(words)
 
     def samples(self, data: bytes) -> Samples:
-        """As ``dinoforge.data.tiff`` gives them."""
+        """View the values as ``dinoforge.data.tiff`` reads them."""
         height, width, channels = self.shape
         shape = (channels, height, width) if self.planar else self.shape
         values: Values = np.frombuffer(data, self.dtype, math.prod(shape), self.start).reshape(shape)
@@ -80,8 +93,13 @@ class Plain:
 def find(data: bytes, head: headers.Directory, channels: int | None) -> Plain | None:
     """Find a file's values where nothing has to be decoded, inverted, turned, limited, or chosen among planes.
 
-    To open such a file tifffile takes longer than its values take to become levels. Whatever is not plainly so is left
-    to it, and damaged files as well: None.
+    Args:
+        data: The file.
+        head: Its first directory.
+        channels: The number of channels wanted, which decides what pages without metadata are.
+
+    Returns:
+        The values; None for all other files, and for damaged ones, which are left to tifffile.
     """
     one = _page(data, head)
     if one is None or head.alone or not head.more:
@@ -90,7 +108,7 @@ def find(data: bytes, head: headers.Directory, channels: int | None) -> Plain | 
 
 
 def _page(data: bytes, head: headers.Directory) -> Plain | None:
-    """The values of the first page."""
+    """Find the values of the first page."""
     tags, forms = head.tags, head.kinds
     samples, bits, width, height = (
         headers.single(tags, *one)
@@ -135,20 +153,20 @@ def _page(data: bytes, head: headers.Directory) -> Plain | None:
     is_alpha = len(extra) == 1 and extra[0] in (1, 2)
     return Plain(
         starts[0],
-        np.dtype(head.order + _TYPES[kinds[0], bits]),
+        np.dtype(head.layout.order + _TYPES[kinds[0], bits]),
         (height, width, samples),
         planar=samples > 1 and layout == 2,
         colour=3 if is_rgb and samples >= 3 else 1 if samples == 1 or (samples == 2 and is_alpha) else 0,
         nodata=nodata_said(b"".join(tags[headers.GDAL_NODATA]).decode("latin-1"))
         if headers.GDAL_NODATA in tags
         else (),
-        family="GeoTIFF" if not headers.GEO.isdisjoint(tags) else "BigTIFF" if head.big else "TIFF",
+        family="GeoTIFF" if not headers.GEO.isdisjoint(tags) else "BigTIFF" if head.layout.big else "TIFF",
         rgb=is_rgb,
     )
 
 
 def _pages(data: bytes, head: headers.Directory, first: Plain, channels: int | None) -> Plain | None:
-    """The values of pages that are one image's channels, each behind the other, as OME or others say it."""
+    """Find the values of pages that are one image's channels, one behind the other, by OME's or others' metadata."""
     tags = head.tags
     is_more = headers.SUB_IFDS in tags or headers.EXTRA_SAMPLES in tags or any(tag > 32767 for tag in tags)
     if (
@@ -180,15 +198,12 @@ def _pages(data: bytes, head: headers.Directory, first: Plain, channels: int | N
 
 def _pages_behind(data: bytes, head: headers.Directory, first: Plain) -> int | None:
     """Count the pages, if each is of the first one's kind and lies behind the one before it; else None."""
-    number, before, size, offset = ("Q", 8, 20, "Q") if head.big else ("H", 2, 12, "I")
-    form, room = f"{head.order}H{size - 2}s", size - 2
+    layout = head.layout
+    form, room = f"{layout.order}H{layout.size - 2}s", layout.size - 2
     kind: dict[int, bytes] | None = None
-    place, pages = headers.unpack(head.order + offset, data, 8 if head.big else 4)[0], 0
-    length = first.end - first.start
+    pages, length = 0, first.end - first.start
     try:
-        while place:
-            count = headers.unpack(head.order + number, data, place)[0]
-            entries = data[place + before : place + before + size * count]
+        for entries in headers.directories(data, layout):
             own = {
                 tag: body
                 for tag, body in struct.iter_unpack(form, entries)
@@ -198,11 +213,10 @@ def _pages_behind(data: bytes, head: headers.Directory, first: Plain) -> int | N
                 kind = {tag: body for tag, body in own.items() if tag in headers.OF_KIND}
             else:
                 spans = [own.pop(tag, b"") for tag in headers.STRIPS]
-                at, there = (_one_number(head, body[:room]) for body in spans)
+                at, there = (_one_number(layout, body[:room]) for body in spans)
                 if own != kind or (at, there) != (first.start + pages * length, length):
                     return None
             pages += 1
-            place = headers.unpack(head.order + offset, data, place + before + size * count)[0]
             if pages > 64:
                 return None
     except (struct.error, OverflowError):
@@ -210,18 +224,17 @@ def _pages_behind(data: bytes, head: headers.Directory, first: Plain) -> int | N
     return pages if first.start + pages * length <= len(data) else None
 
 
-def _one_number(head: headers.Directory, body: bytes) -> int | None:
-    """The value of an entry without its tag, if it is a single number."""
-    form = {3: "H", 4: "I", 16: "Q"}.get(headers.unpack(head.order + "H", body, 0)[0])
-    count = headers.unpack(head.order + ("Q" if head.big else "I"), body, 2)[0]
+def _one_number(layout: headers.Layout, body: bytes) -> int | None:
+    """Read the value of an entry without its tag, if it is a single number."""
+    form = {3: "H", 4: "I", 16: "Q"}.get(headers.unpack(layout.order + "H", body, 0)[0])
+    count = headers.unpack(layout.order + layout.offset, body, 2)[0]
     if form is None or count != 1:
         return None
-    return int(headers.unpack(head.order + form, body, 10 if head.big else 6)[0])
+    return int(headers.unpack(layout.order + form, body, 10 if layout.big else 6)[0])
 
 
 def _channels_in_words(description: bytes, pages: int, first: Plain) -> tuple[str, str] | None:
-    """The family of the file ('': any) and the letter of the axis along which its pages lie; None where it is not so
-    plain."""
+    """Find the family of the file, '' for any, and the letter of the axis along which pages lie; None if unclear."""
     height, width, _ = first.shape
     text = description.rstrip(b"\0")
     if not text:
@@ -253,17 +266,18 @@ def _channels_in_words(description: bytes, pages: int, first: Plain) -> tuple[st
 
 
 def _numbers(data: bytes, head: headers.Directory, tag: int) -> tuple[int, ...] | None:
-    """The offsets or sizes of all strips; None where they are not there."""
+    """Read the offsets or sizes of all strips; None where they are not there."""
     if tag not in head.spans or head.kinds[tag] not in (3, 4, 16):
         return None
     form, number, at = head.spans[tag]
     length = {"H": 2, "I": 4, "Q": 8}.get(form)
     if length is None or at + number * length > len(data):
         return None
-    return struct.unpack_from(f"{head.order}{number}{form}", data, at)
+    return struct.unpack_from(f"{head.layout.order}{number}{form}", data, at)
 
 
 def nodata_said(text: str) -> tuple[float, ...]:
+    """Read the number in GDAL's tag of values without data; none for NaN, and for text that is no number."""
     text = text.strip(" \0\n")
     try:
         number = int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text.replace(",", "."))
@@ -273,4 +287,5 @@ def nodata_said(text: str) -> tuple[float, ...]:
 
 
 def more_bands(channels: int) -> str:
+    """Name the bands of a picture in RGB with more than three channels."""
     return "RGB and 1 more band" if channels == 4 else f"RGB and {channels - 3} more bands"

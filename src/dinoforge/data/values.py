@@ -1,4 +1,4 @@
-"""Values as a file or array holds them to levels 0…255: ranges, significant bits, no data."""
+"""Values of a file or array to levels 0…255, by ranges, significant bits and values that mean no data."""
 
 import functools
 import math
@@ -13,9 +13,9 @@ import numpy.typing as npt
 from dinoforge.errors import ImageError
 
 BLOCK = 2**18
-"""Values that are doubles at once while they become levels."""
+"""The number of values that are doubles at once while they become levels."""
 
-_HUGE, _ROUNDED = 1e30, 1e-5  # numbers that no measurement has, and by how much they may be rounded in a tag
+_HUGE, _ROUNDED = 1e30, 1e-5  # a number that no measurement reaches, and the error by which a tag may round such
 
 UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
@@ -38,14 +38,14 @@ class Samples:
     """One image before its values are scaled.
 
     Args:
-        values: [H, W, C] as stored, upright.
-        limit: What full brightness is, such as 4095 for 12 bits; None: what the type says.
-        colour: How many leading channels are a picture: 3 for RGB, 1 for grey with something beside it, 0: any bands.
-        alpha: Whether the last channel is transparency over which viewers show white.
-        nodata: Values that stand for no data.
-        valid: [H, W] or [H, W, C], False where a mask says that there is no data; None: everywhere valid.
+        values: The values as stored, upright, [H, W, C].
+        limit: The value of full brightness, such as 4095 for 12 bits; None for the type's largest.
+        colour: The number of leading channels that are a picture: 3 for RGB, 1 for grey, 0 for bands of any meaning.
+        alpha: Whether the last channel is transparency, which viewers lay over white.
+        nodata: Values that mean no data.
+        valid: A mask [H, W] or [H, W, C], False where there is no data; None where every value is valid.
         kind: Type and number of channels and what else was found, such as ``uint16 x5, GeoTIFF``.
-        white_is_zero: Whether small values are bright: their levels are turned over, whatever the range.
+        white_is_zero: Whether small values are bright, so that levels are turned over, whatever the range.
     """
 
     values: npt.NDArray[Any]
@@ -58,14 +58,14 @@ class Samples:
     white_is_zero: bool = False
 
     def take(self, channels: int) -> "Samples":
-        """The same with its leading channels alone."""
+        """Keep the leading channels alone."""
         valid = self.valid if self.valid is None or self.valid.ndim == 2 else self.valid[:, :, :channels]
         return replace(self, values=self.values[:, :, :channels], valid=valid, alpha=False)
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """How values become levels; see ``dinoforge.data.decode`` for the rules."""
+    """The rules by which values become levels; see ``dinoforge.data.decode``."""
 
     sixteen_bit: Literal["full", "minmax"] = "full"
     value_range: Pair | tuple[Pair, ...] | None = None
@@ -83,7 +83,7 @@ class Scaling:
         """The range of each channel, or one for all; empty where none was given.
 
         Raises:
-            ImageError: Another number of ranges than of channels.
+            ImageError: There are several ranges, but not one for each channel.
         """
         if len(self._pairs) > 1 and len(self._pairs) != channels:
             raise ImageError(f"has {channels} channels, but data.range gives {len(self._pairs)} ranges")
@@ -96,7 +96,7 @@ class Scaling:
 
 
 def _pairs(given: Any) -> tuple[Pair, ...]:
-    """One range, or one for each channel, as a tuple of pairs."""
+    """Make a tuple of pairs of one range, or of one for each channel."""
     several = given if isinstance(given[0], tuple | list) else (given,)
     pairs = tuple((float(low), float(high)) for low, high in several)
     assert all(-math.inf < low < high < math.inf for low, high in pairs), given
@@ -104,7 +104,7 @@ def _pairs(given: Any) -> tuple[Pair, ...]:
 
 
 def pairs_of(flat: Sequence[float] | None) -> Pair | tuple[Pair, ...] | None:
-    """The recipe's low, high, or such pairs one after the other, as ``decode`` takes them."""
+    """Turn the recipe's low and high, or such pairs one after the other, into ranges as ``decode`` takes them."""
     if flat is None:
         return None
     pairs: tuple[Pair, ...] = tuple(zip(flat[::2], flat[1::2], strict=True))
@@ -112,7 +112,7 @@ def pairs_of(flat: Sequence[float] | None) -> Pair | tuple[Pair, ...] | None:
 
 
 def plane_of(text: str | None) -> int | Literal["max", "each"] | None:
-    """The recipe's plane as ``decode`` takes it."""
+    """Turn the recipe's plane into one as ``decode`` takes it."""
     if text is None:
         return None
     return "max" if text == "max" else "each" if text == "each" else int(text)
@@ -122,7 +122,7 @@ def check_size(width: int, height: int, max_pixels: int | None) -> None:
     """Refuse an image without pixels, or with too many.
 
     Raises:
-        ImageError: As said.
+        ImageError: It has none, or more than `max_pixels`.
     """
     if width * height == 0:
         raise ImageError(f"has no pixels ({width} x {height})")
@@ -130,11 +130,31 @@ def check_size(width: int, height: int, max_pixels: int | None) -> None:
         raise ImageError(f"{width} x {height} is more than {max_pixels} pixels; the limit is data.max_pixels")
 
 
+def upright(array: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
+    """Turn an array [H, W, …] upright by its EXIF orientation, 1…8."""
+    if orientation >= 5:
+        array = array.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    return array[:, ::-1] if orientation in (2, 3, 6, 7) else array
+
+
+def check_plane(plane: int | Literal["max"] | None, planes: int) -> None:
+    """Refuse the index of a plane that a file does not have.
+
+    Raises:
+        ImageError: There are not as many planes.
+    """
+    if isinstance(plane, int) and not 0 <= plane < planes:
+        have = "1 plane" if planes == 1 else f"{planes} planes"
+        raise ImageError(f"has {have}, counted from 0, but data.plane={plane}")
+
+
 def to_levels(samples: Samples, scaling: Scaling) -> UInt8:
     """Scale values [H, W, C] of any real type to levels 0…255.
 
     Raises:
-        ImageError: Values outside the range that the rule has, infinite ones, or of no real type.
+        ImageError: Values are infinite, outside the range of the rule, or of no real type.
     """
     if not samples.alpha:
         return _levels(samples, scaling)
@@ -178,10 +198,10 @@ def _filled(levels: UInt8, gone: Bool | None, fill: int, image: npt.NDArray[Any]
 
 
 def missing(samples: Samples, nodata: float | None = None) -> Bool | None:
-    """Where there is no data: [H, W, C] or [H, W, 1] bool, or None where every value is one.
+    """Find where there is no data: bool [H, W, C] or [H, W, 1], or None where every value is data.
 
-    A number that stands for no data counts channel by channel. In a picture of integers, where it may well be a level
-    of a colour, it counts only where all colours have it.
+    A value that means no data counts channel by channel. In a picture of integers, where it may well be a level of a
+    colour, it counts only where all colours have it.
     """
     values = samples.values
     gone: Bool | None = None
@@ -202,7 +222,7 @@ def missing(samples: Samples, nodata: float | None = None) -> Bool | None:
 
 
 def _equal(values: npt.NDArray[Any], number: float) -> Bool | None:
-    """Where values are that number as their own type rounds it; None: its type cannot hold it."""
+    """Find where values are a number, as their type rounds it; None where the type cannot hold it."""
     if values.dtype.kind == "f":
         with np.errstate(over="ignore"):
             if _HUGE < abs(number) < math.inf:  # -3.40282e+38: the end of a type, which some writers round
@@ -218,7 +238,7 @@ def _equal(values: npt.NDArray[Any], number: float) -> Bool | None:
 
 
 def extent(values: npt.NDArray[Any], gone: Bool | None = None) -> Pair | None:
-    """The lowest and the highest value where there is data; None where there is none at all."""
+    """Find the lowest and the highest value where there is data; None where there is none at all."""
     if gone is None:
         return values.min().item(), values.max().item()
     kept = values[~np.broadcast_to(gone, values.shape)]
@@ -242,20 +262,20 @@ def _by_type(values: npt.NDArray[Any], gone: Bool | None, limit: int | None) -> 
             "say in data.range what becomes black and white, or scale each image by its own range with "
             "data.sixteen_bit=minmax"
         )
-    if values.dtype == np.int8:  # as other 8-bit values
+    if values.dtype == np.int8:  # its values pass unchanged, like other 8-bit values
         return values.astype(np.uint8)
     return _linear(values, 0.0, float(top))
 
 
 def _sixteen_bits(values: npt.NDArray[Any]) -> UInt8:
-    """round(value / 257); 257 is odd, so there are no ties, and single precision is exact."""
+    """Compute round(value / 257); 257 is odd, so there are no ties, and single precision is exact."""
     return _by_rows(lambda rows: cv2.convertScaleAbs(rows, alpha=1 / 257), values)
 
 
 def _sixteen_bits_without(samples: Samples, scaling: Scaling) -> UInt8 | None:
-    """The levels of 16 bits with numbers that are no data, as `missing`, `_by_type` and `_filled` give them; or None.
+    """Make levels of 16 bits with values that mean no data, equal to those of `_by_type` and `_filled`; or None.
 
-    Plane by plane, and by a product: to write where a mask of all channels is true takes ten times as long.
+    It goes plane by plane and multiplies, since writing where a mask of all channels is true takes ten times as long.
     """
     values = samples.values
     numbers = {*samples.nodata, *(() if scaling.nodata is None else (scaling.nodata,))}
@@ -280,7 +300,7 @@ def _sixteen_bits_without(samples: Samples, scaling: Scaling) -> UInt8 | None:
 def _by_rows(change: Callable[[npt.NDArray[Any]], Any], values: npt.NDArray[Any]) -> UInt8:
     """Turn every value of [H, W, C] into a level by a function of an array of two axes.
 
-    Values that lie plane by plane are taken in that order: to interleave their levels takes less than half as long.
+    Values that lie plane by plane are taken in that order, since interleaving their levels takes half as long.
     """
     height, width, channels = values.shape
     planes = np.moveaxis(values, -1, 0)
@@ -293,8 +313,8 @@ def _by_rows(change: Callable[[npt.NDArray[Any]], Any], values: npt.NDArray[Any]
 def interleaved(planes: UInt8) -> UInt8:
     """Put planes [C, H, W] together as [H, W, C].
 
-    OpenCV has instructions of the processor for up to four planes. More of them go in groups of four, two and one, each
-    written as one number of so many bytes; that takes half as long.
+    OpenCV uses instructions of the processor for up to four planes. More planes go in groups of four, two and one, each
+    written as one number of as many bytes, which takes half as long.
     """
     if len(planes) <= 4:
         return np.asarray(cv2.merge(list(planes)), np.uint8).reshape(*planes[0].shape, len(planes))
@@ -329,7 +349,7 @@ def _by_ranges(values: npt.NDArray[Any], pairs: tuple[Pair, ...]) -> UInt8:
 
 
 def _linear(values: npt.NDArray[Any], low: float, high: float) -> UInt8:
-    """0 for `low`, 255 for `high`, in between to the nearest level, beyond clipped; NaN gives any level."""
+    """Scale `low` to 0 and `high` to 255, to the nearest level, and clip values beyond; NaN gives any level."""
     if values.dtype in (np.uint8, np.uint16):
         return _look_up(values, _table(values.dtype.str, low, high))
     levels = np.empty(values.shape, np.uint8)
@@ -343,7 +363,7 @@ def _linear_doubles(values: npt.NDArray[Any], low: float, high: float) -> UInt8:
     scaled = values.astype(np.float64)
     if not math.isfinite(high - low):  # the extremes of a double
         scaled, low, high = scaled / 4, low / 4, high / 4
-    with np.errstate(over="ignore"):  # what overflows is clipped all the same
+    with np.errstate(over="ignore"):  # values that overflow are clipped all the same
         scaled -= low
         scaled /= high - low
         scaled *= 255.0
@@ -353,7 +373,7 @@ def _linear_doubles(values: npt.NDArray[Any], low: float, high: float) -> UInt8:
 
 @functools.lru_cache(maxsize=32)
 def _table(dtype: str, low: float, high: float) -> UInt8:
-    """The level of every value that an unsigned type holds."""
+    """Make a table of the level of every value that an unsigned type holds."""
     every = np.arange(np.iinfo(dtype).max + 1, dtype=np.float64)
     table = np.rint(np.clip((every - low) / (high - low) * 255.0, 0.0, 255.0)).astype(np.uint8)
     table.flags.writeable = False
@@ -368,7 +388,7 @@ def _look_up(values: npt.NDArray[Any], table: UInt8) -> UInt8:
 
 @functools.cache
 def _cv2_has_wide_tables() -> bool:
-    """Tables of 65,536 entries came to OpenCV late; twice as fast as NumPy's."""
+    """Whether OpenCV has tables of 65,536 entries, which are twice as fast as NumPy's; older versions have none."""
     try:
         found = cv2.LUT(np.array([[0, 65535]], np.uint16), np.arange(65536, dtype=np.uint32).astype(np.uint8))
     except cv2.error:

@@ -1,4 +1,4 @@
-"""Data workers: how they start, and what became of those that are no more; whether they can, `preflight` says."""
+"""Data workers: how they start, and why one has ended; `preflight` checks before whether they can start."""
 
 import multiprocessing
 import os
@@ -34,7 +34,7 @@ from dinoforge.system.signals import STOP_SIGNALS
 T = TypeVar("T")
 
 LOOK_SECONDS = 1.0
-"""Between two looks at the workers while a batch is waited for."""
+"""The time between two checks of the workers while a batch is waited for."""
 
 _WORDS = 500  # bytes of a worker's last words
 
@@ -43,11 +43,11 @@ _WORDS = 500  # bytes of a worker's last words
 
 
 class Table:
-    """What workers leave in shared memory: what remains of one that can no longer tell.
+    """A table in shared memory where workers say what they do, for the time when they can no longer tell.
 
     Args:
-        number: Of workers.
-        key: What sets it, in the user's words.
+        number: The number of workers.
+        key: The key of the recipe or the option that sets their number.
 
     Raises:
         DataError: There is no shared memory.
@@ -55,9 +55,9 @@ class Table:
 
     def __init__(self, number: int, key: str = "train.num_workers") -> None:
         self.places = torch.full((number, 2), -1, dtype=torch.int64)
-        """Per worker its process, and the index of the image it is at, -1 between two."""
+        """The process of each worker, and the index of the image that it reads, -1 between two."""
         self.words = torch.zeros((number, _WORDS), dtype=torch.uint8)
-        """Per worker why it could not send a batch."""
+        """The reason of each worker that could not send a batch."""
         if number:
             try:
                 self.places.share_memory_()
@@ -68,18 +68,18 @@ class Table:
                 ) from error
 
     def word(self, worker: int) -> str:
-        """What a worker said last."""
+        """Read a worker's last words."""
         return bytes(self.words[worker].tolist()).rstrip(b"\0").decode(errors="replace")
 
 
 def start_worker(worker: int, table: Table) -> None:
-    """Begin as a worker: leave stopping to the main process, and make known to it what else would fail in silence.
+    """Set a worker up: it leaves stopping to the main process, and reports failures that would be silent otherwise.
 
-    A data set with an attribute `on_image` finds there what is to be told the index of each image before it is read.
+    The data set's attribute `on_image`, if there is one, is set to the function that notes the image before it is read.
 
     Args:
-        worker: Its number.
-        table: Where it leaves word.
+        worker: The worker's number.
+        table: The table where it leaves word.
     """
     torch.set_num_threads(1)
     table.places[worker, 0] = os.getpid()
@@ -107,9 +107,9 @@ def _on_unsent(table: Table, worker: int, error: Exception, batch: object) -> No
 def _on_error(
     table: Table, worker: int, kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Tell an error of the main thread, or of the thread that hands out file descriptors, without which none arrives.
+    """Report an error of the main thread, or of the thread that hands out file descriptors, without which none arrives.
 
-    Not one of a closed connection: the main process takes no more batches, which it does as it stops.
+    Errors of a closed connection are passed over: the main process closes it as it stops.
     """
     if isinstance(error, ConnectionError | EOFError):
         return
@@ -119,7 +119,7 @@ def _on_error(
 
 
 def _leave_word(table: Table, worker: int, error: BaseException) -> NoReturn:
-    """End this process, having said why."""
+    """Say why, and end this process."""
     word = f"{type(error).__name__}: {error}".encode(errors="replace")[:_WORDS]
     table.words[worker, : len(word)] = torch.tensor(list(word), dtype=torch.uint8)
     os._exit(1)
@@ -129,11 +129,11 @@ def _leave_word(table: Table, worker: int, error: BaseException) -> NoReturn:
 
 
 class Workers:
-    """The worker processes of one loader, and the words for what became of them.
+    """The worker processes of one loader, and the words for their failures.
 
     Args:
-        table: Where they leave word.
-        key: What sets their number, in the user's words.
+        table: The table where they leave word.
+        key: The key of the recipe or the option that sets their number.
     """
 
     def __init__(self, table: Table, key: str = "train.num_workers") -> None:
@@ -142,7 +142,7 @@ class Workers:
         self._processes: list[BaseProcess] = []
 
     def start(self, loader: DataLoader[T]) -> Iterator[T]:
-        """Start them, if the loader has any.
+        """Start the workers, if the loader has any.
 
         Raises:
             DataError: They cannot be started.
@@ -159,16 +159,16 @@ class Workers:
             _drop_what_is_half_made(error)
             raise DataError(f"data workers cannot be started: {self._why(error)}") from error
         children = set(multiprocessing.active_children()) - before
-        # Those that have ended already are no children any more.
+        # Workers that have ended already are no children any more.
         self._processes = list(getattr(batches, "_workers", children)) if loader.num_workers else []
         return batches
 
     def batches(self, loader: DataLoader[Any]) -> Iterator[Any]:
-        """Start them, and fetch all batches of the loader.
+        """Start the workers, and yield all batches of the loader.
 
         Raises:
-            DataError: They cannot be started, or a batch cannot be fetched.
-            WorkerError: One was killed.
+            DataError: The workers cannot be started, or a batch cannot be fetched.
+            WorkerError: A worker was killed.
         """
         batches = self.start(loader)
         try:
@@ -182,7 +182,7 @@ class Workers:
             self.kill()
 
     def kill(self) -> None:
-        """End those that did not leave by themselves; a stopped or stuck one would be waited for at exit."""
+        """Kill the workers that did not leave by themselves; a stopped or stuck one would be waited for at exit."""
         for process in multiprocessing.active_children():
             if process in self._processes:
                 process.kill()
@@ -190,11 +190,11 @@ class Workers:
     def failure(
         self, error: BaseException, naming: Callable[[list[int]], str] = lambda indices: ""
     ) -> DataError | None:
-        """Find words for an error that came instead of a batch; None if it is none of the workers'.
+        """Explain an error that came instead of a batch; None if it has nothing to do with the workers.
 
         Args:
-            error: What came.
-            naming: Words on the images, by index, that workers were at; -1 for between two.
+            error: The error.
+            naming: A function that names the images, by index, that workers were at; -1 stands for between two.
         """
         if not self._processes:
             return None
@@ -222,8 +222,8 @@ class Workers:
         )
 
     def _gone(self) -> list[int]:
-        """The workers that are no more."""
-        for _ in range(10):  # one that was just killed takes a moment to be gone
+        """The numbers of the workers that have ended."""
+        for _ in range(10):  # a worker that was just killed takes a moment to be gone
             alive = multiprocessing.active_children()
             if gone := [number for number, process in enumerate(self._processes) if process not in alive]:
                 return gone
@@ -235,7 +235,7 @@ class Workers:
 
 
 def _drop_what_is_half_made(error: BaseException) -> None:
-    """Have an iterator that could not be made go, which would complain of itself on the terminal."""
+    """Let go of an iterator that could not be made, without its complaints on the terminal."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
     try:
         traceback.clear_frames(error.__traceback__)
@@ -251,24 +251,24 @@ def _imports() -> str:
 
 
 class Watch(threading.Thread):
-    """Kills the workers when a batch is waited for too long.
+    """A thread that kills the workers when a batch takes too long.
 
-    A thread of its own, because a batch's memory is fetched from its worker in a read that has no timeout: only the
-    worker's death ends it if the worker is stopped. It counts looks and not time, so that a run that was stopped
-    itself, such as by Ctrl-Z, has not waited.
+    A thread is needed because a batch's memory is fetched from its worker in a read that has no timeout: only the
+    worker's death ends it if the worker is stopped. The thread counts checks and not time, so that a run that was
+    stopped itself, such as by Ctrl-Z, has not waited.
 
     Args:
         workers: The workers.
-        timeout: Longest wait for a batch, seconds.
+        timeout: The longest wait for a batch in seconds.
     """
 
     def __init__(self, workers: Workers, timeout: float) -> None:
         super().__init__(name="watch over data-loading workers", daemon=True)
         self.hung: int | None = None
-        """Index of the image at which a worker hung, -1 for between two, None while none did."""
+        """The index of the image at which a worker hung; -1 for between two, None while none did."""
         self._workers = workers
         self._timeout = timeout
-        self._number = 0  # of the next batch
+        self._number = 0  # the number of the next batch
         self._waiting = False
         self._stopped = threading.Event()
 
@@ -281,7 +281,7 @@ class Watch(threading.Thread):
         return batch
 
     def run(self) -> None:
-        """Look now and then."""
+        """Check now and then."""
         interval = min(self._timeout, LOOK_SECONDS)
         places = self._workers.table.places
         waited, number = 0.0, 0
@@ -295,7 +295,7 @@ class Watch(threading.Thread):
                 return
 
     def stop(self) -> None:
-        """Look no more."""
+        """End the checks."""
         self._stopped.set()
 
 

@@ -1,8 +1,9 @@
 """Classifiers trained on frozen features: a grid of linear ones by SGD, and logistic regression.
 
-Linear follows DINOv2 (arXiv 2304.07193, section 7.1, and its released evaluation): SGD with momentum 0.9 and a cosine
-schedule, for 13 learning rates, on the cls tokens of the last 1 or 4 blocks, with or without the mean patch token. Here
-features are computed once, so images are not augmented; and the best of the grid is chosen within the training part.
+The linear ones follow DINOv2 (arXiv 2304.07193, section 7.1, and its released evaluation): SGD with momentum 0.9 and a
+cosine schedule, for 13 learning rates, on the cls tokens of the last 1 or 4 blocks, with or without the mean patch
+token. Unlike there, features are computed once, so images are not augmented; and the best of the grid is chosen within
+the training part.
 """
 
 import math
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from dinoforge.data.sources import Source
 from dinoforge.errors import DataError
 from dinoforge.evaluation.overlap import Duplicates
-from dinoforge.evaluation.protocol import auroc, balanced_accuracy, describe, gather, percent, stratified_splits
+from dinoforge.evaluation.protocol import auroc, balanced_accuracy, gather, how_measured, percent, stratified_splits
 from dinoforge.features.extract import Reading, Skipped
 from dinoforge.models.vit import Tokens, VisionTransformer
 
@@ -29,14 +30,14 @@ LAST_BLOCKS = (1, 4)  # the reference's
 BATCH_SIZE = 128  # the reference's, per GPU
 STEPS = 1250  # a tenth of the reference's 12,500, which are for a million images
 STRENGTHS = tuple(10.0**power for power in range(-5, 3))  # C of logistic regression
-MIN_SHOTS = 5  # fewer leave nothing of most classes for choosing in the grid
+MIN_SHOTS = 5  # fewer leave no image of most classes for choosing in the grid
 
 Fit = Callable[[Tensor, Tensor, int, Sequence[float]], Tensor]
-"""Features [N, D] of all images, labels [T] of the first T, number of classes C, V settings -> scores [V, N - T, C]."""
+"""A fit: features [N, D] of all images, labels [T] of the first T, C classes, V settings -> scores [V, N - T, C]."""
 
 
 class Row(TypedDict):
-    """Scores, from 0 to 1, over the test parts of the splits; no deviation where there is one split."""
+    """Scores of one kind of features, 0 to 1, over the test parts of the splits; no deviation for one split."""
 
     mean: float
     sd: float | None
@@ -48,11 +49,11 @@ class Row(TypedDict):
 
 
 class ClassifierResult(TypedDict):
-    """The measurement, as ``dinoforge eval linear --json`` and ``eval logreg --json`` print it."""
+    """The result of ``dinoforge eval linear`` or ``eval logreg``, as ``--json`` prints it."""
 
     method: Method
     rows: dict[str, Row]  # "pixels", "untrained", "trained"
-    setting: str  # of the trained network: the one that most splits chose
+    setting: str  # the setting that most splits chose for the trained network
     splits: int
     n: int  # images in training and test parts together
     shots: int | None  # labelled images of each class; None: the whole training part
@@ -61,7 +62,7 @@ class ClassifierResult(TypedDict):
 
 
 class LastBlocks(nn.Module):
-    """A backbone whose cls is [B, (n + 1)·D]: the cls tokens of the last n blocks, last first, then the mean patch."""
+    """A backbone whose cls, [B, (n + 1)·D], is the cls tokens of the last n blocks, last first, and the mean patch."""
 
     def __init__(self, network: VisionTransformer, n: int) -> None:
         super().__init__()
@@ -87,20 +88,32 @@ def run_classifier(
     n_splits: int = 5,
     shots: int | None = None,
     seed: int = 0,
+    learning_rates: Sequence[float] = LEARNING_RATES,
     **reading: Unpack[Reading],
 ) -> tuple[ClassifierResult, list[Skipped]]:
-    """How well a classifier on frozen features tells an image's label: on pixels, untrained and trained features.
+    """Measure how well a classifier on frozen features tells an image's label, on pixels, untrained and trained ones.
 
     Args:
-        method: ``linear``, or ``logreg``: logistic regression on the normalised cls token.
-        backbone, untrained, source, labels, labels_from, test, n_splits, shots, seed, reading: see ``run_knn``.
+        method: The classifier: ``linear``, or ``logreg`` for logistic regression on the normalised cls token.
+        backbone: The trained network.
+        untrained: A network of the same architecture before training.
+        source: The labelled images.
+        labels: The label of each image of ``source``; images without one, None, take no part.
+        labels_from: The origin of the labels, as the result names it.
+        test: Images and labels of a test part; ``None`` makes ``n_splits`` stratified splits of ``source``.
+        n_splits: The number of splits, at least 2; each holds out ``1 / n_splits`` of the images.
+        shots: The most labelled images of each class; ``None`` for the whole training part.
+        seed: The seed of the splits and of the choice of shots.
+        learning_rates: The learning rates in the grid of linear classifiers, for a batch of 256.
+        reading: Keywords of ``features.extract.Reading``.
 
     Returns:
         The result, and the images that could not be read and took no part.
 
     Raises:
-        DataError: as ``run_knn``; too few shots; scikit-learn is missing.
-        WeightsError: features that are not finite.
+        DataError: The labels or images cannot be used, as for ``run_knn``; there are too few shots; or scikit-learn is
+            missing.
+        WeightsError: Features are not finite.
     """
     if shots is not None and shots < MIN_SHOTS:
         raise DataError(
@@ -121,7 +134,7 @@ def run_classifier(
         **reading,
     )
     width = backbone.embed_dim
-    fit: tuple[str, Sequence[float], Fit] = ("lr", LEARNING_RATES, fit_linear)
+    fit: tuple[str, Sequence[float], Fit] = ("lr", learning_rates, fit_linear)
     if method == "logreg":
         fit = ("C", STRENGTHS, fit_logreg)
     rows: dict[str, Row] = {}
@@ -134,7 +147,7 @@ def run_classifier(
                 inputs = {f"{n} cls": [slice(0, n * width)] for n in numbers}
                 mean_patch = slice(blocks * width, None)
                 inputs |= {f"{cls} + mean patch": [*columns, mean_patch] for cls, columns in inputs.items()}
-        rows[name] = measure(features, sets.labels, sets.train, sets.test, inputs, *fit, seed=seed)
+        rows[name] = score_classifiers(features, sets.labels, sets.train, sets.test, inputs, *fit, seed=seed)
     chosen = Counter(rows["trained"]["setting_by_split"]).most_common(1)[0][0]
     result: ClassifierResult = {
         "method": method,
@@ -149,7 +162,7 @@ def run_classifier(
     return result, sets.skipped
 
 
-def measure(
+def score_classifiers(
     features: Tensor,
     labels: Tensor,
     train: Tensor,
@@ -161,18 +174,20 @@ def measure(
     *,
     seed: int = 0,
 ) -> Row:
-    """Scores on the test part of each split, with the setting that a fifth of its training part chose.
+    """Compute scores on the test part of each split, with the setting that a fifth of its training part chose.
 
     The chosen setting then learns from the whole training part. No label of a test part is seen.
 
     Args:
-        features: [N, D], any real type.
-        labels: [N] int64, classes from 0.
-        train, test: [S, N] bool.
-        inputs: columns of the features to choose from, by name.
-        key, values: name and values of the setting to choose from.
-        fit: see ``Fit``.
-        seed: decides which fifth chooses.
+        features: Features of all images, [N, D], any real type.
+        labels: Classes from 0, [N] int64.
+        train: The training part of each split, [S, N] bool.
+        test: The test part of each split, [S, N] bool.
+        inputs: Columns of the features to choose from, by name.
+        key: The name of the setting to choose.
+        values: Values of the setting to choose from.
+        fit: A function that fits a classifier for each value.
+        seed: The seed by which a fifth of the training part is drawn.
     """
     classes = int(labels.max()) + 1
     accuracy: list[float] = []
@@ -221,17 +236,20 @@ def fit_linear(
     steps: int = STEPS,
     batch_size: int = BATCH_SIZE,
 ) -> Tensor:
-    """One linear classifier for each learning rate, all on the same batches; their losses do not meet.
+    """Fit one linear classifier for each learning rate, all on the same batches; their losses are independent.
+
+    SGD has momentum 0.9 and a cosine schedule to 0.
 
     Args:
-        x: [N, D] float32.
-        labels: [T] int64, of the first T rows.
-        classes: C.
-        rates: for a batch of 256; scaled linearly.
-        steps, batch_size: of SGD with momentum 0.9 and a cosine schedule to 0.
+        x: Features of all images, [N, D] float32.
+        labels: Classes of the first T rows, [T] int64.
+        classes: The number of classes, C.
+        rates: Learning rates for a batch of 256, scaled linearly.
+        steps: The number of steps.
+        batch_size: The number of images in a batch.
 
     Returns:
-        Scores [R, N - T, C] of the other rows.
+        Scores of the other rows, [R, N - T, C].
     """
     generator = torch.Generator().manual_seed(0)
     known, unknown = x[: len(labels)], x[len(labels) :]
@@ -256,7 +274,7 @@ def fit_linear(
 
 
 def fit_logreg(x: Tensor, labels: Tensor, classes: int, strengths: Sequence[float]) -> Tensor:
-    """Logistic regression with an L2 penalty by scikit-learn, for each C of ``strengths``; see ``fit_linear``."""
+    """Fit logistic regression with an L2 penalty by scikit-learn, for each C in ``strengths``; see ``fit_linear``."""
     from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
 
     known, unknown = x[: len(labels)].double().numpy(), x[len(labels) :].double().numpy()
@@ -268,15 +286,15 @@ def fit_logreg(x: Tensor, labels: Tensor, classes: int, strengths: Sequence[floa
     return scores
 
 
-def render(result: ClassifierResult) -> str:
-    """The result as a table and a sentence for a terminal."""
+def classifier_table(result: ClassifierResult) -> str:
+    """Lay a result out as a table and a sentence for a terminal."""
     lines = [f"{'':<12}{'accuracy':>16}{'balanced accuracy':>22}{'AUROC':>16}"]
     for name, row in result["rows"].items():
         area = "–" if row["auroc_mean"] is None else percent(row["auroc_mean"], row["auroc_sd"])
         balanced = percent(row["balanced_mean"], row["balanced_sd"])
         lines.append(f"{name:<12}{percent(row['mean'], row['sd']):>16}{balanced:>22}{area:>16}")
     title = {"linear": "Linear classifiers", "logreg": "Logistic regression"}[result["method"]]
-    lines += ["", f"{title} ({result['setting']}) on {describe(result)}."]
+    lines += ["", f"{title} ({result['setting']}) on {how_measured(result)}."]
     return "\n".join(lines)
 
 
@@ -285,7 +303,7 @@ def _columns(x: Tensor, slices: Sequence[slice]) -> Tensor:
 
 
 def _standardise(features: Tensor, train: Tensor) -> Tensor:
-    """Features [N, D] float32 with mean 0 and deviation 1 in the training part [N] bool; constants become 0."""
+    """Give features [N, D] float32 mean 0 and deviation 1 in the training part, [N] bool; constants become 0."""
     x = features.float()
     sd, mean = torch.std_mean(x[train], 0, correction=0)
     return torch.where(sd > 1e-6, (x - mean) / sd.clamp_min(1e-6), 0)

@@ -15,19 +15,17 @@ from torch.nn import functional as F
 
 from dinoforge.data.sources import Source
 from dinoforge.evaluation.overlap import Duplicates
-from dinoforge.evaluation.protocol import balanced_accuracy, describe, few_shot, gather, percent
+from dinoforge.evaluation.protocol import balanced_accuracy, few_shot, gather, how_measured, percent
 from dinoforge.features.extract import Reading, Skipped
 
 KS = (10, 20, 100, 200)  # DINO's
 TEMPERATURE = 0.07  # DINO's
 MOST_CHOOSE = 10_000  # training images of a split that choose its k; more would take time that grows with N²
-
-# Values in the largest matrices that knn_predict makes: 128 MiB each in float32.
-_CHUNK_VALUES = 2**25
+CHUNK_VALUES = 2**25  # values in the largest matrices that knn_predict makes: 128 MiB each in float32
 
 
 class Row(TypedDict):
-    """Accuracies, from 0 to 1, over the test parts of the splits; no deviation where there is one split."""
+    """Accuracies of one kind of features, 0 to 1, over the test parts of the splits; no deviation for one split."""
 
     mean: float  # at the k that each split's training part chose
     sd: float | None  # sample standard deviation
@@ -38,10 +36,10 @@ class Row(TypedDict):
 
 
 class KnnResult(TypedDict):
-    """The measurement, as ``dinoforge eval knn --json`` prints it."""
+    """The result of ``dinoforge eval knn``, as ``--json`` prints it."""
 
     knn: dict[str, Row]  # "pixels", "untrained", "trained"
-    k: int  # of the trained network: the one that most splits chose, the smallest of equals
+    k: int  # the k that most splits chose for the trained network, the smallest of equals
     splits: int
     n: int  # images in training and test parts together
     shots: int | None  # labelled images of each class; None: the whole training part
@@ -63,28 +61,28 @@ def run_knn(
     seed: int = 0,
     **reading: Unpack[Reading],
 ) -> tuple[KnnResult, list[Skipped]]:
-    """How well an image's nearest neighbours tell its label: by pixels, by untrained and by trained features.
+    """Measure how well an image's nearest neighbours tell its label, by pixels, untrained and trained features.
 
     Args:
-        backbone: the trained network, from float32 images [B, C, H, W] to ``Tokens``.
-        untrained: the same architecture as it starts; ``None`` leaves its row out.
-        source: the labelled images.
-        labels: one for each image of ``source``; images without one, None, take no part.
-        labels_from: where the labels come from; it stands in the result.
-        test: images and labels of a test part; ``None`` makes ``n_splits`` stratified splits of ``source``.
-        pixels: whether raw pixels are measured, too.
-        n_splits: at least 2; each holds out ``1 / n_splits`` of the images.
-        shots: at most so many labelled images of each class; ``None``: the whole training part.
-        seed: of the splits, and of the choice of shots.
-        reading: see ``features.extract.Reading``.
+        backbone: The trained network, from float32 images [B, C, H, W] to ``Tokens``.
+        untrained: A network of the same architecture before training; ``None`` leaves its row out.
+        source: The labelled images.
+        labels: The label of each image of ``source``; images without one, None, take no part.
+        labels_from: The origin of the labels, as the result names it.
+        test: Images and labels of a test part; ``None`` makes ``n_splits`` stratified splits of ``source``.
+        pixels: Whether raw pixels are measured, too.
+        n_splits: The number of splits, at least 2; each holds out ``1 / n_splits`` of the images.
+        shots: The most labelled images of each class; ``None`` for the whole training part.
+        seed: The seed of the splits and of the choice of shots.
+        reading: Keywords of ``features.extract.Reading``.
 
     Returns:
         The result, and the images that could not be read and took no part.
 
     Raises:
-        DataError: no labels, fewer than two classes, too few images, a test label without training images, or no
-            readable image.
-        WeightsError: features that are not finite.
+        DataError: There are no labels, fewer than two classes, or too few images; a test label has no training
+            images; or no image can be read.
+        WeightsError: Features are not finite.
     """
     sets = gather(
         backbone,
@@ -102,7 +100,7 @@ def run_knn(
     if device is not None and device.type != "cuda":
         device = None  # MPS sorts out 16 neighbours at most in some versions; the CPU is quick enough
     knn = {
-        name: measure(x, sets.labels, sets.train, test=sets.test, centred=name == "pixels", device=device)
+        name: score_knn(x, sets.labels, sets.train, test=sets.test, centred=name == "pixels", device=device)
         for name, x in sets.features.items()
     }
     chosen = Counter(sorted(knn["trained"]["k_by_split"])).most_common(1)[0][0]
@@ -118,7 +116,7 @@ def run_knn(
     return result, sets.skipped
 
 
-def measure(
+def score_knn(
     features: Tensor,
     labels: Tensor,
     train: Tensor,
@@ -128,26 +126,29 @@ def measure(
     ks: Sequence[int] = KS,
     temperature: float = TEMPERATURE,
     device: torch.device | None = None,
+    most_choose: int = MOST_CHOOSE,
 ) -> Row:
-    """Accuracy on the test part of each split, at the k that classifies its training part best.
+    """Compute the accuracy on the test part of each split, at the k that classifies its training part best.
 
-    That choice leaves each training image out of its own neighbours and sees no label of the test part; of equally
-    good k the smallest is taken. Of more than ``MOST_CHOOSE`` training images so many choose, drawn at random. A k is
-    capped at the neighbours that every training image has.
+    The choice of k leaves each training image out of its own neighbours and sees no label of the test part; the
+    smallest of equally good k is taken. A k is capped at the neighbours that every training image has.
 
     Args:
-        features: [N, D], any real type.
-        labels: [N] int64, classes from 0.
-        train: [S, N] bool, the training part of each split.
-        test: [S, N] bool, its test part; ``None``: the rest.
-        centred, temperature, device: see ``knn_predict``.
-        ks: numbers of neighbours to choose from.
+        features: Features of all images, [N, D], any real type.
+        labels: Classes from 0, [N] int64.
+        train: The training part of each split, [S, N] bool.
+        test: The test part of each split, [S, N] bool; ``None`` for all other images.
+        centred: Whether each split's mean training feature is subtracted first.
+        ks: Numbers of neighbours to choose from.
+        temperature: The temperature of the votes.
+        device: The device of the computation; ``None`` for the CPU.
+        most_choose: The most training images of a split that choose its k; beyond, as many are drawn at random.
     """
     most = int(train.sum(1).min()) - 1
     assert most >= 1
     ks = sorted({min(k, most) for k in ks})
     test = ~train if test is None else test
-    choose = few_shot(torch.zeros_like(labels), train, MOST_CHOOSE)  # of all classes together
+    choose = few_shot(torch.zeros_like(labels), train, most_choose)  # drawn from all classes together
     predictions = knn_predict(
         features,
         labels,
@@ -188,8 +189,9 @@ def knn_predict(
     centred: bool = False,
     temperature: float = TEMPERATURE,
     device: torch.device | None = None,
+    chunk_values: int = CHUNK_VALUES,
 ) -> Tensor:
-    """Every image's class by its nearest neighbours in the training part of each split, itself left out.
+    """Predict every image's class by its nearest neighbours in the training part of each split, itself left out.
 
     ::
 
@@ -201,20 +203,21 @@ def knn_predict(
     All splits share one pass over the similarities, in chunks of images: memory grows with N, not with N².
 
     Args:
-        features: [N, D], any real type; converted to float32 chunk by chunk.
-        labels: [N] int64, classes from 0.
-        train: [S, N] bool.
-        ks: K numbers of neighbours.
-        queries: [N] bool, the images to classify; ``None``: all.
-        centred: whether each split's mean training feature is subtracted first.
-        temperature: of the votes.
-        device: where to compute; ``None``: the CPU.
+        features: Features of all images, [N, D], any real type; converted to float32 chunk by chunk.
+        labels: Classes from 0, [N] int64.
+        train: The training part of each split, [S, N] bool.
+        ks: The numbers of neighbours, K of them.
+        queries: The images to classify, [N] bool; ``None`` for all.
+        centred: Whether each split's mean training feature is subtracted first.
+        temperature: The temperature of the votes.
+        device: The device of the computation; ``None`` for the CPU.
+        chunk_values: The most values in the largest matrices that are made.
 
     Returns:
-        [S, K, N] int64 on the CPU; -1 for images that are no queries.
+        Classes, [S, K, N] int64 on the CPU; -1 for images that are not queries.
     """
     n, classes = len(features), int(labels.max()) + 1
-    size = max(1, min(1024, _CHUNK_VALUES // max(features.shape)))
+    size = max(1, min(1024, chunk_values // max(features.shape)))
     chunks = [slice(start, min(start + size, n)) for start in range(0, n, size)]
     labels, train = labels.to(device), train.to(device)
 
@@ -256,14 +259,14 @@ def knn_predict(
     return predictions
 
 
-def render(result: KnnResult) -> str:
-    """The result as a table and a sentence for a terminal."""
+def knn_table(result: KnnResult) -> str:
+    """Lay a result out as a table and a sentence for a terminal."""
     lines = [f"{'':<12}{'accuracy':>16}{'balanced accuracy':>22}"]
     for name, row in result["knn"].items():
         accuracy = percent(row["mean"], row["sd"])
         lines.append(f"{name:<12}{accuracy:>16}{percent(row['balanced_mean'], row['balanced_sd']):>22}")
     lines += [
         "",
-        f"Weighted k-NN (k = {result['k']}) on {describe(result)}.",
+        f"Weighted k-NN (k = {result['k']}) on {how_measured(result)}.",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Test images that are among the training images as well, as they are or nearly: they flatter every score."""
+"""Test images that are equal or nearly equal to training images, which flatters every score."""
 
 from collections.abc import Sequence
 from typing import TypedDict
@@ -13,7 +13,7 @@ MOST_EXAMPLES = 5
 
 
 class Duplicates(TypedDict):
-    """What of the test parts the training parts hold, summed over the splits; see ``dinoforge.data.duplicates``."""
+    """Test images that the training parts hold as well, summed over the splits; see ``dinoforge.data.duplicates``."""
 
     exact: int  # test images with the pixels of a training image
     near: int  # further ones that are nearly equal to one
@@ -25,9 +25,10 @@ def count(fingerprints: Sequence[Fingerprint], names: Sequence[str], train: Tens
     """Count the test images that are like a training image other than themselves.
 
     Args:
-        fingerprints: of the N images.
-        names: theirs.
-        train, test: [S, N] bool, the parts of S splits.
+        fingerprints: The fingerprints of N images.
+        names: The names of these images.
+        train: The training part of each split, [S, N] bool.
+        test: The test part of each split, [S, N] bool.
     """
     n = len(fingerprints)
     equal, like = _numbered(duplicates.same(fingerprints), n), _numbered(duplicates.groups(fingerprints), n)
@@ -47,8 +48,8 @@ def count(fingerprints: Sequence[Fingerprint], names: Sequence[str], train: Tens
     return {"exact": counted[0], "near": counted[1], "tested": int(test.sum()), "examples": list(examples.values())}
 
 
-def describe(found: Duplicates, *, splits: int = 1) -> str | None:
-    """What was found, as a sentence; None where nothing was."""
+def duplicates_in_words(found: Duplicates, *, splits: int = 1) -> str | None:
+    """Say in a sentence what was found; None where nothing was."""
     number = found["exact"] + found["near"]
     if not number:
         return None
@@ -62,7 +63,7 @@ def describe(found: Duplicates, *, splits: int = 1) -> str | None:
 
 
 def _numbered(groups: Sequence[Sequence[int]], n: int) -> Tensor:
-    """The group of each image, [N] int64; 0 is that of those in none."""
+    """Number the group of each image, [N] int64; 0 for images that are in no group."""
     numbers = torch.zeros(n, dtype=torch.int64)
     for number, group in enumerate(groups, 1):
         numbers[list(group)] = number

@@ -1,8 +1,8 @@
 """A quick measurement of a backbone on the same few labelled images, again and again while it trains.
 
-Weighted k-NN as in ``dinoforge eval knn``, at one k, and a linear classifier by least squares; both tell each image by
-all the others, so that every image counts and nothing is trained by steps. Good for comparing moments of one run; the
-evaluation commands are for numbers to report.
+It scores weighted k-NN as in ``dinoforge eval knn``, at one k, and a linear classifier by least squares; both classify
+each image by all the others, so that every image counts and nothing is trained by steps. The scores compare moments of
+one run; the evaluation commands are for numbers to report.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ from dinoforge.evaluation.knn import knn_predict
 from dinoforge.features.extract import Reading, Skipped, embed, extract
 
 K = 20  # DINO's best for most networks
-PENALTIES = tuple(10.0**power for power in range(-6, 1))  # of the linear classifier
+PENALTIES = tuple(10.0**power for power in range(-6, 1))  # candidates for the linear classifier
 MIN_IMAGES = 10
-_MOST_BYTES = 2**28  # of images kept in memory
-_COLUMNS = 4096
+MOST_BYTES = 2**28  # bytes of images kept in memory
+COLUMNS = 4096  # features that are standardised at a time
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Top-1 accuracies, 0 to 1."""
+    """Top-1 accuracies of one kind of features, 0 to 1."""
 
     knn: float
     linear: float
@@ -38,17 +38,19 @@ class Scores:
 class Probe:
     """Measures backbones on a choice of the labelled images.
 
-    Nothing here touches the global random state, and nothing it returns may train.
+    It leaves the global random state alone, and nothing that it returns may train.
 
     Args:
-        source: the images.
-        labels: one for each of them; those without one, None, take no part.
-        max_images: at most so many take part, drawn at random; fewer where they would take more than 256 MiB.
-        seed: of the choice.
-        reading: how they are shown to a backbone; see ``features.extract.Reading``.
+        source: The images.
+        labels: The label of each image; images without one, None, take no part.
+        max_images: The most images that take part, drawn at random; fewer where they would take more than
+            ``max_bytes``.
+        seed: The seed of that choice.
+        max_bytes: The most memory for the images, which are kept.
+        reading: Keywords of ``features.extract.Reading``: how images are shown to a backbone.
 
     Raises:
-        DataError: labels by which nothing can be measured.
+        DataError: Nothing can be measured by these labels.
     """
 
     def __init__(
@@ -58,17 +60,19 @@ class Probe:
         *,
         max_images: int,
         seed: int = 0,
+        max_bytes: int = MOST_BYTES,
         **reading: Unpack[Reading],
     ) -> None:
         self.source, self.reading = source, reading
-        most = min(max_images, _MOST_BYTES // (reading["channels"] * reading["size"] ** 2))
+        most = min(max_images, max_bytes // (reading["channels"] * reading["size"] ** 2))
         labelled = [(i, label) for i, label in enumerate(labels) if label is not None]
         order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(seed))
         drawn = [labelled[place] for place in sorted(order[:most].tolist())]
         chosen = [i for i, _ in drawn]
         number = {label: i for i, label in enumerate(sorted({label for _, label in drawn}))}
         encoded = torch.tensor([number[label] for _, label in drawn], dtype=torch.int64)
-        has_others = encoded.bincount(minlength=len(number))[encoded] > 1  # nothing tells the class of an only one
+        # Nothing tells the class of its only image.
+        has_others = encoded.bincount(minlength=len(number))[encoded] > 1
         self.indices = [i for i, kept in zip(chosen, has_others.tolist(), strict=True) if kept]
         _, self.labels = encoded[has_others].unique(return_inverse=True)
         self.classes = int(self.labels.max()) + 1 if len(self.labels) else 0
@@ -79,26 +83,28 @@ class Probe:
             )
         self._images: Tensor | None = None
         self.skipped: list[Skipped] = []
-        self.duplicates: overlap.Duplicates | None = None  # known when the images are read
-        """Images that turned out to be unreadable."""
+        """The images that turned out to be unreadable."""
+        self.duplicates: overlap.Duplicates | None = None
+        """Images that are among the others as well, once the images are read."""
         everything = repr((self.indices, self.labels.tolist(), sorted(reading.items(), key=str)))
-        self.fingerprint = hashlib.sha256(everything.encode()).hexdigest()  # of all that scores depend on but weights
+        self.fingerprint = hashlib.sha256(everything.encode()).hexdigest()
+        """A hash of everything but the weights on which scores depend."""
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def measure(self, backbone: nn.Module) -> Scores:
-        """The scores of a backbone's cls tokens.
+        """Compute the scores of a backbone's cls tokens.
 
         Raises:
-            WeightsError: features that are not finite.
-            DataError: no image can be read.
+            WeightsError: Features are not finite.
+            DataError: No image can be read.
         """
         features, _ = self._features(backbone)
         return self._scores(features, pixels=False)
 
     def baselines(self, untrained: nn.Module) -> dict[str, Scores]:
-        """The scores of raw pixels and of an untrained network: ``pixels`` and ``untrained``."""
+        """Compute the scores of raw pixels and of an untrained network, as ``pixels`` and ``untrained``."""
         features, images = self._features(untrained)
         return {
             "pixels": self._scores(images.flatten(1), pixels=True),
@@ -106,9 +112,9 @@ class Probe:
         }
 
     def _features(self, backbone: nn.Module) -> tuple[Tensor, Tensor]:
-        """Features [N, D] and images [N, C, size, size] uint8, which are read once.
+        """Compute features [N, D] of the images, and return these as well, uint8 [N, C, size, size].
 
-        Those that cannot be read are left out from then on.
+        Images are read once; those that cannot be read are left out from then on.
         """
         if self._images is not None:
             return embed(backbone, self._images, **self.reading), self._images
@@ -130,8 +136,8 @@ class Probe:
         return Scores(*(float((p == self.labels).double().mean()) for p in (predicted, by_line)))
 
 
-def ridge_predict(features: Tensor, labels: Tensor) -> Tensor:
-    """Every image's class by the linear classifier that all other images fit.
+def ridge_predict(features: Tensor, labels: Tensor, *, columns: int = COLUMNS) -> Tensor:
+    """Predict every image's class by the linear classifier that fits all other images.
 
     ::
 
@@ -140,20 +146,21 @@ def ridge_predict(features: Tensor, labels: Tensor) -> Tensor:
             prediction = argmax(W @ x[i] + b)
 
     Features have mean 0 and standard deviation 1. The penalty, as a share of the largest squared singular value, is
-    the one of ``PENALTIES`` that gives the least sum of squares over images left out. All of it is exact, from one
+    the one of ``PENALTIES`` that gives the least sum of squares over images left out. The result is exact, from one
     decomposition (Hastie, Tibshirani and Friedman, "The Elements of Statistical Learning", section 7.10).
 
     Args:
-        features: [N, D], any real type.
-        labels: [N] int64, classes from 0.
+        features: Features of the images, [N, D], any real type.
+        labels: Classes from 0, [N] int64.
+        columns: The number of features that are standardised at a time.
 
     Returns:
-        [N] int64.
+        Classes, [N] int64.
     """
     n = len(labels)
     y = F.one_hot(labels).double()  # [N, C]
     # Raw pixels are many more than images: standardised a part at a time, they only meet in products of images.
-    parts = (_standardise(part) for part in features.split(_COLUMNS, dim=1))
+    parts = (_standardise(part) for part in features.split(columns, dim=1))
     if features.shape[1] < n:
         x = torch.cat(list(parts), 1)  # [N, D]
         squares, v = torch.linalg.eigh(x.T @ x)
@@ -175,6 +182,6 @@ def ridge_predict(features: Tensor, labels: Tensor) -> Tensor:
 
 
 def _standardise(x: Tensor) -> Tensor:
-    """Features [N, D] as float64 with mean 0 and deviation 1; constants become 0."""
+    """Give features [N, D] mean 0 and deviation 1, in float64; constants become 0."""
     sd, mean = torch.std_mean(x.double(), 0, correction=0)
     return torch.where(sd > 1e-6, (x.double() - mean) / sd.clamp_min(1e-6), 0)

@@ -1,4 +1,4 @@
-"""What every evaluation shares: features of labelled images, splits, shots and scores."""
+"""The protocol that every evaluation shares: features of labelled images, splits, shots and scores."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +16,23 @@ from dinoforge.features.extract import Reading, Skipped, embed, extract
 
 @dataclass(frozen=True)
 class LabelledSets:
-    """Features of the same images by each network, and which of them train and test."""
+    """Features of the same images by each network, and the training and test parts of each split.
 
-    features: dict[str, Tensor]  # "pixels" [N, C·H·W] uint8, "untrained" [N, D], "trained" [N, D]; "trained" always
-    labels: Tensor  # [N] int64, classes from 0
-    train: Tensor  # [S, N] bool
-    test: Tensor  # [S, N] bool
+    Args:
+        features: ``pixels`` [N, C·H·W] uint8, ``untrained`` [N, D] and ``trained`` [N, D]; the last is always there.
+        labels: Classes from 0, [N] int64.
+        train: The training part of each split, [S, N] bool.
+        test: The test part of each split, [S, N] bool.
+        skipped: The images that could not be read.
+        duplicates: Test images that are among the training images as well.
+    """
+
+    features: dict[str, Tensor]
+    labels: Tensor
+    train: Tensor
+    test: Tensor
     skipped: list[Skipped]
-    duplicates: overlap.Duplicates  # between training and test parts
+    duplicates: overlap.Duplicates
 
 
 def gather(
@@ -39,7 +48,7 @@ def gather(
     seed: int = 0,
     **reading: Unpack[Reading],
 ) -> LabelledSets:
-    """Reads each image once and embeds it with both networks; see ``run_knn`` for arguments and errors."""
+    """Read each image once and embed it with both networks; see ``run_knn`` for arguments and errors."""
     parts = [_labelled(source, labels), *([_labelled(*test)] if test else [])]
     # A mistake shows now, not after the long part.
     _plan([list(labels.values()) for _, labels in parts], n_splits, seed)
@@ -75,20 +84,20 @@ def gather(
 
 
 def stratified_splits(labels: Tensor, n_splits: int = 5, seed: int = 0) -> Tensor:
-    """Training parts whose test parts are disjoint and hold an equal share of each class, to within one image.
+    """Draw training parts whose test parts are disjoint and hold an equal share of each class, to within one image.
 
     The only image of a class is in every training part: nothing could tell its class if it were held out.
 
     Args:
-        labels: [N] int64, classes from 0.
-        n_splits: at least 2.
-        seed: decides which image is held out where.
+        labels: Classes from 0, [N] int64.
+        n_splits: The number of splits, at least 2.
+        seed: The seed by which images are dealt to test parts.
 
     Returns:
-        [n_splits, N] bool, true in the training part.
+        The training part of each split, [n_splits, N] bool.
 
     Raises:
-        DataError: fewer images to hold out than splits.
+        DataError: There are fewer images to hold out than splits.
     """
     assert n_splits >= 2
     generator = torch.Generator().manual_seed(seed)
@@ -110,9 +119,12 @@ def stratified_splits(labels: Tensor, n_splits: int = 5, seed: int = 0) -> Tenso
 
 
 def few_shot(labels: Tensor, train: Tensor, shots: int, seed: int = 0) -> Tensor:
-    """Training parts [S, N] bool with at most ``shots`` images of each class, drawn at random from ``train`` [S, N].
+    """Draw at random at most ``shots`` images of each class from each training part, ``train`` [S, N] bool.
 
-    A smaller number of shots takes a subset of what a larger one takes.
+    A smaller number of shots draws a subset of what a larger one draws.
+
+    Returns:
+        The smaller training parts, [S, N] bool.
     """
     chosen = torch.zeros_like(train)
     generator = torch.Generator().manual_seed(seed)
@@ -124,23 +136,23 @@ def few_shot(labels: Tensor, train: Tensor, shots: int, seed: int = 0) -> Tensor
 
 
 def balanced_accuracy(predictions: Tensor, labels: Tensor) -> float:
-    """Mean over the classes in ``labels`` [N] of the share of their images that ``predictions`` [N] gets right."""
+    """Compute the share of images that ``predictions`` [N] gets right, averaged over the classes in ``labels`` [N]."""
     images = labels.bincount()
     right = labels[predictions == labels].bincount(minlength=len(images))
     return float((right[images > 0] / images[images > 0]).double().mean())
 
 
 def auroc(scores: Tensor, labels: Tensor) -> float | None:
-    """Area under the ROC curve: how often a class's image outscores another image, ties counting half.
+    """Compute the area under the ROC curve: how often a class's image outscores another image, ties counting half.
 
-    Two classes: of class 1. More: the mean over the classes, each against the rest.
+    Of two classes it is that of class 1; of more, the mean over the classes, each against the rest.
 
     Args:
-        scores: [N, C], larger where class c is likelier.
-        labels: [N] int64, classes from 0.
+        scores: Scores of each image, [N, C], larger where class c is likelier.
+        labels: Classes from 0, [N] int64.
 
     Returns:
-        From 0 to 1; ``None`` where ``labels`` hold one class.
+        The area, 0 to 1; ``None`` where ``labels`` hold one class.
     """
     present = labels.unique()
     if len(present) < 2:
@@ -158,11 +170,12 @@ def auroc(scores: Tensor, labels: Tensor) -> float | None:
 
 
 def percent(mean: float, sd: float | None) -> str:
+    """Write a share and its deviation as a percentage."""
     return f"{100 * mean:.1f} %" if sd is None else f"{100 * mean:.1f} ± {100 * sd:.1f} %"
 
 
-def describe(result: Mapping[str, Any]) -> str:
-    """How a result was measured, for the sentence below its table."""
+def how_measured(result: Mapping[str, Any]) -> str:
+    """Say how a result was measured, for the sentence below its table."""
     how = "on the given test images"
     if result["splits"] > 1:
         how = f"mean ± standard deviation over {result['splits']} stratified splits into training and test images"
@@ -171,7 +184,7 @@ def describe(result: Mapping[str, Any]) -> str:
 
 
 def _labelled(source: Source, labels: Sequence[str | None] | None) -> tuple[Source, dict[int, str]]:
-    """Images, and the labels of those that have one."""
+    """The images, and the labels of those that have one, by index."""
     if labels is None:
         raise DataError("the images have no labels: expected a sub-folder for each class, or a labels file (--labels)")
     if len(labels) != len(source):
@@ -180,7 +193,7 @@ def _labelled(source: Source, labels: Sequence[str | None] | None) -> tuple[Sour
 
 
 def _plan(parts: Sequence[Sequence[str]], n_splits: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Labels [N] as numbers and training parts [S, N] of one part to split, or of a training and a test part."""
+    """Number the labels, [N], and take or draw training parts, [S, N], of a given test part or of one part to split."""
     classes = {label: i for i, label in enumerate(sorted(set(parts[0])))}
     if len(classes) < 2:
         have = f"all {len(parts[0])} are labelled {parts[0][0]!r}" if parts[0] else "there are none"

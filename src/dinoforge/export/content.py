@@ -1,4 +1,4 @@
-"""What every format is made of: weights under official names, for one size of images."""
+"""The content of every export: weights under official names, for one size of images."""
 
 import importlib
 from collections.abc import Callable
@@ -20,30 +20,40 @@ Outputs = tuple[Tensor, Tensor]  # cls tokens [B, D], patch tokens [B, N, D]
 
 @dataclass(frozen=True)
 class Content:
-    """A backbone as it is to be written."""
+    """A backbone as it is to be written.
+
+    Args:
+        backbone: The backbone.
+        tensors: The weights under official names, on the CPU.
+        size: The size of the images that the position embeddings are for.
+        fixed: Whether the position embeddings are meant for that size only.
+    """
 
     backbone: Backbone
-    tensors: dict[str, Tensor]  # official names, on the CPU
-    size: Size  # of the images that the position embeddings are for
-    fixed: bool  # whether they are meant for that size only
+    tensors: dict[str, Tensor]
+    size: Size
+    fixed: bool
 
     @property
     def rule(self) -> Rule:
+        """The rule by which our network resamples position embeddings."""
         network = self.backbone.network
         return network.interpolate_antialias, network.interpolate_offset
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a library's files are written, and read by that library.
+    """The way in which a library's files are written, and read by that library.
 
     Args:
-        name: of the library.
-        suffixes: of its files; none for a folder.
-        square: whether position embeddings have to be a square grid.
-        rule: by which it resamples position embeddings; None if its files are for one size.
-        write: makes the file or folder; returns what the user has to know.
-        open: the library's network on what was written, from normalised images [B, C, H, W].
+        name: The name of the library.
+        suffixes: The ends of its files' names; none for a folder.
+        square: Whether position embeddings have to be a square grid.
+        rule: A function that gives the library's rule of resampling position embeddings; None if its files are for one
+            size.
+        write: A function that makes the file or folder, and returns lines for the user.
+        open: A function that opens the file or folder as the library does, and returns its network on normalised images
+            [B, C, H, W].
     """
 
     name: str
@@ -55,7 +65,7 @@ class Format:
 
 
 def make_content(backbone: Backbone, *, fixed: Size | None = None) -> Content:
-    """The backbone's weights; with ``fixed``, position embeddings resampled for images of that size."""
+    """Take a backbone's weights; with ``fixed``, resample position embeddings for images of that size."""
     network = backbone.network
     tensors = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
     if fixed is None:
@@ -67,13 +77,17 @@ def make_content(backbone: Backbone, *, fixed: Size | None = None) -> Content:
 
 
 def native_size(backbone: Backbone) -> Size:
-    """The size that needs no resampling."""
+    """The size of images for which position embeddings need no resampling."""
     side = int(backbone.architecture["image_size"])
     return side, side
 
 
 def completed(content: Content) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights with zeros for missing biases and ones for missing LayerScale, for libraries that know no others."""
+    """Add zeros for missing biases and ones for missing LayerScale, for libraries that always have them.
+
+    Returns:
+        The weights, and notes on what was added.
+    """
     whole = {"qkv_bias": True, "proj_bias": True, "ffn_bias": True, "layerscale": 1.0}
     with torch.device("meta"):
         expected = VisionTransformer(**content.backbone.architecture | whole).state_dict()
@@ -87,10 +101,10 @@ def completed(content: Content) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def library(name: str) -> Any:
-    """An optional package.
+    """Import an optional package.
 
     Raises:
-        ExportError: it is not installed.
+        ExportError: The package is not installed.
     """
     try:
         return importlib.import_module(name)

@@ -1,70 +1,28 @@
-"""Hugging Face's layout: a folder for ``AutoModel.from_pretrained`` and ``AutoImageProcessor.from_pretrained``."""
+"""Hugging Face's format: a folder for ``AutoModel.from_pretrained`` and ``AutoImageProcessor.from_pretrained``."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from dinoforge.errors import ExportError
 from dinoforge.export.content import Content, Format, Outputs, Rule, completed, library
 from dinoforge.system.files import save_tensors
 from dinoforge.version import __version__
-from dinoforge.weights.hugging_face import renamed
-
-
-def _config(content: Content) -> dict[str, Any]:
-    a, network = content.backbone.architecture, content.backbone.network
-    swiglu = "blocks.0.mlp.w3.weight" in content.tensors
-    hidden = content.tensors[f"blocks.0.mlp.{'w3' if swiglu else 'fc2'}.weight"].shape[1]
-
-    def width(ratio: int) -> int:
-        return (int(a["embed_dim"] * ratio * 2 / 3) + 7) // 8 * 8 if swiglu else a["embed_dim"] * ratio
-
-    ratio = next((ratio for ratio in range(1, 65) if width(ratio) == hidden), None)
-    if ratio is None:
-        raise ExportError(
-            f"Hugging Face's Dinov2 has hidden layers of a whole multiple of the width {a['embed_dim']}; this "
-            f"network's have {hidden} channels: choose another format"
-        )
-    registers = {"num_register_tokens": network.num_register_tokens} if network.num_register_tokens else {}
-    return {
-        "hidden_size": a["embed_dim"],
-        "num_hidden_layers": a["depth"],
-        "num_attention_heads": a["num_heads"],
-        "mlp_ratio": ratio,
-        "use_swiglu_ffn": swiglu,
-        "image_size": content.size[0],
-        "patch_size": a["patch_size"],
-        "num_channels": network.in_chans,
-        **registers,
-    }
+from dinoforge.weights.hugging_face import config_of, preprocessor_of, to_hugging_face
 
 
 def _write(content: Content, path: Path) -> list[str]:
     transformers = library("transformers")
     name = "Dinov2WithRegisters" if content.backbone.network.num_register_tokens else "Dinov2"
     tensors, notes = completed(content)
-    config = getattr(transformers, f"{name}Config")(**_config(content), architectures=[f"{name}Model"])
+    arguments = config_of(content.backbone.architecture, content.tensors, content.size[0])
+    config = getattr(transformers, f"{name}Config")(**arguments, architectures=[f"{name}Model"])
     path.mkdir()
     config.save_pretrained(path)
-    save_tensors(renamed(tensors), path / "model.safetensors", {"format": "pt"})
-    image = content.backbone.image
-    side = content.size[0] if content.fixed else image.size
-    preprocessor = {
-        "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": image.in_chans == 3,
-        "do_resize": True,
-        "size": {"height": side, "width": side},
-        "resample": 3,  # bicubic
-        "do_center_crop": False,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(image.mean),
-        "image_std": list(image.std),
-    }
+    save_tensors(to_hugging_face(tensors), path / "model.safetensors", {"format": "pt"})
+    side = content.size[0] if content.fixed else content.backbone.image.size
+    preprocessor = preprocessor_of(content.backbone.image, side)
     (path / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
     (path / "README.md").write_text(_card(content, side), encoding="utf-8")
     return [f"transformers.AutoModel.from_pretrained({path.name!r})", *notes]

@@ -1,4 +1,4 @@
-"""Exports that are verified when they are made: the target library's outputs beside ours."""
+"""Exports, verified when they are made: the library's outputs are compared with ours."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,26 +19,41 @@ from dinoforge.weights.backbone import Backbone
 FORMATS = {"safetensors": SAFETENSORS, "official": OFFICIAL, "timm": TIMM, "hf": HUGGING_FACE, "onnx": ONNX}
 
 TOLERANCE = 1e-4
-"""Largest difference in float32, of outputs up to 1; of larger ones, as a share of the largest."""
+"""The largest difference in float32 of outputs up to 1, or as a share of the largest output."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A comparison at one size."""
+    """A comparison at one size.
+
+    Args:
+        size: The size of the images.
+        difference: The largest difference of cls and patch tokens.
+        scale: The largest output.
+        same_rule: Whether the library resamples position embeddings by our rule; otherwise the difference is only told.
+    """
 
     size: Size
-    difference: float  # the largest, of cls and patch tokens
-    scale: float  # the largest output
-    same_rule: bool  # false: the library resamples position embeddings otherwise, so the difference is only told
+    difference: float
+    scale: float
+    same_rule: bool
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was made, and how near it is."""
+class Exported:
+    """An export that was made, and its differences from our outputs.
+
+    Args:
+        path: The file or folder.
+        library: The name of the library.
+        shown: The images of the comparison, in words.
+        checks: The comparisons.
+        notes: Lines for the user.
+    """
 
     path: Path
     library: str
-    shown: str  # on which images
+    shown: str
     checks: tuple[Check, ...]
     notes: tuple[str, ...]
 
@@ -52,23 +67,23 @@ def make(
     shown: str = "given images",
     size: Size | None = None,
     bake: bool = False,
-) -> Report:
-    """Writes a backbone in a library's format and compares that library's outputs with ours.
+) -> Exported:
+    """Write a backbone in a library's format and compare that library's outputs with ours.
 
-    Nothing is at ``out`` unless they agree.
+    The file or folder gets its name only if outputs agree.
 
     Args:
-        backbone: in evaluation mode, on the CPU.
-        to: a key of ``FORMATS``.
-        out: file or folder that is not there yet.
-        images: normalised images [B, C, H, W] of a size, to compare on.
-        shown: what they are.
-        size: at which to compare besides the usual ones; with ``bake``, the only one.
-        bake: whether position embeddings are made for ``size``, or for the size of training without one.
+        backbone: A backbone in evaluation mode, on the CPU.
+        to: The format, a key of ``FORMATS``.
+        out: A file or folder that is not there yet.
+        images: A function that gives normalised images [B, C, H, W] of a size, for the comparison.
+        shown: The images of the comparison, in words.
+        size: A size of the comparison besides the usual ones; the only one with ``bake``.
+        bake: Whether position embeddings are made for ``size``, or for the size of training without one.
 
     Raises:
-        ExportError: an unknown format or size, a network that the format cannot hold, a missing package, or outputs
-            that differ.
+        ExportError: The format or size is unknown, the format cannot hold the network, a package is missing, or
+            outputs differ.
         RunError: ``out`` exists or cannot be written.
     """
     target = FORMATS.get(to)
@@ -106,11 +121,11 @@ def make(
                     f"{target.name} gives other outputs at {_written(check.size)}: they differ by up to "
                     f"{check.difference:.1e}, of outputs up to {check.scale:.1e}. Nothing was written"
                 )
-    return Report(out, target.name, shown, tuple(checks), tuple(notes))
+    return Exported(out, target.name, shown, tuple(checks), tuple(notes))
 
 
 def _sizes(content: Content, size: Size | None) -> list[Size]:
-    """At which sizes to compare: that of the position embeddings, the given one, a larger and an oblong one."""
+    """The sizes of the comparison: that of the position embeddings, the given one, a larger and an oblong one."""
     if content.fixed:
         return [content.size]
     side, patch = content.size[0], content.backbone.network.patch_size
@@ -135,12 +150,12 @@ def _written(size: Size) -> str:
     return f"{size[0]} × {size[1]}"
 
 
-def render(report: Report) -> str:
-    """The report as lines for a terminal."""
-    lines = [f"{report.path}: the largest difference from {report.library}, of cls and patch tokens, on {report.shown}"]
-    for check in report.checks:
+def exported_in_words(made: Exported) -> str:
+    """Say in lines for a terminal what was made, and how near its outputs are to ours."""
+    lines = [f"{made.path}: the largest difference from {made.library}, of cls and patch tokens, on {made.shown}"]
+    for check in made.checks:
         other = "" if check.same_rule else "  position embeddings are resampled by another rule there"
         lines.append(f"  {_written(check.size):<12} {check.difference:.1e}{other}")
-    if any(not check.same_rule for check in report.checks):
+    if any(not check.same_rule for check in made.checks):
         lines.append("  For another size without that difference: --bake --size N")
-    return "\n".join([*lines, *(f"  {note}" for note in report.notes)])
+    return "\n".join([*lines, *(f"  {note}" for note in made.notes)])

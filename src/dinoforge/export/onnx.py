@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dinoforge.export.content import Content, Format, Outputs, Rule, library
 from dinoforge.models.vit import VisionTransformer
 
-_MAX_BYTES = 2**31 - 2**24  # an ONNX file holds no more; larger weights lie beside it
+_MAX_BYTES = 2**31 - 2**24  # the most that an ONNX file holds; larger weights lie beside it
 
 
 class _Outputs(nn.Module):
@@ -39,7 +39,7 @@ def _write(content: Content, path: Path) -> list[str]:
         height, width = height + side, width + 2 * side
     example = torch.zeros(2, network.in_chans, height, width)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter about itself
+        warnings.simplefilter("ignore")  # the exporter warns about itself
         program = torch.onnx.export(
             _Outputs(network).eval(),
             (example,),

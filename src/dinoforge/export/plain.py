@@ -1,4 +1,4 @@
-"""Our own file, and the official layout: a state dict in a ``.pth`` file."""
+"""Our own format, and the official one: a state dict in a ``.pth`` file."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,7 +57,7 @@ def _outputs(backbone: Backbone) -> Callable[[Tensor], Outputs]:
 
 
 def _official_rule(content: Content) -> Rule:
-    """How the official models are built: torch.hub's entries of DINOv2."""
+    """The rule of the official models, as torch.hub's entries of DINOv2 build them."""
     return (True, 0.0) if content.backbone.network.num_register_tokens else (False, 0.1)
 
 

@@ -1,4 +1,4 @@
-"""A backbone over a data set: tokens in bounded memory."""
+"""Features of a data set's images by a backbone, in bounded memory."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,28 +22,41 @@ from dinoforge.data.workers import Table, Workers, start_worker
 from dinoforge.errors import DataError, ImageError, WeightsError
 from dinoforge.models.vit import Tokens
 
-# Images kept for a comparison with raw pixels stay in memory as uint8.
 MAX_KEPT_BYTES = 8 * 2**30
+"""The most memory for images, as uint8, that are kept for a comparison with raw pixels."""
 
 _PREFETCH = 2  # batches that each worker has ready
 
 
 class Reading(Decoding):
-    """How images are read and shown to a backbone: the keywords of ``extract``."""
+    """The keywords of ``extract`` that say how images are read and shown to a backbone.
 
-    size: int  # side in pixels
+    Args:
+        size: The side in pixels of the images that the backbone gets.
+        channels: The number of channels.
+        mean: The mean of each channel, on the range 0 to 1.
+        std: The standard deviation of each channel, on the same range.
+        center_crop: Whether the centre of an image is cut out, by the official rule of evaluation; by default the
+            whole image is resized.
+        device: The device on which the backbone runs; the CPU by default.
+        autocast: The type of matrix products; float32 by default.
+        batch_size: The number of images at a time; 64 by default.
+        num_workers: The number of processes that read images; 0, the default, for this process alone.
+    """
+
+    size: int
     channels: int
-    mean: Sequence[float]  # per channel, on the range 0..1
+    mean: Sequence[float]
     std: Sequence[float]
-    center_crop: NotRequired[bool]  # default false: the whole image, resized
-    device: NotRequired[torch.device]  # default: the CPU
-    autocast: NotRequired[torch.dtype | None]  # default none: float32 throughout
-    batch_size: NotRequired[int]  # default 64
-    num_workers: NotRequired[int]  # default 0: images are read in this process
+    center_crop: NotRequired[bool]
+    device: NotRequired[torch.device]
+    autocast: NotRequired[torch.dtype | None]
+    batch_size: NotRequired[int]
+    num_workers: NotRequired[int]
 
 
 def decoding_of(reading: Reading) -> Decoding:
-    """How values become pixels, of it."""
+    """The part of it that says how values become pixels."""
     return cast(Decoding, {key: value for key, value in reading.items() if key in Decoding.__annotations__})
 
 
@@ -57,13 +70,21 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Features:
-    """Row ``i`` of every tensor belongs to image ``kept[i]`` of the source."""
+    """Features of images: row ``i`` of every tensor belongs to image ``kept[i]`` of the source.
 
-    cls: Tensor  # [N, D] float32, on the CPU
-    images: Tensor | None  # [N, C, size, size] uint8: what the backbone saw, before normalisation
+    Args:
+        cls: The cls tokens, [N, D] float32, on the CPU.
+        images: The images that the backbone saw, before normalisation, [N, C, size, size] uint8; None if not wanted.
+        kept: Indices of the images that could be read.
+        skipped: The images that could not be read.
+        fingerprints: Fingerprints of the images as they were decoded; None if not wanted.
+    """
+
+    cls: Tensor
+    images: Tensor | None
     kept: list[int]
     skipped: list[Skipped]
-    fingerprints: list[Fingerprint] | None = None  # of the images as they were decoded
+    fingerprints: list[Fingerprint] | None = None
 
 
 def extract(
@@ -73,30 +94,32 @@ def extract(
     *,
     keep_images: bool = False,
     fingerprints: bool = False,
+    max_kept_bytes: int = MAX_KEPT_BYTES,
     **reading: Unpack[Reading],
 ) -> Features:
-    """The cls token of each image, in the order of ``indices``; unreadable images are left out and reported.
+    """Compute the cls token of each image, in the order of ``indices``; unreadable images are left out and reported.
 
-    Memory: one batch of images and tokens, and what is returned; 2 KiB for a fingerprint.
+    Memory holds one batch of images and tokens, and the result; a fingerprint takes 2 KiB.
 
     Args:
-        backbone: from float32 images [B, C, H, W] to ``Tokens``; it runs in eval mode, on the ``device`` of
-            ``reading``, and is put back where it was.
-        source: the images.
-        indices: which of them.
-        keep_images: whether ``Features.images`` is filled.
-        fingerprints: whether ``Features.fingerprints`` are.
-        reading: see ``Reading``.
+        backbone: A network from float32 images [B, C, H, W] to ``Tokens``. It runs in eval mode, on the ``device`` of
+            ``reading``, and is put back on its own device.
+        source: The data set.
+        indices: Indices of the images to embed.
+        keep_images: Whether ``Features.images`` is filled.
+        fingerprints: Whether ``Features.fingerprints`` is filled.
+        max_kept_bytes: The most memory that kept images may take, in bytes.
+        reading: Keywords of ``Reading``.
 
     Raises:
-        DataError: not one image can be read, or the kept ones would take more than ``MAX_KEPT_BYTES``.
-        WeightsError: the backbone's output is not finite.
+        DataError: Not one image can be read, or the kept images would take more than ``max_kept_bytes``.
+        WeightsError: The backbone's output is not finite.
     """
     image_bytes = len(indices) * reading["channels"] * reading["size"] ** 2
-    if keep_images and image_bytes > MAX_KEPT_BYTES:
+    if keep_images and image_bytes > max_kept_bytes:
         raise DataError(
             f"comparing {len(indices):,} images of {reading['size']} x {reading['size']} pixels by their raw pixels "
-            f"takes {image_bytes / 2**30:.1f} GiB of memory, more than the {MAX_KEPT_BYTES / 2**30:.0f} GiB allowed: "
+            f"takes {image_bytes / 2**30:.1f} GiB of memory, more than the {max_kept_bytes / 2**30:.0f} GiB allowed: "
             "choose a smaller eval.size or fewer images"
         )
     kept: list[int] = []
@@ -123,17 +146,20 @@ def extract(
 def stream(
     backbone: nn.Module, source: Source, indices: Sequence[int], **reading: Unpack[Reading]
 ) -> Iterator[tuple[list[int], Tokens | None, list[Skipped]]]:
-    """All tokens, batch by batch, in the order of ``indices``; memory: one batch of images and tokens.
+    """Compute all tokens, batch by batch, in the order of ``indices``; memory holds one batch of images and tokens.
 
     Args:
-        backbone, source, indices, reading: as for ``extract``.
+        backbone: A network as for ``extract``.
+        source: The data set.
+        indices: Indices of the images to embed.
+        reading: Keywords of ``Reading``.
 
     Yields:
-        The images of a batch that could be read, their tokens in float32 on the CPU, and those that could not; no
-        tokens where none could be read.
+        Indices of the images of a batch that could be read; their tokens in float32 on the CPU, or None where not one
+        could be read; and the images that could not be read.
 
     Raises:
-        WeightsError: the backbone's output is not finite.
+        WeightsError: The backbone's output is not finite.
     """
     with placed(backbone, _device(reading)):
         for kept, batch, skipped, _ in _batches(source, indices, reading):
@@ -141,10 +167,10 @@ def stream(
 
 
 def embed(backbone: nn.Module, images: Tensor, **reading: Unpack[Reading]) -> Tensor:
-    """The cls tokens [N, D], float32 on the CPU, of uint8 images [N, C, H, W], batch by batch.
+    """Compute the cls tokens [N, D], float32 on the CPU, of uint8 images [N, C, H, W], batch by batch.
 
     Raises:
-        WeightsError: the backbone's output is not finite.
+        WeightsError: The backbone's output is not finite.
     """
     with placed(backbone, _device(reading)):
         return torch.cat([_tokens(backbone, b, reading).cls for b in images.split(reading.get("batch_size", 64))])
@@ -152,7 +178,7 @@ def embed(backbone: nn.Module, images: Tensor, **reading: Unpack[Reading]) -> Te
 
 @contextmanager
 def placed(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Puts a network on a device for as long as it works there, and back where it was."""
+    """Put a network on a device for as long as the context lasts, and back on its own device afterwards."""
     before = next((p.device for p in network.parameters()), device)
     network.to(device)
     try:
@@ -166,7 +192,7 @@ def _device(reading: Reading) -> torch.device:
 
 
 def _tokens(backbone: nn.Module, images: Tensor, reading: Reading) -> Tokens:
-    """Tokens in float32 on the CPU of uint8 images [B, C, H, W]; the backbone is on the device of ``reading``."""
+    """Compute the tokens, float32 on the CPU, of uint8 images [B, C, H, W]; the backbone is on its device already."""
     device, dtype = _device(reading), reading.get("autocast")
     # Activations of a sound network can be too large for float16; then float32 has the last word.
     for precision in (dtype, None) if dtype is torch.float16 else (dtype,):
@@ -177,7 +203,7 @@ def _tokens(backbone: nn.Module, images: Tensor, reading: Reading) -> Tokens:
 
 
 def _forward(backbone: nn.Module, images: Tensor, precision: torch.dtype | None) -> Tokens:
-    """Tokens in float32 on the CPU of normalised images; ``precision`` is that of matrix products, None: float32."""
+    """Compute the tokens, float32 on the CPU, of normalised images; matrix products run in ``precision`` or float32."""
     was_training = backbone.training
     backbone.eval()
     try:
@@ -190,7 +216,7 @@ def _forward(backbone: nn.Module, images: Tensor, precision: torch.dtype | None)
 
 @dataclass(frozen=True)
 class _Images(Dataset[tuple[int, Tensor | str, Fingerprint | None]]):
-    """Index, image [C, size, size] uint8 or the reason why there is none, and fingerprint if wanted."""
+    """Images for the loader: index; uint8 [C, size, size], or why it cannot be read; fingerprint if wanted."""
 
     source: Source
     indices: Sequence[int]
@@ -217,8 +243,12 @@ class _Images(Dataset[tuple[int, Tensor | str, Fingerprint | None]]):
 def _batches(
     source: Source, indices: Sequence[int], reading: Reading, fingerprints: bool = False
 ) -> Iterator[tuple[list[int], Tensor, list[Skipped], list[Fingerprint]]]:
-    """Batch by batch: the images that could be read, their pixels [B, C, size, size] uint8, the others, and, if wanted,
-    the fingerprints of those that could be read."""
+    """Read images batch by batch.
+
+    Yields:
+        Indices of the images that could be read; their pixels, uint8 [B, C, size, size]; the images that could not be
+        read; and, if wanted, the fingerprints of those that could.
+    """
     number, batch_size = reading.get("num_workers", 0), reading.get("batch_size", 64)
     if number:
         refuse_second_start()

@@ -1,12 +1,12 @@
 """Features of a whole data set in a file: names and tokens, in order, resumable, in bounded memory.
 
-While it is made, `.NAME.parts` lies beside the file:
+While the file is made, `.NAME.parts` lies beside it:
 
-plan.json               of which backbone and images, seen how; another plan does not go on with these parts
-00000000.safetensors    cls tokens, patch tokens, numbers of the images, and those that could not be read
+plan.json               the backbone, the images, and how they are read; another plan does not go on with these parts
+00000000.safetensors    cls tokens, patch tokens, indices of the images, and the images that could not be read
 
-A part is whole or not there, and is what one process makes of the same images whenever it starts. The file is put
-together from the parts, and they are deleted after it has its name.
+A part is whole or not there, and holds the same bytes whenever a process makes it. The file is put together from the
+parts, which are deleted after it has its name.
 """
 
 import hashlib
@@ -38,21 +38,28 @@ from dinoforge.features.extract import Skipped, stream
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.system.files import save_tensors, write_atomically, write_text, written_aside
 
-_PART_BYTES = 2**26  # of tokens in memory at once, roughly; a part holds no more, nor a batch
-_PART_IMAGES = 512  # at most: so much is lost when the process is killed
+_PART_BYTES = 2**26  # the memory for tokens, roughly: the most that a part or a batch holds
+_PART_IMAGES = 512  # the most images of a part, which are lost when the process is killed
 _BATCH = 64
-_LINE_SECONDS = 10.0  # between lines where the output is no terminal
+_LINE_SECONDS = 10.0  # between lines of progress where the output is no terminal
 SUFFIXES = (".parquet", ".npy")
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """What was written."""
+    """The files of features that were written.
+
+    Args:
+        path: The file that the user asked for.
+        images: The number of images that have a row.
+        skipped: The images that could not be read and have none.
+        files: All files, with ``path``.
+    """
 
     path: Path
-    images: int  # rows
+    images: int
     skipped: list[Skipped]
-    files: tuple[Path, ...]  # with ``path``
+    files: tuple[Path, ...]
 
 
 class _Writer(Protocol):
@@ -70,12 +77,19 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Layout:
-    """The sizes of the whole."""
+    """The layout of the whole file.
 
-    images: int  # rows
+    Args:
+        images: The number of rows.
+        dim: The width of a token.
+        patches: The number of patch tokens of an image; None if they are not wanted.
+        meaning: A description of the features, as values of JSON.
+    """
+
+    images: int
     dim: int
-    patches: int | None  # of an image; None: not wanted
-    meaning: dict[str, Any]  # of the features, as JSON has it
+    patches: int | None
+    meaning: dict[str, Any]
 
 
 def write_features(
@@ -88,24 +102,25 @@ def write_features(
     on_progress: Callable[[int, int], object] = lambda done, total: None,
     **reading: Any,
 ) -> Embedded:
-    """Writes the cls token of every image, and if asked its patch tokens, to a file; goes on with what is there.
+    """Write the cls token of every image, and if asked its patch tokens, to a file; go on with parts that are there.
 
-    An image that cannot be read gets no row: it is named with its reason in ``….skipped.txt`` beside the file.
+    An image that cannot be read gets no row: ``….skipped.txt`` beside the file names it and says why.
 
     Args:
-        network: the backbone.
-        source: the images; rows come in their order.
-        out: ``….parquet``, or ``….npy`` with names, and patch tokens, in files beside it; must not be there yet.
-        patches: whether patch tokens are written.
-        meaning: of the features, to be written with them.
-        on_progress: told images done and images in all, after each part.
-        reading: see ``features.extract.Reading``; the batch size is chosen here.
+        network: The backbone.
+        source: The images, in the order of which rows come.
+        out: A file that is not there yet: ``….parquet``, or ``….npy`` with names and patch tokens in files beside it.
+        patches: Whether patch tokens are written.
+        meaning: A description of the features, to be written with them.
+        on_progress: A function that gets the number of images done and of all images, after each part.
+        reading: Keywords of ``features.extract.Reading`` but the batch size, which is chosen here.
+
 
     Raises:
         RunError: ``out`` is there already, holds parts of something else, or cannot be written.
-        ExportError: another kind of file, or pyarrow is missing.
-        DataError: not one image can be read.
-        WeightsError: features that are not finite.
+        ExportError: The name is of another kind of file, or pyarrow is missing.
+        DataError: Not one image can be read.
+        WeightsError: Features are not finite.
     """
     write, companions = _writer(out, patches)
     parts = out.with_name(f".{out.name}.parts")
@@ -151,8 +166,8 @@ def write_features(
     return Embedded(out, kept, skipped, (out, *(_beside(out, end) for end in ends)))
 
 
-def render(result: Embedded) -> str:
-    """What was written, as lines for a terminal."""
+def embedded_in_words(result: Embedded) -> str:
+    """Say in lines for a terminal what was written, and what could not be read."""
     lines = [f"{', '.join(map(str, result.files))}: {result.images:,} images"]
     if result.skipped:
         first = result.skipped[0]
@@ -161,7 +176,7 @@ def render(result: Embedded) -> str:
 
 
 class Progress:
-    """The terminal meanwhile: a bar, or a line now and then where the output is no terminal."""
+    """Progress on the terminal: a bar, or a line now and then where the output is no terminal."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -198,7 +213,7 @@ class Progress:
 
 
 def _writer(out: Path, patches: bool) -> tuple[_Writer, list[str]]:
-    """What writes this kind of file, and the ends of the names of what it writes beside it."""
+    """The function that writes this kind of file, and the ends of the names of the files that it writes beside it."""
     if out.suffix == ".npy":
         return _write_npy, [".names.txt", *([".patches.npy"] if patches else [])]
     if out.suffix != ".parquet":
@@ -213,14 +228,18 @@ def _writer(out: Path, patches: bool) -> tuple[_Writer, list[str]]:
 
 
 def _remove(parts: Path) -> None:
-    """Takes the folder its name before its files, so that it is never seen with some of them."""
+    """Delete the folder of parts; it loses its name first, so that nobody finds it with some of its files."""
     gone = parts.with_suffix(".deleted")
     parts.rename(gone)
     shutil.rmtree(gone)
 
 
 def _claim(parts: Path, out: Path, plan: dict[str, Any]) -> bool:
-    """Makes the folder of parts, or checks that it is of this plan; whether the file is already whole."""
+    """Make the folder of parts, or check that it is of this plan; return whether the file is whole already.
+
+    Raises:
+        RunError: The file is there already, or the folder holds parts of another plan.
+    """
     shutil.rmtree(parts.with_suffix(".deleted"), ignore_errors=True)
     there: dict[str, Any] | None = None
     with suppress(OSError, ValueError):
@@ -242,7 +261,7 @@ def _claim(parts: Path, out: Path, plan: dict[str, Any]) -> bool:
 
 
 def _sum_of(network: VisionTransformer) -> str:
-    """SHA-256 of the weights."""
+    """The SHA-256 of a network's weights."""
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
@@ -280,7 +299,7 @@ def _load_part(file: Path, source: Source) -> _Part:
 
 
 def _summary(parts: Path, count: int) -> tuple[int, list[Skipped]]:
-    """Rows, and images that could not be read."""
+    """Count the rows of all parts, and gather the images that could not be read."""
     kept, skipped = 0, []
     for number in range(count):
         with _opened(_file(parts, number)) as part:
@@ -304,7 +323,7 @@ def _beside(path: Path, end: str) -> Path:
 
 
 def _line(text: str) -> str:
-    """A text as one line, and one cell of a table; ``dinoforge.data.names.original_name`` gives it back."""
+    """Put a text on one line and into one cell of a table; ``dinoforge.data.names.original_name`` gives it back."""
     return in_table(printable(text))
 
 
@@ -347,7 +366,7 @@ def _write_parquet(path: Path, parts: Iterator[_Part], layout: _Layout) -> None:
 
 
 def _grouped(parts: Iterator[_Part]) -> Iterator[list[_Part]]:
-    """Parts until they take as much memory as one may: a row group, which a reader reads at once."""
+    """Gather parts into row groups, which a reader reads at once, up to the bytes of the largest part."""
     group: list[_Part] = []
     size = 0
     for part in parts:

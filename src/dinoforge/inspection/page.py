@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
-from dinoforge.data.folders import describe
+from dinoforge.data.folders import left_out_in_words
 from dinoforge.inspection import text
 from dinoforge.inspection.result import Channel, Inspection, Trouble
 
@@ -76,7 +76,7 @@ def _images(found: Inspection) -> str:
     readable = found.sampling.images - len(found.unreadable)
     rows = [
         ("images", f"{found.images:,}{total}; by name {text.listed(found.ends, 20)}"),
-        ("left out", describe(found.left_out) if found.left_out else "nothing"),
+        ("left out", left_out_in_words(found.left_out) if found.left_out else "nothing"),
         ("looked at", text.sampled(found)),
         ("readable", f"{readable:,}; by content {text.listed(found.kinds, 20)}"),
         ("kinds of pixels", text.listed(text.modes_in_words(found.modes), 20)),

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from dinoforge.data import statistics
-from dinoforge.data.decode import working_bytes
+from dinoforge.data.decoding_memory import working_bytes
 from dinoforge.data.duplicates import Fingerprint, fingerprint
 from dinoforge.data.kinds import EMPTY, IMAGE_EXTENSIONS, extension, kind_of
-from dinoforge.data.looks import Look, look
+from dinoforge.data.looks import Look, look_at
 from dinoforge.data.names import printable
 from dinoforge.data.sources import OnePlane, RawImage, Source
 from dinoforge.data.values import Decoding
@@ -65,7 +65,7 @@ class Pass:
         try:
             image = self.source.item(index).image
             fetched = time.perf_counter() - start
-            found = look(image, channels=self.channels, decoding=self.decoding)
+            found = look_at(image, channels=self.channels, decoding=self.decoding)
         except ImageError as error:
             self.unread.append(_unread(index, self.source.name(index), image, str(error)))
             return
@@ -103,7 +103,7 @@ class Pass:
             symmetry=symmetry.reason,
         )
 
-    def first(self) -> statistics.Look | None:
+    def first(self) -> statistics.Sizes | None:
         """Sizes and kinds of the images that a run looks at before it starts; None where none of all can be read."""
         first = set(self.order[:FIRST])
         seen = [one for one in self.seen if one.index in first and not one.refused] or self.seen
@@ -113,7 +113,7 @@ class Pass:
         modes = tuple(Counter(one.mode for one in seen).most_common())
         ends = (min(widths), max(widths)), (min(heights), max(heights))
         side = statistics.median_side(list(zip(widths, heights, strict=True)))
-        return statistics.Look(len(self.source), *ends, modes, side)
+        return statistics.Sizes(len(self.source), *ends, modes, side)
 
 
 def _unread(index: int, name: str, image: RawImage | OnePlane | None, reason: str) -> Unread:

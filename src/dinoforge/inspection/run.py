@@ -15,13 +15,13 @@ from dinoforge.builders.data import build_data, image_input
 from dinoforge.builders.lengths import in_one
 from dinoforge.data import duplicates
 from dinoforge.data.channels import Channels, channels_of
-from dinoforge.data.decode import raw
+from dinoforge.data.decode import read_values
 from dinoforge.data.kinds import extension
 from dinoforge.data.labels import Labels, label_table, labels_of
 from dinoforge.data.names import printable
 from dinoforge.data.planes import taken_apart
+from dinoforge.data.sampling import spaced
 from dinoforge.data.sources import FolderSource, Item, Source, open_source
-from dinoforge.data.statistics import spaced
 from dinoforge.data.survey import MeasuredRange, measure_range
 from dinoforge.data.values import plane_of
 from dinoforge.errors import DataError, ImageError
@@ -211,7 +211,7 @@ def _seconds_of_one(source: Source) -> float:
     for _ in range(4):
         start = time.monotonic()
         with suppress(ImageError):  # told when it is its turn
-            raw(source.item(len(source) // 2).image)
+            read_values(source.item(len(source) // 2).image)
         shortest = min(shortest, time.monotonic() - start)
         if shortest > _SHORT:
             break

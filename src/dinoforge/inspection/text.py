@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
-from dinoforge.data.folders import describe
+from dinoforge.data.folders import left_out_in_words
 from dinoforge.inspection.result import Channel, Extreme, Inspection, Spread, Trouble, Values
 
 _WIDTH, _INDENT = 110, 11
@@ -133,7 +133,7 @@ def _of_images(found: Inspection) -> Iterator[str]:
     total = "" if found.bytes is None else f", {size(found.bytes)}"
     yield from _row("data", f"{found.data}: {found.images:,} images{total}; by name {listed(found.ends)}")
     if found.left_out:
-        yield from _row("left out", describe(found.left_out))
+        yield from _row("left out", left_out_in_words(found.left_out))
     yield from _row("looked at", sampled(found))
     readable = found.sampling.images - len(found.unreadable)
     yield from _row("readable", f"{readable:,} of {found.sampling.images:,}; by content {listed(found.kinds)}")

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from dinoforge.data.folders import describe
+from dinoforge.data.folders import left_out_in_words
 from dinoforge.inspection.gather import Seen, Unread
 from dinoforge.inspection.result import Alike, Copies, LabelsFound, Trouble, Values
 
@@ -421,7 +421,7 @@ def _alike(alike: Alike, code: str, what: str, *, sampled: bool) -> Iterator[Tro
 def _of_folder(facts: Facts) -> Iterator[Trouble]:
     if facts.left_out:
         total = sum(facts.left_out.values())
-        yield Trouble("left_out", f"left out {describe(facts.left_out)}", total, sampled=False)
+        yield Trouble("left_out", f"left out {left_out_in_words(facts.left_out)}", total, sampled=False)
     if facts.odd_names:
         yield Trouble(
             "odd_names",

@@ -16,10 +16,8 @@ from dinoforge.data.channels import Channels as Channels
 from dinoforge.data.channels import Has, has_of, most
 from dinoforge.data.channels import channels_of as channels_of
 from dinoforge.data.channels import guess_channels as guess_channels
-from dinoforge.data.decode import channels_said
+from dinoforge.data.headers import channels_said
 from dinoforge.data.statistics import PixelStatistics, Symmetry
-from dinoforge.data.statistics import look as look
-from dinoforge.data.statistics import measure as measure
 from dinoforge.errors import RecipeError
 from dinoforge.models.vit import SIZES
 from dinoforge.recipe.load import converted

@@ -8,7 +8,7 @@ import torch
 from dinoforge.builders.lengths import RunLength, build_schedules, run_length
 from dinoforge.builders.networks import build_student_teacher, vit_size
 from dinoforge.builders.resolved import mode_here, note_of_mode
-from dinoforge.data.folders import describe
+from dinoforge.data.folders import left_out_in_words
 from dinoforge.data.summary import DataSummary
 from dinoforge.method.dinov2 import StudentTeacher
 from dinoforge.optim.schedules import Schedules
@@ -223,7 +223,7 @@ def render(plan: Plan, *, data_path: str, out: str) -> str:
     }
     lines = {
         "data": f"{plan.data.count:,} image{'s' * (plan.data.count != 1)} in {data_path}: {_sizes(plan.data)}",
-        **({"left out": describe(plan.data.left_out)} if plan.data.left_out else {}),
+        **({"left out": left_out_in_words(plan.data.left_out)} if plan.data.left_out else {}),
         **_of_images(r, plan.data),
         "crops": f"2 × {side}²{local} pixels, {_count_of(s.in_chans, 'channel')}",
         "model": (

@@ -65,7 +65,7 @@ def of_reading(recipe: Recipe, working_bytes: float, workers: int) -> float:
 
     Args:
         recipe: the run.
-        working_bytes: that decoding an image takes at most; see ``dinoforge.data.decode.working_bytes``.
+        working_bytes: that decoding an image takes at most; see ``dinoforge.data.decoding_memory.working_bytes``.
         workers: processes that make batches; 0: the rank itself does.
     """
     if not workers:

@@ -1,7 +1,6 @@
 """Files that are whole or not there."""
 
 import errno
-import fnmatch
 import json
 import os
 import shutil
@@ -18,35 +17,46 @@ from dinoforge.errors import RunError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_STRANGERS = (
-    "._*",  # macOS on disks of other systems
-    ".ds_store",
-    ".localized",
-    ".spotlight-v100",
-    ".fseventsd",
-    ".trashes",
-    ".trash-*",
-    ".temporaryitems",
-    "desktop.ini",  # Windows
-    "thumbs.db",
-    "ehthumbs.db",
-    "$recycle.bin",
-    "system volume information",
-    ".directory",  # KDE
-    ".nfs*",  # files that are deleted and still open
-    ".fuse_hidden*",
-    ".smbdelete*",
-    ".gitkeep",
-    ".gitignore",
-    ".keep",
-    ".stfolder",  # Syncthing
-    ".dropbox*",
-    "@eadir",  # Synology
-    "#recycle",
-    ".snapshot",
-    "lost+found",
+_STRANGERS = frozenset(
+    {
+        ".ds_store",  # macOS
+        ".localized",
+        ".spotlight-v100",
+        ".fseventsd",
+        ".trashes",
+        ".temporaryitems",
+        "network trash folder",
+        "temporary items",
+        "__macosx",  # archives that macOS made
+        "desktop.ini",  # Windows
+        "thumbs.db",
+        "ehthumbs.db",
+        "$recycle.bin",
+        "recycler",
+        "recycled",
+        "system volume information",
+        "found.000",
+        "lost+found",  # ext4
+        ".directory",  # KDE
+        "@eadir",  # Synology: thumbnails
+        "@tmp",
+        "#recycle",
+        "#snapshot",
+        "@recycle",  # QNAP
+        "@recently-snapshot",
+        ".@__thumb",
+        ".snapshot",
+        ".stfolder",  # Syncthing
+        ".gitkeep",
+        ".gitignore",
+        ".keep",
+        "__pycache__",
+    }
 )
-"""Names, in lower case, of what systems put into any folder."""
+"""Names, in lower case, of what systems put into any folder: metadata, copies, thumbnails and deleted files."""
+
+_STRANGE_BEGINNINGS = ("._", ".trash-", ".nfs", ".fuse_hidden", ".smbdelete", ".dropbox")
+"""How names of that kind begin that have a number or another name in them."""
 
 _NO_FOLDER_SYNC = {
     getattr(errno, name)
@@ -58,7 +68,7 @@ _NO_FOLDER_SYNC = {
 
 def is_stranger(name: str) -> bool:
     """Whether a name is that of a file or folder that systems put beside those of users."""
-    return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in _STRANGERS)
+    return name.lower() in _STRANGERS or name.lower().startswith(_STRANGE_BEGINNINGS)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

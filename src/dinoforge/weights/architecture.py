@@ -1,4 +1,4 @@
-"""What the tensors of a backbone say about its network."""
+"""The architecture that a backbone's tensors imply, and tensors that do not fit one."""
 
 import math
 import re
@@ -9,17 +9,18 @@ from torch import Tensor
 
 from dinoforge.errors import WeightsError
 from dinoforge.models.vit import SIZES
+from dinoforge.weights.words import listed
 
 
 def architecture_of(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The arguments of ``VisionTransformer`` that tensors with official names imply, and what had to be assumed.
+    """Derive the arguments of ``VisionTransformer`` from tensors, and say in notes what had to be assumed.
 
     Args:
-        tensors: with official names.
-        given: arguments that are known from elsewhere; they win over assumptions.
+        tensors: The weights under official names.
+        given: Arguments that are known from elsewhere and win over assumptions.
 
     Raises:
-        WeightsError: tensors without which nothing can be said are missing or have another shape.
+        WeightsError: Tensors that tell the architecture are missing or have another shape.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     needed = {"patch_embed.proj.weight": 4, "pos_embed": 3, "cls_token": 3, "mask_token": 2}
@@ -81,9 +82,14 @@ def architecture_of(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> 
 
 
 def misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """What of ``tensors`` does not fit a state dict: missing, unexpected and otherwise shaped entries, in words.
+    """Say how tensors do not fit a state dict: which are missing, unexpected, or of another shape.
 
-    The first few of each kind, and how many more there are.
+    Args:
+        tensors: The tensors.
+        expected: The state dict.
+
+    Returns:
+        A text for each kind of misfit, with its first few entries and the number of others; none where all fit.
     """
     kinds = (
         [f"missing {name}" for name in expected if name not in tensors],
@@ -95,18 +101,3 @@ def misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> li
         ],
     )
     return [listed(kind) for kind in kinds if kind]
-
-
-def described(value: Any) -> str:
-    """The type of something that is no state dict, and the first few of its keys, for a refusal."""
-    kind = type(value).__name__
-    if not isinstance(value, Mapping):
-        return f"a {kind} of {len(value)}" if isinstance(value, list | tuple) else f"a {kind}"
-    if not value:
-        return f"an empty {kind}"
-    return f"a {kind} with the keys {listed([f'{key!s:.60} ({type(each).__name__})' for key, each in value.items()])}"
-
-
-def listed(names: list[str]) -> str:
-    """The first few of them."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,4 +1,4 @@
-"""Backbones in other layouts: their tensors under official names, and the architecture that they imply."""
+"""The official layout, and the way to it from checkpoints, wrappers and other libraries' names."""
 
 import re
 from collections.abc import Mapping
@@ -7,13 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from dinoforge.errors import WeightsError
-from dinoforge.weights.architecture import described, listed
 from dinoforge.weights.hugging_face import from_hugging_face
 from dinoforge.weights.timm import from_timm
+from dinoforge.weights.words import described, listed
 
 # Wrappers that training engines leave in names.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
-# Keys of checkpoints under which the weights' moving average lies, and those of what may be either or is not averaged.
+# Keys of checkpoints under which the weights' moving average lies, and keys of weights that are or may be raw.
 _AVERAGED = (
     "teacher",
     "ema",
@@ -26,10 +26,10 @@ _AVERAGED = (
     "shadow",
 )
 _OTHER = ("student_teacher", "model", "state_dict", "model_state_dict", "module", "student")
-# The same of names within one state dict; "network." is that of dinoforge.load's module.
+# Prefixes of the same within one state dict; "network." is that of dinoforge.load's module.
 _AVERAGED_PREFIXES = ("teacher.", "teacher_backbone.", "ema_model.", "model_ema.", "ema.", "target_encoder.")
 _OTHER_PREFIXES = ("student.", "student_backbone.", "model.", "backbone.", "network.")
-_NESTED = 5  # levels of either
+_NESTED = 5  # levels of keys or prefixes
 # Parts of a checkpoint that are no backbone.
 _HEADS = re.compile(
     r"(?:dino_head|ibot_head|head|classifier|dino_loss|ibot_patch_loss|dino_center|ibot_center)(?:\.|$)"
@@ -37,13 +37,20 @@ _HEADS = re.compile(
 
 
 def official_names(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
-    """The backbone's tensors under official names, and what was done to them, in words.
+    """Find a backbone's tensors in a checkpoint and rename them to official names.
 
-    Known are official backbones and training checkpoints (chunked blocks, FSDP's prefixes), timm's and Hugging Face's.
-    Of a checkpoint with both, the weights' moving average (teacher, EMA) is taken.
+    It knows official backbones and training checkpoints (chunked blocks, FSDP's prefixes), timm's and Hugging Face's
+    files. It takes the weights' moving average (teacher, EMA) from a checkpoint that also has the raw weights.
+
+    Args:
+        state: The content of a file.
+
+    Returns:
+        The tensors, and notes on what was done to them.
 
     Raises:
-        WeightsError: two entries for one parameter, tensors that are no floating-point numbers, or no tensors.
+        WeightsError: There are no tensors, two entries for one parameter, or tensors that are not of floating-point
+            numbers.
     """
     notes: list[str] = []
     state = _state_dict(state, notes)
@@ -79,7 +86,7 @@ def official_names(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[st
 
 
 def _state_dict(state: Mapping[Any, Any], notes: list[str]) -> Mapping[Any, Any]:
-    """The state dict within a checkpoint: that of the moving average if there is one."""
+    """Find the state dict in a checkpoint: that of the moving average if there is one."""
     for _ in range(_NESTED):
         there = [key for key, value in state.items() if isinstance(value, Mapping) and _has_tensors(value)]
         key = next((key for key in (*_AVERAGED, *_OTHER) if key in there), None)
@@ -99,7 +106,7 @@ def _state_dict(state: Mapping[Any, Any], notes: list[str]) -> Mapping[Any, Any]
 
 
 def _below_prefixes(named: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """The tensors of one network among several whose names have prefixes: of the moving average if there is one."""
+    """Choose one network's tensors by their prefix: those of the moving average if there is one."""
     for _ in range(_NESTED):
         prefixes = (*_AVERAGED_PREFIXES, *_OTHER_PREFIXES)
         prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in named)), None)
@@ -116,7 +123,7 @@ def _below_prefixes(named: dict[str, Tensor], notes: list[str]) -> dict[str, Ten
 
 
 def _has_tensors(value: Mapping[Any, Any], depth: int = 3) -> bool:
-    """Whether a nested mapping holds any; a file may nest it without end."""
+    """Whether a nested mapping holds any tensor; the depth is limited since a file may nest without end."""
     return any(
         isinstance(each, Tensor) or (depth > 0 and isinstance(each, Mapping) and _has_tensors(each, depth - 1))
         for each in value.values()
