@@ -392,7 +392,7 @@ def test_what_has_no_data_is_not_measured():
 def test_long_lists_do_not_push_all_reasons_aside():
     choices = {"a": auto.Choice(1, "one"), "bc": auto.Choice((0.5,) * 13, "two"), "d": auto.Choice("xyz", "three")}
     long = ", ".join(["0.5"] * 13)
-    assert auto.render(choices) == f"a   1    one\nbc  [{long}]  two\nd   xyz  three"
+    assert auto.choices_text(choices) == f"a   1    one\nbc  [{long}]  two\nd   xyz  three"
 
 
 def test_an_even_channel_does_not_blow_up():

@@ -18,7 +18,7 @@ from dinoforge.kernels import cross_entropy, products, targets
 from dinoforge.models import head
 from dinoforge.models.stochastic_depth import draw_kept_samples
 from dinoforge.optim.param_groups import set_hyperparameters
-from dinoforge.planning.explain import IMAGENET_1K, as_json, explain, plot_schedules, render
+from dinoforge.planning.explain import IMAGENET_1K, as_json, explain, explanation_text, plot_schedules
 from dinoforge.planning.work import measure_masks, work_of_a_step
 from dinoforge.recipe.load import load_recipe, recipe_names
 
@@ -151,7 +151,7 @@ def test_images_and_batch():
     e = explain(recipe, images=10_000, batch=1024)
     assert (e.processes, e.recipe.train.batch_size_per_gpu) == (16, 64)
     assert e.schedules.lr == pytest.approx(0.004)
-    assert "16 processes × 64" in render(e)
+    assert "16 processes × 64" in explanation_text(e)
     e = explain(recipe, images=10_000, batch=100)
     assert (e.processes, e.recipe.train.batch_size_per_gpu) == (1, 100)
     assert e.length.epochs == pytest.approx(1250)

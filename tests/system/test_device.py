@@ -498,7 +498,7 @@ def test_pytorch_takes_the_setting_after_it_was_imported():
     """It reads the environment when it first asks for memory of a GPU; that this is so shows without one."""
     code = (
         "import torch\n"
-        "from dinoforge.training import device as devices\n"
+        "from dinoforge.system import device as devices\n"
         "devices._maps_memory = lambda device: True\n"
         "torch.zeros(10)\n"
         "devices.use_expandable_segments(torch.device('cuda'))\n"

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from dinoforge.data.batch import prepare
 from dinoforge.planning import bench as bench_module
 from dinoforge.recipe.load import load_recipe
 from dinoforge.system import phases
@@ -99,7 +100,7 @@ def test_waiting_for_data_is_not_waiting_for_the_device():
         reports.append(report)
         raise Enough
 
-    def prepare(batch):
+    def slowly(batch):
         time.sleep(0.5)
         return batch
 
@@ -115,7 +116,7 @@ def test_waiting_for_data_is_not_waiting_for_the_device():
             samples_per_step=8,
             drop_path_rates=[0.0, 0.0],
             clip_grad=3.0,
-            prepare=prepare,
+            prepare=slowly,
             autocast=lambda: torch.autocast("cpu", enabled=False),
             hooks=[hook],
             is_measured=lambda step: False,

@@ -24,9 +24,9 @@ def launch(arguments: Sequence[str], *, ranks: int, restarts: int) -> int:
     fail again, or what a signal has stopped.
 
     Args:
-        arguments: of the command line.
-        ranks: how many.
-        restarts: how often all are started again after one has died.
+        arguments: Arguments of the command line.
+        ranks: Number of ranks.
+        restarts: How often all ranks are started again after one has died.
 
     Returns:
         The exit code: 0; that of the rank that failed first; or of the signal that stopped all.

@@ -32,7 +32,7 @@ class Rank:
     """What each task of the job does: ``dinoforge`` as one rank. Queued again, it continues the run.
 
     Args:
-        arguments: of the command line.
+        arguments: Arguments of the command line.
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
@@ -84,16 +84,16 @@ def submit(arguments: Sequence[str], resources: Resources, *, folder: Path, clus
     """Queues the job.
 
     Args:
-        arguments: of the command line of each rank.
-        resources: what to ask for.
-        folder: for logs and what submitit keeps, on storage that all machines see.
-        cluster: ``slurm``; or ``local``: processes of this machine, to try it.
+        arguments: Arguments of the command line of each rank.
+        resources: What to ask the scheduler for.
+        folder: A folder for logs and submitit's files, on storage that all machines see.
+        cluster: Either ``slurm`` or, to try it, ``local``: processes of this machine.
 
     Returns:
-        submitit's job.
+        The job, as submitit returns it.
 
     Raises:
-        RunError: no submitit, no Slurm, or resources that it refuses.
+        RunError: submitit or Slurm is missing, or Slurm refuses the resources.
     """
     try:
         import submitit

@@ -25,7 +25,7 @@ from dinoforge.errors import DataError
 from dinoforge.evaluation.probe import Probe
 from dinoforge.features import extract
 from dinoforge.models.vit import VisionTransformer
-from dinoforge.planning import dry_run as plans
+from dinoforge.planning.dry_run import Plan
 from dinoforge.recipe.schema import flatten
 from dinoforge.report import page as pages
 from dinoforge.report.live import Live
@@ -65,7 +65,7 @@ class RunResult:
 
 
 def run_training(
-    plan: plans.Plan,
+    plan: Plan,
     source: Source,
     labels: list[str | None] | None,
     run: RunDirectory,
@@ -213,7 +213,7 @@ def run_training(
 
 
 def _live_report(
-    run: RunDirectory, plan: plans.Plan, source: Source, labels: list[str | None] | None, say: Callable[[str], object]
+    run: RunDirectory, plan: Plan, source: Source, labels: list[str | None] | None, say: Callable[[str], object]
 ) -> Live | None:
     """What writes the report while the run trains; None if the recipe does not want it."""
     minutes = plan.recipe.report.every_minutes
@@ -230,7 +230,7 @@ def _live_report(
 def _probes(
     run: RunDirectory,
     state: TrainState,
-    plan: plans.Plan,
+    plan: Plan,
     image: ImageInput,
     source: Source,
     labels: list[str | None] | None,
@@ -285,7 +285,7 @@ def _probes(
     )
 
 
-def _open_for_writing(run: RunDirectory, plan: plans.Plan) -> tuple[int | None, list[str]]:
+def _open_for_writing(run: RunDirectory, plan: Plan) -> tuple[int | None, list[str]]:
     """Sees that there is room for the run; ``checkpoint.newest`` of what is there, and what else is to be told."""
     run.require_space(int((plan.recipe.checkpoint.keep_last + 1) * _checkpoint_bytes(plan)))
     kept = checkpoint.clean(run.path)
@@ -314,7 +314,7 @@ def _roll_back(run: RunDirectory, state: TrainState, start: Start) -> None:
     )
 
 
-def _checkpoint_bytes(plan: plans.Plan) -> float:
+def _checkpoint_bytes(plan: Plan) -> float:
     return sum(plan.parameters.values()) * 4 * 4 * 1.05  # student, teacher, two moments
 
 

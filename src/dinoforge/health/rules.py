@@ -49,8 +49,8 @@ def diagnose(metrics: Mapping[str, Sequence[float | None]], recipe: Mapping[str,
     """What is wrong with a run, in the order in which it showed; an empty list means nothing.
 
     Args:
-        metrics: columns of ``metrics.jsonl`` by name, None where a line has no such number.
-        recipe: its dotted keys.
+        metrics: Columns of ``metrics.jsonl`` by name, None where a line has no such number.
+        recipe: Values of the recipe by dotted key.
     """
     watch = Watch(recipe)
     found: list[Finding] = []
@@ -63,7 +63,7 @@ class Watch:
     """Told of one logged line after the other, says what is newly wrong; each finding once.
 
     Args:
-        recipe: its dotted keys.
+        recipe: Values of the recipe by dotted key.
     """
 
     def __init__(self, recipe: Mapping[str, Any]) -> None:

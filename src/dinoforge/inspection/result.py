@@ -51,10 +51,10 @@ class Sizes:
     """Of the images that could be read, pixels.
 
     Args:
-        width, height, side: ``side`` is the shorter one.
-        bytes: Of a file.
+        width, height, side: Width and height; ``side`` is the shorter of both.
+        bytes: Size of a file in bytes.
         flattest: The image whose longer side is longest beside its shorter one, and by how much.
-        smallest, largest: By pixels.
+        smallest, largest: The images with the fewest and the most pixels.
     """
 
     width: Spread
@@ -135,9 +135,9 @@ class Alike:
     """Images that are the same, or nearly.
 
     Args:
-        how: ``files``: byte by byte; ``pixels``: the same picture in different files; ``near``: nearly.
-        groups: Of images that are alike.
-        images: In these groups.
+        how: ``files`` are equal byte by byte; ``pixels`` are one picture in different files; ``near`` are nearly equal.
+        groups: Number of groups of images that are alike.
+        images: Number of images in these groups.
         examples: Names of some groups.
         across_parts: Groups that lie in more than one of train/, val/, test/…
         across_classes: Groups whose images have different labels.
@@ -253,9 +253,9 @@ class Advice:
     """A key to say.
 
     Args:
-        key, value: As on the command line.
-        reason: Why.
-        by: ``auto``: the recipe auto chooses it by itself; ``inspect``: it has to be said.
+        key, value: Key and value as on the command line.
+        reason: Why the value fits the images.
+        by: Who chooses it: ``auto``, the recipe auto by itself; or ``inspect``, so that the user has to give it.
     """
 
     key: str

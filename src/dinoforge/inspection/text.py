@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from dinoforge.data.folders import describe
 from dinoforge.inspection.result import Channel, Extreme, Inspection, Spread, Trouble, Values
+from dinoforge.system.terminal import table
 
 _WIDTH, _INDENT = 110, 11
 _LISTED = 8  # of a list in a line
@@ -13,7 +14,7 @@ _TROUBLES = 40
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
-def render(found: Inspection) -> str:
+def inspection_text(found: Inspection) -> str:
     """Everything in words."""
     return "\n".join(
         [
@@ -177,12 +178,9 @@ def _of_values(found: Inspection) -> Iterator[str]:
     for values in found.values[:_TYPES]:
         yield ""
         yield from _row("values", values_said(values))
-        rows = [list(HEADERS), *(channel_row(i, c) for i, c in enumerate(values.channels[:_CHANNELS]))]
-        bars = ["", *(_bars(channel) for channel in values.channels[:_CHANNELS])]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(HEADERS))]
-        for row, bar in zip(rows, bars, strict=True):
-            cells = "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            yield f"{' ' * _INDENT}{cells}  {bar}".rstrip()
+        rows = [[*channel_row(i, c), _bars(c)] for i, c in enumerate(values.channels[:_CHANNELS])]
+        for line in table([[*HEADERS, ""], *rows], right=range(len(HEADERS))).splitlines():
+            yield f"{' ' * _INDENT}{line}"
         if rest := len(values.channels) - _CHANNELS:
             yield from _row("", f"and {rest:,} more channels") if rest > 0 else ()
     if rest := len(found.values[_TYPES:]):

@@ -34,12 +34,12 @@ def rule_of(
     """The rule for one parameter.
 
     Args:
-        name: official name inside its sub-network, such as ``blocks.3.attn.qkv.weight``.
+        name: Official name inside its sub-network, such as ``blocks.3.attn.qkv.weight``.
         depth: L, the number of blocks, of a backbone; None for a head.
-        layerwise_decay: d. Block i (from 0) has the factor d^(L - i); patch embedding, position embeddings and
-            cls, mask and register tokens have d^(L + 1); the final norm and heads have 1.
-        patch_embed_lr_mult: further factor on the patch embedding.
-        fixed_weight_decay: weight decay of regularised parameters if it does not follow the schedule.
+        layerwise_decay: The decay d. Block i (from 0) has the factor d^(L - i); patch embedding, position embeddings
+            and cls, mask and register tokens have d^(L + 1); the final norm and heads have 1.
+        patch_embed_lr_mult: Further factor on the patch embedding.
+        fixed_weight_decay: Weight decay of regularised parameters where it does not follow the schedule.
     """
     if depth is None:
         lr, text = 1.0, "head"
@@ -79,10 +79,10 @@ def parameter_groups(
     ``set_hyperparameters`` turns those into learning rate and weight decay.
 
     Args:
-        networks: the student's sub-networks: ``backbone`` and heads.
-        depth: blocks of the backbone.
-        layerwise_decay, patch_embed_lr_mult: see ``rule_of``.
-        weight_decay_scope: ``all``; or ``backbone``, where the heads keep AdamW's default of 0.01 as in
+        networks: The student's sub-networks by name: ``backbone`` and the heads.
+        depth: Number of blocks of the backbone.
+        layerwise_decay, patch_embed_lr_mult: See ``rule_of``.
+        weight_decay_scope: Either ``all`` or ``backbone``, where the heads keep AdamW's default of 0.01 as in
             implementations that schedule only the first group. For comparison only.
     """
     groups: dict[tuple[str, Rule], dict[str, Any]] = {}

@@ -56,7 +56,7 @@ def make_plan(recipe: Recipe, data: DataSummary) -> Plan:
     """Everything that can be known, and can be wrong, before work starts. Allocates no weights.
 
     Raises:
-        RecipeError: the recipe does not fit itself, the data or the machine.
+        RecipeError: The recipe contradicts itself, or does not fit the data or the machine.
     """
     ranks = distributed.world_size()
     device = rank_device(recipe.device)
@@ -206,7 +206,7 @@ def _count(networks: StudentTeacher) -> dict[str, int]:
     return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.student.items()}
 
 
-def render(plan: Plan, *, data_path: str, out: str) -> str:
+def plan_text(plan: Plan, *, data_path: str, out: str) -> str:
     """The plan as aligned lines."""
     r, s = plan.recipe, plan.recipe.student
     embed_dim, depth, heads = vit_size(r)
@@ -265,7 +265,7 @@ def _ranks(plan: Plan) -> str:
     return f"; a step is {cut}" if accumulate > 1 else ""
 
 
-def render_schedules(plan: Plan) -> str:
+def schedules_text(plan: Plan) -> str:
     """Hyper-parameters at the steps where something changes."""
     s = plan.schedules
     last = s.total_steps - 1

@@ -1,7 +1,6 @@
 """What a recipe does to every parameter at a step, its schedules, its masks, and what a step computes."""
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from dinoforge.planning.memory import estimate
 from dinoforge.planning.work import Masks, Work, measure_masks, work_of_a_step
 from dinoforge.recipe.schema import Recipe
 from dinoforge.system.device import resolve_device, resolve_precision
+from dinoforge.system.terminal import table
 
 IMAGENET_1K = 1_281_167  # images
 _POINTS = 49  # of each schedule, in JSON
@@ -62,14 +62,14 @@ def explain(
     """Explains a recipe through the functions that training uses, on the ``meta`` device: no weights are allocated.
 
     Args:
-        recipe: the recipe.
-        images: size of the data set.
-        batch: images in a step over all processes. A multiple of ``train.batch_size_per_gpu`` means that many
+        recipe: The recipe.
+        images: Number of images in the data set.
+        batch: Images in a step over all processes. A multiple of ``train.batch_size_per_gpu`` means that many
             processes; anything else is one process with that batch.
-        step: from 0; or ``last``.
+        step: The step to explain, from 0; or ``last``.
 
     Raises:
-        RecipeError: the recipe does not fit itself or the data; the run has no such step.
+        RecipeError: The recipe contradicts itself or does not fit the data, or the run has no such step.
     """
     for name, number in (("--images", images), ("--batch", batch)):
         if number is not None and number < 1:
@@ -181,7 +181,7 @@ def _evenly(total_steps: int) -> list[int]:
     return sorted({round(i * last / (_POINTS - 1)) for i in range(_POINTS)})
 
 
-def render(e: Explanation) -> str:
+def explanation_text(e: Explanation) -> str:
     """The explanation as text."""
     n = e.length
     known = " (as many as ImageNet-1k; --images says yours)" if n.images == IMAGENET_1K else ""
@@ -199,11 +199,11 @@ def render(e: Explanation) -> str:
         "WORK of a step, matrix products": _work_table(e),
         "MEMORY, estimated": _memory_table(e),
     }
-    return "\n\n".join([_table(head), *(f"{title}\n{text}" for title, text in parts.items())])
+    return "\n\n".join([table(head), *(f"{title}\n{text}" for title, text in parts.items())])
 
 
 def _groups_table(e: Explanation) -> str:
-    return _table(_group_rows(e), right=4)
+    return table(_group_rows(e), right=range(3, 7))
 
 
 def _group_rows(e: Explanation) -> list[list[str]]:
@@ -259,11 +259,11 @@ def _schedules_table(e: Explanation) -> str:
         row("teacher momentum", "momentum", f"{held}cosine from {s.momentum:g} to {s.final_momentum:g}"),
         row("teacher temperature", "teacher_temp", temp),
     ]
-    return _table(rows)
+    return table(rows)
 
 
 def _masks_table(e: Explanation) -> str:
-    return _table(_mask_rows(e))
+    return table(_mask_rows(e))
 
 
 def _mask_rows(e: Explanation) -> list[list[str]]:
@@ -288,13 +288,13 @@ def _work_table(e: Explanation) -> str:
         "2·n for each token and weight of n values, 4·N²·D for attention among N tokens, in each block; a backward\n"
         "pass counts twice its forward pass; the teacher only goes forward; the last block computes only what is read"
     )
-    return f"{_table(rows, right=3)}\n{note}"
+    return f"{table(rows, right=range(1, 4))}\n{note}"
 
 
 def _memory_table(e: Explanation) -> str:
     total = sum(e.memory.values())
     rows = [[name, f"{size / 2**30:.2f} GiB"] for name, size in sorted(e.memory.items(), key=lambda part: -part[1])]
-    return _table([*rows, [f"one process ({e.compute})", f"{total / 2**30:.2f} GiB"]], right=1)
+    return table([*rows, [f"one process ({e.compute})", f"{total / 2**30:.2f} GiB"]], right=[1])
 
 
 def tables(recipe: Recipe, *, images: int, batch: int | None) -> tuple[tuple[dict[str, str], ...], dict[str, str]]:
@@ -304,24 +304,11 @@ def tables(recipe: Recipe, *, images: int, batch: int | None) -> tuple[tuple[dic
     return tuple(dict(zip(head, row, strict=True)) for row in groups), dict(_mask_rows(e))
 
 
-def _table(rows: Sequence[Sequence[str]], right: int = 0) -> str:
-    """Aligned columns, the last ``right`` of them to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    first_right = len(widths) - right
-    lines = []
-    for row in rows:
-        cells = [
-            c.rjust(w) if i >= first_right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
 def plot_schedules(e: Explanation, path: Path) -> None:
     """Draws the schedules, one small figure for each, to a .png or .svg file.
 
     Raises:
-        DinoforgeError: another kind of file, matplotlib is missing, or the file cannot be written.
+        DinoforgeError: The file's name has another ending, matplotlib is missing, or the file cannot be written.
     """
     if path.suffix.lower() not in (".png", ".svg"):
         raise DinoforgeError(f"--plot {path}: expected a file name that ends in .png or .svg")

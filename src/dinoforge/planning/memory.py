@@ -41,13 +41,13 @@ def estimate(
     """Bytes per part of the peak of one rank: its tensors, and on a CPU what else the process and its workers take.
 
     Args:
-        recipe: the run.
-        networks: unsharded, on any device, also ``meta``.
-        precision: of matrix products.
-        device: what it would run on; need not be here.
-        mode: how the networks are laid over ranks.
-        shards: over how many of them weights are sharded.
-        reading: bytes of main memory that it takes to read images, from ``of_reading``.
+        recipe: The recipe of the run.
+        networks: The networks, unsharded, on any device, also ``meta``.
+        precision: The dtype of matrix products.
+        device: The device that it would run on, which need not be here.
+        mode: How the networks are laid over ranks.
+        shards: Number of ranks over which weights are sharded.
+        reading: Bytes of main memory that it takes to read images, from ``of_reading``.
     """
     parts = of_tensors(recipe, networks, precision=precision, device=device, mode=mode, shards=shards)
     if device.type == "cpu":
@@ -65,9 +65,9 @@ def of_reading(recipe: Recipe, working_bytes: float, workers: int) -> float:
     """Bytes of main memory that reading images takes for one rank, beside the batch that a step works on.
 
     Args:
-        recipe: the run.
-        working_bytes: that decoding an image takes at most; see ``dinoforge.data.decode.working_bytes``.
-        workers: processes that make batches; 0: the rank itself does.
+        recipe: The recipe of the run.
+        working_bytes: Most bytes that it takes to decode an image; see ``dinoforge.data.decode.working_bytes``.
+        workers: Number of processes that make batches; 0: the rank itself does.
     """
     if not workers:
         return working_bytes
@@ -144,12 +144,12 @@ def ways_to_save(
     The first costs least. What is on already is left out, and so is what would not help by the estimate.
 
     Args:
-        recipe: the run, with its batch cut for the ranks.
-        ranks: over all machines.
-        mode: how the networks are laid over them; see ``dinoforge.training.parallel.Mode``.
-        device: what it runs on; None: an accelerator.
-        precision: of matrix products.
-        reading: as for ``estimate``.
+        recipe: The recipe of the run, with its batch cut for the ranks.
+        ranks: Number of ranks over all machines.
+        mode: How the networks are laid over ranks; see ``dinoforge.training.parallel.Mode``.
+        device: The device that it runs on; None: an accelerator.
+        precision: The dtype of matrix products.
+        reading: As for ``estimate``.
     """
     device = device or torch.device("cuda")
     with torch.device("meta"):
@@ -221,9 +221,9 @@ class _Step:
     """Bytes that one forward and backward pass of a micro-batch takes beside weights and gradients.
 
     Args:
-        recipe, networks, precision, device: as for ``estimate``.
-        counts: global and local crops that the student sees in it.
-        in_turn: whether there are others.
+        recipe, networks, precision, device: As for ``estimate``.
+        counts: Numbers of global and of local crops that the student sees in the pass.
+        in_turn: Whether the step has other passes.
     """
 
     def __init__(

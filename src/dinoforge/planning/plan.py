@@ -92,7 +92,7 @@ def parse_gpus(text: str) -> tuple[int, str]:
     """Reads ``8xH100``.
 
     Raises:
-        RecipeError: something else, or an unknown device.
+        RecipeError: The text has another form, or names an unknown device.
     """
     match = re.fullmatch(r"(\d+)\s*[x×]\s*(\S+)", text)
     names = {name.lower(): name for name in DEVICES}
@@ -105,13 +105,13 @@ def requirements(recipe: Recipe, *, images: int, gpus: str, utilisation: float =
     """What a run of the recipe takes. Allocates no weights.
 
     Args:
-        recipe: the recipe.
-        images: of the data.
-        gpus: such as ``8xH100``.
-        utilisation: share of the device's peak that products reach, over the whole step.
+        recipe: The recipe.
+        images: Number of images in the data set.
+        gpus: Number and kind of the GPUs, such as ``8xH100``.
+        utilisation: Share of the device's peak that products reach over the whole step, above 0 up to 1.
 
     Raises:
-        RecipeError: devices that are not known; a recipe that does not fit itself or the data.
+        RecipeError: The devices are not known, or the recipe contradicts itself or does not fit the data.
     """
     ranks, name = parse_gpus(gpus)
     if not 0 < utilisation <= 1:
@@ -181,7 +181,7 @@ def as_json(r: Requirements) -> dict[str, Any]:
     return result
 
 
-def render(r: Requirements) -> str:
+def requirements_text(r: Requirements) -> str:
     """The answer as text."""
     embed_dim, depth, _ = vit_size(r.recipe)
     room = r.device.memory * _USABLE_MEMORY

@@ -70,9 +70,9 @@ def work_of_a_step(recipe: Recipe, networks: StudentTeacher, *, masked: float) -
     attention, the last block computes only cls tokens and masked patches.
 
     Args:
-        recipe: the run.
-        networks: on any device, also ``meta``.
-        masked: masked patches of a step, in all global crops of the process.
+        recipe: The recipe of the run.
+        networks: The networks, on any device, also ``meta``.
+        masked: Number of masked patches in a step, in all global crops of the process.
     """
     o, batch = networks.objective, recipe.train.batch_size_per_gpu * recipe.train.accumulate
     c, s = recipe.crops, recipe.student

@@ -80,7 +80,7 @@ def as_json(rows: Sequence[Row], names: tuple[str, str]) -> dict[str, Any]:
     return {"recipes": list(names), "differences": [vars(row) for row in rows]}
 
 
-def render(rows: Sequence[Row], names: tuple[str, str]) -> str:
+def differences_text(rows: Sequence[Row], names: tuple[str, str]) -> str:
     """The table as text."""
     if not rows:
         return f"{names[0]} and {names[1]} do the same."

@@ -56,12 +56,12 @@ def displayed(pixels: Tensor, channels: Sequence[int] | None = None) -> npt.NDAr
     """Turn an image into a picture for people, in false colour where it is neither grey nor RGB.
 
     Args:
-        pixels: uint8 [C, h, w].
+        pixels: An image, uint8 [C, h, w].
         channels: Which one is shown as grey, or which three as red, green and blue. None: the only channel; of two, the
             first as magenta and the second as green; the first three.
 
     Returns:
-        uint8 [h, w] or [h, w, 3].
+        The picture, uint8 [h, w] or [h, w, 3].
     """
     array: npt.NDArray[np.uint8] = pixels.permute(1, 2, 0).numpy()
     if channels is not None:
@@ -94,7 +94,7 @@ def tokens_and_attention(backbone: VisionTransformer, images: Tensor) -> tuple[T
     """Patch tokens [B, N, D], and the attention of the cls token in the last block [B, heads, 1 + R + N].
 
     Args:
-        images: normalised [B, C, H, W].
+        images: Normalised images [B, C, H, W].
     """
     block = backbone.blocks[-1]
     assert isinstance(block, Block)
@@ -137,8 +137,8 @@ def pca_colours(rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     and blue, each stretched to its 1st…99th percentile.
 
     Args:
-        rows: patch tokens of all images, [N, D].
-        sizes: how many of them each image has.
+        rows: Patch tokens of all images, [N, D].
+        sizes: Number of patch tokens of each image.
 
     Returns:
         Colours [N, 3] in 0..1, and which patches are foreground [N] bool.

@@ -97,17 +97,17 @@ def study(
     """Looks at up to ``SAMPLE`` evenly spaced images; time and memory do not grow with their number.
 
     Args:
-        backbone: the network; moved to ``device``.
-        source: the images.
-        labels: one for each image; by default those that the source gives with the images. Where most images have
-            one, the others are left out of the sample.
-        device: where to compute; by default the CPU.
-        seconds: after which no further image is read, and one that takes as long is given up; by default all of the
-            sample are read, however long that takes.
+        backbone: The backbone; its network is moved to ``device``.
+        source: The images.
+        labels: A label for each image; by default those of the source. Where most images have one, the others are left
+            out of the sample.
+        device: The device that computes; by default the CPU.
+        seconds: Seconds after which no further image is read, and one that takes as long is given up; by default the
+            whole sample is read, however long that takes.
 
     Raises:
-        DataError: no image can be read, or the storage hangs.
-        WeightsError: the backbone's features are not finite.
+        DataError: No image can be read, or the storage hangs.
+        WeightsError: The backbone's features are not finite.
     """
     device = device or torch.device("cpu")
     network, image = backbone.network.to(device), backbone.image
@@ -210,7 +210,7 @@ def within(seconds: float | None, work: Callable[[], T], what: str) -> T:
     """The result of ``work``.
 
     Raises:
-        DataError: it takes longer than ``seconds``: a read that storage never answers must not stop a run.
+        DataError: The work takes longer than ``seconds``: a read that storage never answers must not stop a run.
     """
     if seconds is None:
         return work()

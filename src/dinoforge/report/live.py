@@ -19,9 +19,9 @@ class Live:
     and an error is told and costs only the report.
 
     Args:
-        write: writes the report.
-        every_minutes: above 0.
-        say: tells the user.
+        write: Writes the report.
+        every_minutes: Minutes between reports, above 0.
+        say: Tells the user.
     """
 
     def __init__(self, write: Callable[[], object], *, every_minutes: float, say: Callable[[str], object]) -> None:

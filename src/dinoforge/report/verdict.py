@@ -19,11 +19,11 @@ class Measured:
     """Accuracies, 0 to 1, of one way to measure, on the same images; None where it was not measured.
 
     Args:
-        by: the way, in words.
-        trained: at ``step``, the last time.
-        step: None for the evaluation of a finished network.
-        best: the largest one over time, at ``best_step``.
-        noise: a difference that means nothing.
+        by: The way to measure, in words.
+        trained: Accuracy of the trained network at ``step``, the last time.
+        step: The step of the last measurement; None for the evaluation of a finished network.
+        best: Highest accuracy so far, at ``best_step``.
+        noise: A difference that is still noise.
     """
 
     by: str
@@ -54,10 +54,10 @@ def judge(
     """Judges a run by its probes; without any, by the result of ``eval knn`` in its summary.
 
     Args:
-        metrics: see ``figures.read_metrics``.
-        summary: of the run.
-        checkpoints: steps of those that are kept.
-        teacher_step: of ``teacher.safetensors``.
+        metrics: Columns of ``metrics.jsonl``; see ``Columns``.
+        summary: Summary of the run.
+        checkpoints: Steps of the checkpoints that are kept.
+        teacher_step: Step of ``teacher.safetensors``.
     """
     measured = [m for m in (_probe(metrics, name, words) for name, words in _WORDS.items()) if m]
     evaluated = _evaluated(summary)

@@ -54,13 +54,13 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[st
     """Writes the state after ``step`` steps; it is complete or not there.
 
     Args:
-        run: the run directory.
-        step: steps done.
-        tensors: on any device.
-        values: everything else, as JSON has it.
+        run: The run directory.
+        step: Steps done so far.
+        tensors: Tensors by name, on any device.
+        values: Everything else, as JSON has it.
 
     Raises:
-        RunError: no space, or not writable.
+        RunError: The disk is full, or the checkpoint cannot be written.
     """
     path = path_of(run, step)
     # A name of this process: what another user's process left may be in the way for good.
@@ -95,13 +95,13 @@ def load(run: Path, step: int, tensors: Mapping[str, Tensor], *, verify: bool = 
     A sharded tensor gets its shard, however the checkpoint was made: on any number of ranks, sharded or not.
 
     Args:
-        run: the run directory.
-        step: of a checkpoint.
-        tensors: what to write into.
-        verify: whether to compare the sums first; ``newest`` does it, too.
+        run: The run directory.
+        step: Step of the checkpoint.
+        tensors: The tensors to fill, by name.
+        verify: Whether to compare the sums first, as ``newest`` does.
 
     Raises:
-        WeightsError: the checkpoint is damaged (a changed byte is found by the sums), or is of other networks.
+        WeightsError: The checkpoint is damaged (the sums find any changed byte), or is of other networks.
     """
     path = path_of(run, step)
     values = _verified(path) if verify else _values(path)
@@ -129,7 +129,7 @@ def newest(run: Path) -> tuple[int | None, list[str]]:
         Its step, None if there is no checkpoint yet; and a sentence on each damaged one.
 
     Raises:
-        WeightsError: there are checkpoints, and none is whole.
+        WeightsError: There are checkpoints, and none is whole.
     """
     damage = []
     for step in reversed(steps(run)):
@@ -158,7 +158,7 @@ def prune(run: Path, *, keep_last: int, keep_every: int | None) -> None:
     """Deletes checkpoints except the newest ``keep_last`` and those at multiples of ``keep_every``.
 
     Raises:
-        RunError: one cannot be deleted.
+        RunError: A checkpoint cannot be deleted.
     """
     for step in steps(run)[:-keep_last]:
         if keep_every is None or step % keep_every:
@@ -269,8 +269,8 @@ def whole(tensors: Mapping[str, Tensor], *, copy: bool) -> dict[str, Tensor]:
     """The tensors as they are now, sharded ones put together: to be saved by the first rank. Every rank has to ask.
 
     Args:
-        tensors: of this rank.
-        copy: make copies in the processor's memory, to be saved while training goes on.
+        tensors: The tensors of this rank by name.
+        copy: Whether to make copies in main memory, to be saved while training goes on.
 
     Returns:
         Nothing on other ranks than the first.

@@ -74,9 +74,9 @@ class RunDirectory:
         """Raises RunError unless the folder is new, or holds the run of this recipe on these images.
 
         Args:
-            recipe: to run.
-            data: the images.
-            batch_size: images of a step over all ranks, which may differ in number from those before.
+            recipe: The recipe to run.
+            data: The images.
+            batch_size: Images of a step over all ranks; the number of ranks may differ from the one before.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file, not a folder: choose another place with --out")
@@ -148,14 +148,14 @@ class RunDirectory:
         """Writes what the run is, and that it was started now at ``step``.
 
         Args:
-            recipe: as resolved.
-            data: which images.
-            base: the recipe of the package that the run's was first made from.
-            look: at some of the images.
-            device, precision: where and how precisely it computes.
-            step: steps done before.
-            ranks, mode: over how many ranks it is laid, and how.
-            batch_size: images of a step over all of them.
+            recipe: The recipe, as resolved.
+            data: The images.
+            base: The recipe of the package that the run's was first made from.
+            look: What a look at some of the images found.
+            device, precision: The device, and its dtype of matrix products.
+            step: Steps done before.
+            ranks, mode: Number of ranks, and how the networks are laid over them.
+            batch_size: Images of a step over all ranks.
         """
         start = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -19,7 +19,7 @@ class LastStep:
     """What the last step left, in case an error ends the next one: one process saves it.
 
     Args:
-        state: of the run.
+        state: State of the run.
     """
 
     def __init__(self, state: TrainState) -> None:

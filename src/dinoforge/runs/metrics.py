@@ -102,7 +102,7 @@ class JsonLines:
         """Cuts the lines of steps after ``step``, which are done anew.
 
         Raises:
-            RunError: it cannot be written.
+            RunError: The file cannot be written.
         """
         if self.path.exists():
             text = self.path.read_text(encoding="utf-8", errors="replace")  # a kill may have torn the last line
@@ -144,9 +144,9 @@ class Alarm:
     """Says once each what the metrics show to be wrong, in the sentences of ``dinoforge doctor``.
 
     Args:
-        recipe: its dotted keys.
-        file: what was logged before; that was told then.
-        say: tells the user.
+        recipe: Values of the recipe by dotted key.
+        file: What was logged before; its findings were told then.
+        say: Tells the user.
     """
 
     def __init__(self, recipe: Mapping[str, Any], file: JsonLines, say: Callable[[str], object]) -> None:

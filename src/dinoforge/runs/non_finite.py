@@ -30,7 +30,7 @@ class OverflowAlarm:
     """Says that gradients go on overflowing in float16; now and then a step does, and at the start several.
 
     Args:
-        say: tells the user.
+        say: Tells the user.
     """
 
     def __init__(self, say: Callable[[str], object]) -> None:

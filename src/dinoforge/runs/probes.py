@@ -33,15 +33,15 @@ class Probes:
     What goes wrong in a probe is told, and training goes on.
 
     Args:
-        run: where to.
-        state: of the run.
-        plan: of the run.
-        image: what the backbone expects of images.
-        measure: gives the scores of a backbone.
-        baselines: gives the scores of ``pixels`` and ``untrained``.
-        fingerprint: of the images and labels that are measured; baselines of others are measured anew.
-        say: tells the user.
-        duplicates: what of the measured images is there twice, once they are read.
+        run: The run directory to write to.
+        state: State of the run.
+        plan: Plan of the run.
+        image: What the backbone expects of images.
+        measure: Returns the scores of a backbone.
+        baselines: Returns the scores of ``pixels`` and ``untrained``.
+        fingerprint: Identifies the images and labels of the probe; the baselines of others are measured anew.
+        say: Tells the user.
+        duplicates: Returns which of the measured images are there twice; None until they are read.
     """
 
     def __init__(

@@ -37,11 +37,11 @@ class Saver:
     On several ranks all decide together when; the first writes what all have.
 
     Args:
-        run: where to.
-        state: of the run.
-        plan: of the run.
-        image: what the backbone expects of images.
-        say: tells the user.
+        run: The run directory to write to.
+        state: State of the run.
+        plan: Plan of the run.
+        image: What the backbone expects of images.
+        say: Tells the user.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Saver:
         """Saves the state now, unless that is done for this step.
 
         Raises:
-            RunError: no space, or not writable; or a state that is not finite.
+            RunError: The disk is full, the run directory cannot be written, or the state is not finite.
         """
         started = time.monotonic()
         self.wait()

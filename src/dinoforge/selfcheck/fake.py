@@ -75,11 +75,11 @@ class Counts:
     """What was asked of the accelerator.
 
     Args:
-        waits: moments at which the host waited for it: the reason and the line of the package.
-        pageable: copies to it from memory that is not page-locked: bytes and the line of the package.
-        kernels: operations that are not views.
-        traffic: bytes that these read and wrote.
-        operations: names of all operations, views too.
+        waits: Moments at which the host waited for the device: the reason, and the line of the package.
+        pageable: Copies to the device from memory that is not page-locked: bytes, and the line of the package.
+        kernels: Number of operations that are not views.
+        traffic: Bytes that these operations read and wrote.
+        operations: Names of all operations, views too.
     """
 
     waits: list[tuple[str, str]] = field(default_factory=list)
@@ -133,7 +133,7 @@ class _Accelerator:
     """Does on main memory what is asked of the device, and counts.
 
     Args:
-        float64: whether the device has it.
+        float64: Whether the device has float64.
     """
 
     float64: bool
@@ -276,8 +276,8 @@ def fake_accelerator(*, float64: bool = True, found: bool = False) -> Iterator[C
     """Lets tensors be put on ``DEVICE``; gives what is counted.
 
     Args:
-        float64: whether it has float64; MPS has not.
-        found: whether ``device=auto`` takes it.
+        float64: Whether the device has float64; MPS has not.
+        found: Whether ``device=auto`` takes the device.
     """
     accelerator = _Accelerator(float64)
     resolve = devices.resolve_device

@@ -34,10 +34,10 @@ class Fault:
 
     Args:
         kind: ``backward``, an exception in the backward pass of the last rank; ``data``, a DataError of the last rank;
-            ``hang``, a last rank that goes on no more; ``memory``, an allocation that fails, on any rank.
-        images: folder of images.
-        out: run directory. The file ``fault`` there is written just before it happens.
-        keys: of the recipe ``small``, as on the command line.
+            ``hang``, a last rank that stands still; or ``memory``, an allocation that fails, on any rank.
+        images: Folder of images.
+        out: Run directory. The file ``fault`` there is written just before the fault.
+        keys: Keys over the recipe ``small``, as on the command line.
     """
 
     kind: str
@@ -57,10 +57,10 @@ def train_with(fault: Fault) -> int:
     """Trains as ``dinoforge train`` does, until it goes wrong.
 
     Raises:
-        RecipeError: an unknown kind.
-        DataError: of the kind ``data``.
-        OutOfMemoryError: of the kind ``memory``.
-        LostRankError: where it was another rank.
+        RecipeError: The kind is unknown.
+        DataError: The kind is ``data``.
+        OutOfMemoryError: The kind is ``memory``.
+        LostRankError: Another rank failed.
     """
     happen = _HAPPENINGS.get(fault.kind)
     if happen is None:

@@ -196,14 +196,14 @@ def run_case(
     """Runs one rank of a case; on several ranks, call it on each. The errors are those of rank 0.
 
     Args:
-        folder: the case.
-        dtype: of matrix products, under autocast unless it is float32, which on a GPU is float32 only inside of
-            ``in_use``; in float16 the loss is scaled.
-        prepare: done to the networks when they have the case's weights, such as compiling them.
-        mode: how the networks are laid over ranks.
-        turn_tokens: as for ``train_step``.
-        device: where the steps run; what they are compared with stays on the CPU.
-        gradients: filled with those of the first step, before clipping, by the names of the student's parameters.
+        folder: Folder of the case.
+        dtype: The dtype of matrix products, under autocast unless it is float32, which on a GPU is float32 only inside
+            of ``in_use``; in float16 the loss is scaled.
+        prepare: Changes the networks when they have the case's weights, for example by compiling them.
+        mode: How the networks are laid over ranks.
+        turn_tokens: As for ``train_step``.
+        device: The device that runs the steps; what they are compared with stays on the CPU.
+        gradients: Receives the gradients of the first step, before clipping, by the names of the student's parameters.
     """
     case = json.loads((folder / "case.json").read_text())
     recipe = recipe_of(case)

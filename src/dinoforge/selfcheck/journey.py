@@ -48,8 +48,8 @@ class Journey:
     """The commands of one user.
 
     Args:
-        settings: of the check.
-        device: as resolved.
+        settings: Settings of the check.
+        device: The device, as resolved.
     """
 
     def __init__(self, settings: Settings, device: torch.device) -> None:

@@ -21,12 +21,12 @@ class Line:
     """One finding.
 
     Args:
-        name: what was looked at.
-        status: ``not here`` if it cannot be looked at on this machine; the text has the reason.
-        text: the numbers, or the reason, in a sentence or less.
-        values: the same for programs; what JSON can hold.
-        details: further lines, such as the last ones that a command printed.
-        seconds: how long it took; None if that says nothing.
+        name: What was looked at.
+        status: The outcome; ``not here`` where this machine cannot show it, for the reason in ``text``.
+        text: The numbers, or the reason, in a sentence or less.
+        values: The numbers for programs, as JSON can hold them.
+        details: Further lines, such as the last ones that a command printed.
+        seconds: Seconds that it took; None if they say nothing.
     """
 
     name: str
@@ -100,7 +100,7 @@ def all_guarded(name: str, lines: Callable[[], Iterator[Line]]) -> Iterator[Line
         yield failure_of(name, error)
 
 
-def render(line: Line) -> str:
+def line_text(line: Line) -> str:
     """The line for people: status, seconds, name and text in columns."""
     seconds = "" if line.seconds is None else f"{line.seconds:.1f} s"
     head = f"{line.status:<8} {seconds:>8}".ljust(_NAME_COLUMN) + line.name.ljust(_TEXT_COLUMN - _NAME_COLUMN - 1) + " "

@@ -25,9 +25,9 @@ class Ended:
     """How a program ended.
 
     Args:
-        code: its exit code, negative for a signal; None if it had to be ended at its deadline.
-        output: what it printed.
-        seconds: how long it ran.
+        code: Exit code, negative for a signal; None for a program that had to be ended at its deadline.
+        output: What the program printed.
+        seconds: Seconds that the program ran.
     """
 
     code: int | None
@@ -53,10 +53,10 @@ class Program:
     """A Python module that runs as a program of its own; whatever is left of it ends with the context.
 
     Args:
-        arguments: the module, and its arguments.
-        folder: where its output goes.
-        seconds: its deadline, from now.
-        environment: added to this program's, which it has but for what says that this is a rank.
+        arguments: The module, and its arguments.
+        folder: The folder for the output.
+        seconds: Seconds from now to the deadline.
+        environment: Variables to add to those of this program, of which those that make a rank are left out.
     """
 
     def __init__(

@@ -37,9 +37,9 @@ class Ranks:
     """Runs on several ranks, by the commands of a user.
 
     Args:
-        settings: of the check.
-        device: type of the ranks' devices.
-        number: of ranks.
+        settings: Settings of the check.
+        device: Type of the ranks' devices.
+        number: Number of ranks.
     """
 
     def __init__(self, settings: Settings, device: str, number: int) -> None:
@@ -200,11 +200,11 @@ def ended_by_fault(command: Sequence[str], folder: Path, out: Path, name: str, c
     """Runs ranks of which one fails, and says how soon all have ended and what they said.
 
     Args:
-        command: starts them.
-        folder: for the output.
-        out: run directory, where the file ``fault`` says when it happened.
-        name: of the line.
-        code: that they are to end with.
+        command: The command that starts the ranks.
+        folder: The folder for the output.
+        out: The run directory, where the file ``fault`` says when the fault happened.
+        name: Name of the line.
+        code: The exit code to expect.
     """
     file = out / "fault"
     with Program(command, folder, seconds=_FAULT_SECONDS) as program:

@@ -40,8 +40,8 @@ class Profile:
     """What a GPU did in a step.
 
     Args:
-        kernels: that it ran.
-        idle: share of the time between the first and the last of them in which it ran none.
+        kernels: Number of kernels that the GPU ran.
+        idle: Share of the time between the first and the last kernel in which none ran.
     """
 
     kernels: int
@@ -120,7 +120,7 @@ def of_times(times: list[tuple[float, float]]) -> Profile:
     """Counts kernels and the time between them.
 
     Args:
-        times: start and end of each, in any order; they may overlap.
+        times: Start and end of each kernel, in any order; kernels may overlap.
     """
     if not times:
         return Profile(0, 1.0)

@@ -51,8 +51,8 @@ def of_warnings(told: list[warnings.WarningMessage], most: int) -> Line:
     """The line of what CUDA warned of in a step.
 
     Args:
-        told: all warnings.
-        most: so many synchronisations may be.
+        told: All warnings.
+        most: Number of synchronisations that may be.
     """
     where = [
         f"{Path(warning.filename).name}:{warning.lineno}"

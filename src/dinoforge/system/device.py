@@ -37,7 +37,7 @@ def resolve_device(name: str) -> torch.device:
     """The device of that name; ``auto`` takes CUDA, then MPS, then the CPU.
 
     Raises:
-        RecipeError: unknown, or not on this machine, with the reason.
+        RecipeError: The device is unknown, or not on this machine; the error says why.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -66,7 +66,7 @@ def rank_device(name: str) -> torch.device:
     A rank that sees a single GPU takes that one: Slurm shows each task its own with ``--gpus-per-task``.
 
     Raises:
-        RecipeError: as ``resolve_device``; ranks that would share one GPU, as far as this one can tell.
+        RecipeError: As ``resolve_device``; or ranks would share one GPU, as far as this one can tell.
     """
     device = resolve_device(name)
     if device.type not in ("cuda", "mps") or distributed.launched_world_size() == 1:
@@ -97,8 +97,8 @@ def note_of_fallback(name: str, device: torch.device) -> str | None:
     """Says that ``auto`` took the CPU where a GPU was to be expected, and why; None where nothing is to be said.
 
     Args:
-        name: the recipe's.
-        device: what it was resolved to.
+        name: The name in the recipe.
+        device: The device that the name was resolved to.
     """
     if name != "auto" or device.type != "cpu":
         return None
@@ -116,8 +116,8 @@ def note_of_idle_gpus(name: str, device: torch.device) -> str | None:
     """Says that GPUs of this machine are not used, unless the user chose one; None if all are.
 
     Args:
-        name: the recipe's.
-        device: this rank's.
+        name: The name in the recipe.
+        device: The device of this rank.
     """
     if device.type != "cuda" or name not in ("auto", "cuda"):
         return None
@@ -133,7 +133,7 @@ def has_gpu(root: Path = _ROOT) -> bool:
     """Whether Linux knows of a GPU that some build of PyTorch computes on: NVIDIA's, or AMD's if this is that build.
 
     Args:
-        root: of the file system.
+        root: The root of the file system.
     """
     drivers = [
         "proc/driver/nvidia/version",
@@ -201,12 +201,12 @@ def resolve_precision(name: str, device: torch.device, *, sharded: bool = False)
     and nothing of it has been measured.
 
     Args:
-        name: the recipe's.
-        device: of this rank.
-        sharded: whether weights are sharded over ranks, which the scaling of float16's losses does not allow.
+        name: The name in the recipe.
+        device: The device of this rank.
+        sharded: Whether weights are sharded over ranks, which the scaling of float16's losses does not allow.
 
     Raises:
-        RecipeError: float16 was asked for, and cannot be.
+        RecipeError: The recipe asks for float16, which is impossible here.
     """
     if sharded and name == "fp16":
         raise RecipeError("precision=fp16 cannot be sharded: set precision=bf16, or parallel.mode=ddp")
@@ -241,8 +241,8 @@ def in_use(device: torch.device, *, allow_tf32: bool = False) -> Iterator[None]:
     factors to 10 bits: PyTorch allows it to cuDNN by default.
 
     Args:
-        device: ``cuda`` without an index is the current one.
-        allow_tf32: for both, products and convolutions.
+        device: The device; ``cuda`` without an index is the current GPU.
+        allow_tf32: Whether products and convolutions may use TF32.
     """
     if device.type != "cuda":
         yield
@@ -365,9 +365,9 @@ def loader_workers(device: torch.device, processors: int, wanted: int | None) ->
     accelerator all but one, which launches its work, and at most 32.
 
     Args:
-        device: of the step.
-        processors: of this rank.
-        wanted: by the recipe; None: not said.
+        device: The device that computes the step.
+        processors: Processors that this rank may use.
+        wanted: The number in the recipe; None where it has none.
     """
     if wanted is not None:
         return min(wanted, processors)
@@ -384,7 +384,7 @@ def compute_threads(device: torch.device, processors: int, wanted: int | None) -
     wait take time from the workers. The number of workers itself has no say, so that it changes no sum's rounding.
 
     Args:
-        device, processors, wanted: as for ``loader_workers``.
+        device, processors, wanted: As for ``loader_workers``.
     """
     if wanted is not None:
         return wanted
@@ -427,7 +427,7 @@ def number_of_ranks(text: str) -> int:
     """What ``--nproc`` says: a number, or ``auto``: one for each GPU.
 
     Raises:
-        RecipeError: neither.
+        RecipeError: The text is neither.
     """
     if text == "auto":
         return max(1, torch.cuda.device_count())

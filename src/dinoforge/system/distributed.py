@@ -45,14 +45,14 @@ def process_group(device: torch.device, backend: str = "auto", timeout: timedelt
     they may be in a kernel that waits for ever. So they do when a rank of their machine was killed.
 
     Args:
-        device: this rank's.
-        backend: ``gloo``, ``nccl`` or ``auto``: gloo for what is on the CPU, nccl for what is on a GPU. What ranks tell
-            each other about the run itself is always on the CPU.
-        timeout: how long a rank waits for the others before it fails; None: as long as PyTorch does.
+        device: The device of this rank.
+        backend: One of ``gloo``, ``nccl`` and ``auto``: gloo for tensors on the CPU, nccl for those on a GPU. What
+            ranks tell each other about the run itself is always on the CPU.
+        timeout: The time that a rank waits for the others before it fails; None: PyTorch's default.
 
     Raises:
-        RecipeError: a backend or device that several ranks cannot use, or a GPU that two of them share.
-        LostRankError: ranks that do not come together.
+        RecipeError: Several ranks cannot use the backend or the device, or two of them share a GPU.
+        LostRankError: The ranks did not come together.
     """
     if launched_world_size() == 1 or dist.is_initialized():
         yield
@@ -143,10 +143,10 @@ class _Others(threading.Thread):
     """Looks every second whether the other ranks are well, and ends this process if one is gone and it does not.
 
     Args:
-        store: that all ranks share, and that no earlier ranks have used.
-        rank: this one.
-        places: of all ranks.
-        patience: how long to wait for the others when this one is done.
+        store: A store that all ranks share, and that no earlier ranks have used.
+        rank: The number of this rank.
+        places: Where each rank runs.
+        patience: The time to wait for the others when this rank is done.
     """
 
     def __init__(self, store: Store, rank: int, places: Sequence[_Place], patience: timedelta) -> None:
@@ -249,7 +249,7 @@ def _agreed_name(store: Store, rank: int, world_size: int, patience: timedelta) 
     says something new, until the first one has answered it.
 
     Raises:
-        TimeoutError: not all came.
+        TimeoutError: Not all ranks came.
     """
     deadline = time.monotonic() + patience.total_seconds()
     mine = uuid.uuid4().hex

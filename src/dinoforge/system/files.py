@@ -65,7 +65,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Lets ``write`` make a file beside ``path``, brings it to disk, and only then gives it its name.
 
     Raises:
-        RunError: no space, or not writable; whatever was at ``path`` before is still there.
+        RunError: The disk is full or the file cannot be written; whatever was at ``path`` before is still there.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
@@ -92,7 +92,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     Files that are written beside it, such as the weights of a large ONNX file, come along. So does nothing else.
 
     Raises:
-        RunError: something is at ``path``; no space, or not writable.
+        RunError: Something is at ``path`` already, the disk is full, or the file cannot be written.
     """
     aside = path.with_name(f".{path.name}.partial")
     if path.exists():
@@ -178,12 +178,12 @@ def save_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: Mapping[
     """Writes a safetensors file of which the same contents always make the same bytes.
 
     Args:
-        tensors: on the CPU, contiguous.
-        path: the file.
-        metadata: of its header.
+        tensors: Contiguous tensors on the CPU by name.
+        path: The file to write.
+        metadata: Texts for its header.
 
     Raises:
-        SafetensorError, OSError: it cannot be written.
+        SafetensorError, OSError: The file cannot be written.
     """
     from safetensors.torch import save_file
 

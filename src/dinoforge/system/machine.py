@@ -13,7 +13,7 @@ def processors(root: Path = _ROOT) -> int:
     """How many this process may use: those it is bound to, or fewer if its control group has less of their time.
 
     Args:
-        root: of the file system.
+        root: The root of the file system.
     """
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(bound, _processor_time(root))))
@@ -23,7 +23,7 @@ def free_memory(root: Path = _ROOT) -> float | None:
     """Bytes of main memory that this process can still take; None where the system does not say.
 
     Args:
-        root: of the file system.
+        root: The root of the file system.
     """
     try:
         meminfo = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()

@@ -30,11 +30,11 @@ def out_of_memory_in_words(device: torch.device, ways: Callable[[], Sequence[str
     """Has what runs out of memory meanwhile end with what there was, what was asked for, and what helps.
 
     Args:
-        device: that is computed on.
-        ways: gives what would take less memory, in the order to try it.
+        device: The device that computes.
+        ways: Returns what would take less memory, in the order to try it.
 
     Raises:
-        OutOfMemoryError: memory ran out.
+        OutOfMemoryError: Memory ran out.
     """
     try:
         yield

@@ -21,7 +21,7 @@ class Stopwatch:
     """Times parts on one device.
 
     Args:
-        device: where the work is done.
+        device: The device that does the work.
     """
 
     def __init__(self, device: torch.device) -> None:

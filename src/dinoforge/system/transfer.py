@@ -13,8 +13,8 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     memory, where the device can use such memory.
 
     Args:
-        x: on the CPU, or on the device already.
-        device: where to.
+        x: A tensor on the CPU, or on the device already.
+        device: The device that gets the copy.
     """
     if device.type in PAGE_LOCKED and x.device.type == "cpu":
         x = x.pin_memory()
