@@ -1,4 +1,4 @@
-"""What the commands' parsers share: recipe keys, types of arguments, exit codes."""
+"""Recipe keys, types of arguments and exit codes, for all parsers."""
 
 import argparse
 import math

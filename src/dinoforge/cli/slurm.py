@@ -18,7 +18,7 @@ _SIGNAL_SECONDS = 120  # before the end of its time that a job is told of it
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job asks for."""
+    """The resources that a job asks for."""
 
     nodes: int = 1
     ranks_per_node: int = 1
@@ -29,7 +29,7 @@ class Resources:
 
 
 class Rank:
-    """What each task of the job does: ``dinoforge`` as one rank. Queued again, it continues the run.
+    """A task of the job: ``dinoforge`` as one rank. Queued again, it continues the run.
 
     Args:
         arguments: Arguments of the command line.
@@ -66,7 +66,7 @@ class Rank:
 
 
 def _queue_again() -> None:
-    """Has Slurm queue this job again, whose run was stopped by SIGTERM: what it sends first to whom it pre-empts.
+    """Make Slurm queue this job again, whose run was stopped by SIGTERM, the first signal of a pre-emption.
 
     A run that stops in time ends its job before that is taken away, and Slurm would take it for finished. A job that
     was cancelled gets the same signal, but does not count as running any more.

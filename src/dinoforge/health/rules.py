@@ -1,4 +1,4 @@
-"""What is wrong with a run, in plain words, from its metrics and its recipe alone; see docs/diagnosis.md.
+"""Rules that find what is wrong with a run from its metrics and its recipe alone; see docs/diagnosis.md.
 
 Each rule looks at one line after the other and never ahead, so a run is told while it goes what ``dinoforge doctor``
 tells afterwards. Thresholds come from runs that were made to fail, each beside its healthy twin
@@ -46,7 +46,7 @@ class Finding:
 
 
 def diagnose(metrics: Mapping[str, Sequence[float | None]], recipe: Mapping[str, Any]) -> list[Finding]:
-    """What is wrong with a run, in the order in which it showed; an empty list means nothing.
+    """Find what is wrong with a run, in the order in which it showed; an empty list means nothing is.
 
     Args:
         metrics: Columns of ``metrics.jsonl`` by name, None where a line has no such number.
@@ -60,7 +60,7 @@ def diagnose(metrics: Mapping[str, Sequence[float | None]], recipe: Mapping[str,
 
 
 class Watch:
-    """Told of one logged line after the other, says what is newly wrong; each finding once.
+    """Finds what is newly wrong in each logged line; each finding comes once.
 
     Args:
         recipe: Values of the recipe by dotted key.
@@ -266,7 +266,7 @@ class Watch:
         )
 
     def _spreading(self, line: Line) -> tuple[str, tuple[str, ...]]:
-        """What spreads cls tokens and is not on yet, and its keys."""
+        """Ways to spread cls tokens that are not on yet, in words, and their keys."""
         weight = self.recipe["dino.koleo_loss_weight"]
         lr = self.recipe["optim.base_lr"]
         more = f"Give dino.koleo_loss_weight more weight (now {weight:g})"

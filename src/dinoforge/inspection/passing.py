@@ -29,9 +29,9 @@ class Pass:
 
     Args:
         source: The images.
-        channels: That training wants.
+        channels: Number of channels that training wants.
         decoding: How values become pixels.
-        images: That are looked at, at most.
+        images: Most images to look at.
     """
 
     source: Source
@@ -132,7 +132,7 @@ def file_name(name: str) -> str:
 
 
 def sizes_of(seen: Sequence[Seen]) -> Sizes | None:
-    """Of the images that could be read; None where none could."""
+    """Sizes of the images that could be read; None where none could."""
     if not seen:
         return None
 
@@ -156,7 +156,7 @@ def sizes_of(seen: Sequence[Seen]) -> Sizes | None:
 
 
 def cost_of(pass_: Pass) -> Cost | None:
-    """What reading takes; None where nothing could be read."""
+    """The cost of reading; None where nothing could be read."""
     if not pass_.seen:
         return None
     slowest = max(pass_.seen, key=lambda one: one.seconds)

@@ -28,7 +28,7 @@ def inspection_text(found: Inspection) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in words."""
+    """A number of bytes in words."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:,.3g} {unit}"
@@ -80,7 +80,7 @@ def sampled(found: Inspection) -> str:
 
 
 def compared(found: Inspection) -> str:
-    """Where copies were looked for."""
+    """Say where copies were looked for."""
     said = f"pixels of the {found.sampling.images:,} sampled images"
     if not found.copies.files_compared:
         return f"compared {said}"
@@ -90,7 +90,7 @@ def compared(found: Inspection) -> str:
 
 
 def reading(found: Inspection) -> str:
-    """What reading takes; '' where nothing could be read."""
+    """Say what reading takes; '' where nothing could be read."""
     cost = found.cost
     if cost is None:
         return ""
@@ -120,7 +120,7 @@ HEADERS = ("channel", "min", "0.1 %", "median", "99.9 %", "max", "becomes 0", "b
 
 
 def values_said(values: Values) -> str:
-    """What values these are."""
+    """Describe the values of one type."""
     kind = f"{values.type} x{len(values.channels)}"
     if values.type != "bool" and values.bits != 8 * int("".join(filter(str.isdigit, values.type)) or 8) // 8:
         kind += f", {values.bits} bits"

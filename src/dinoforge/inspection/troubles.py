@@ -1,4 +1,4 @@
-"""What one has to know about the images, each kind of it named once; docs/inspect.md lists the codes."""
+"""Troubles of the images, each kind named once; docs/inspect.md lists the codes."""
 
 import re
 from collections import Counter, defaultdict
@@ -26,7 +26,7 @@ Which = Callable[[Seen], bool]
 
 @dataclass(frozen=True)
 class Facts:
-    """What troubles are looked for in."""
+    """Everything in which troubles are looked for."""
 
     seen: Sequence[Seen]
     unread: Sequence[Unread]
@@ -46,7 +46,7 @@ class Facts:
 
 
 def find(facts: Facts) -> tuple[Trouble, ...]:
-    """All troubles, those that cost images or make them wrong first."""
+    """Find all troubles, those that cost images or make them wrong first."""
     found = [
         *_unreadable(facts),
         *_refused(facts),

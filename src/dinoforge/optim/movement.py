@@ -1,4 +1,4 @@
-"""How far an optimizer step moves the weights."""
+"""The distance by which an optimizer step moves the weights."""
 
 import math
 from collections.abc import Mapping

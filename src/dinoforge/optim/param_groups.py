@@ -14,7 +14,7 @@ UNREGULARISED = "no weight decay on biases, norms, LayerScale"
 
 @dataclass(frozen=True)
 class Rule:
-    """What a parameter's hyper-parameters are, and why."""
+    """The multipliers of a parameter's hyper-parameters, and the reason for them."""
 
     text: str
     lr_multiplier: float

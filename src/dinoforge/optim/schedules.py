@@ -22,7 +22,7 @@ def cosine(
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What one step is done with."""
+    """The hyper-parameters of one step."""
 
     lr: float
     last_layer_lr: float

@@ -49,7 +49,7 @@ _FLAT = 0.02  # no deviation below five levels: it would turn rounding into a pi
 
 @dataclass(frozen=True)
 class Pixels:
-    """What was measured of the pixels.
+    """Statistics of the pixels of a sample of images.
 
     Args:
         mean, std: Mean and standard deviation of each channel, on the range 0 to 1.
@@ -67,7 +67,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rule knows.
+    """The facts that the rule looks at.
 
     Args:
         images: Number of images, at least 1.
@@ -122,7 +122,7 @@ def facts_of(
     channels: Channels | None = None,
     statistics: PixelStatistics | None = None,
 ) -> Facts:
-    """What a look at some images tells the rule.
+    """Turn what a look at some images found into facts for the rule.
 
     Args:
         data: Sizes and kinds of the images.
@@ -373,7 +373,7 @@ def _normalisation(facts: Facts, channels: int, said: Mapping[str, Any]) -> dict
 
 
 def _far(pixels: Pixels) -> str:
-    """In what the pixels differ from ImageNet's more than photographs do; '' where they do not."""
+    """How the pixels differ from ImageNet's more than photographs do, in words; '' where they do not."""
     off = max(abs(a - b) for a, b in zip(pixels.mean, Data.mean, strict=True))
     if off > _FAR_MEAN:
         return f"ImageNet's mean is off by {off:.2f}, more than {_FAR_MEAN} in a channel"

@@ -1,4 +1,4 @@
-"""How fast training steps and their data are, beside what the machine can multiply."""
+"""Measurements of training steps and of making their data, beside what the machine can multiply."""
 
 import math
 import statistics
@@ -75,7 +75,7 @@ def gemm_peak(
 
 
 def seconds_per_step(recipe: Recipe, source: Source, *, repeats: int = 6) -> float:
-    """What a step with the making of its batch costs, the quickest of several.
+    """Seconds of a step and the making of its batch, the quickest of several.
 
     On a processor it is the work that counts, so that what else runs meanwhile hardly matters: both are timed on one
     thread in processor time, and shared out over all processors at 90 %. Elsewhere, the longer of the step and the
@@ -246,7 +246,7 @@ class StepBench:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What a run's step and data cost on a machine.
+    """The cost of a run's step and data on a machine.
 
     Args:
         device, precision, threads, num_workers, processors, batch_size: The setting that was measured.
@@ -294,7 +294,7 @@ class BenchResult:
         }
 
     def advice(self) -> list[str]:
-        """What limits, and which keys to change, in sentences."""
+        """Say in sentences what limits the run, and which keys to change."""
         base, *others = self.data_ms.items()
         lines = []
         if self.waits:

@@ -1,4 +1,4 @@
-"""What a recipe does to every parameter at a step, its schedules, its masks, and what a step computes."""
+"""An explanation of a recipe: what it does to every parameter at a step, its schedules, masks, work and memory."""
 
 import dataclasses
 from dataclasses import dataclass

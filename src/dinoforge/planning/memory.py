@@ -1,4 +1,4 @@
-"""How much memory a run will take, by part, before it is started.
+"""Estimates of the memory that a run takes, by part, before it starts.
 
 A step takes most at one of three moments: when the losses are done; when the heads have their gradients and those of
 the backbone begin; when nearly all gradients are there. What is alive then follows from the sizes of network, crops and
@@ -38,7 +38,7 @@ def estimate(
     shards: int = 1,
     reading: float = 0.0,
 ) -> dict[str, float]:
-    """Bytes per part of the peak of one rank: its tensors, and on a CPU what else the process and its workers take.
+    """Peak bytes of one rank by part: its tensors, and on a CPU what else the process and its workers take.
 
     Args:
         recipe: The recipe of the run.
@@ -62,7 +62,7 @@ def estimate(
 
 
 def of_reading(recipe: Recipe, working_bytes: float, workers: int) -> float:
-    """Bytes of main memory that reading images takes for one rank, beside the batch that a step works on.
+    """Bytes of main memory that one rank takes to read images, beside the batch that a step works on.
 
     Args:
         recipe: The recipe of the run.
@@ -92,7 +92,7 @@ def of_tensors(
     mode: Mode = "none",
     shards: int = 1,
 ) -> dict[str, float]:
-    """Bytes per part of the peak of one rank's tensors, which is what accelerators count; as ``estimate``."""
+    """Peak bytes of one rank's tensors by part, which is what accelerators count; arguments as for ``estimate``."""
     weights = _Weights.of(networks)
     images = recipe.train.batch_size_per_gpu
     local = recipe.crops.local_crops_number if networks.objective.dino_local_weight > 0 else 0
@@ -278,7 +278,7 @@ class _Step:
 
     @staticmethod
     def _of_heads(recipe: Recipe, size: int) -> float:
-        """Bytes of a sample: what each GELU of the MLP reads, and the bottleneck."""
+        """Bytes of a head for one sample: what each GELU of the MLP reads, and the bottleneck."""
         d = recipe.dino
         return (d.head_nlayers - 1) * d.head_hidden_dim * size + 4 * 4 * d.head_bottleneck_dim
 
@@ -316,7 +316,7 @@ class _Step:
 
 
 def _tokens(recipe: Recipe, networks: StudentTeacher) -> tuple[int, int]:
-    """Of a global and of a local crop."""
+    """Numbers of tokens of a global and of a local crop."""
     backbone = cast(VisionTransformer, networks.student["backbone"])
     sizes = (recipe.crops.global_crops_size, recipe.crops.local_crops_size)
     of_global, of_local = (backbone.tokens_of((size, size)) for size in sizes)
@@ -324,7 +324,7 @@ def _tokens(recipe: Recipe, networks: StudentTeacher) -> tuple[int, int]:
 
 
 def _masked_patches(recipe: Recipe, networks: StudentTeacher) -> float:
-    """Of a global crop, on average, where a loss reads them."""
+    """Average number of masked patches of a global crop, where a loss reads them."""
     ibot = recipe.ibot
     patches = (recipe.crops.global_crops_size // recipe.student.patch_size) ** 2
     share = ibot.mask_sample_probability * sum(ibot.mask_ratio_min_max) / 2

@@ -1,4 +1,4 @@
-"""What a run would take on machines that are not here: memory, communication, data, hours.
+"""Requirements of a run on machines that are not here: memory, communication, data, hours.
 
 Device figures are their makers' published peaks, and what of them is reached is an assumption that is printed with
 every answer. Nothing here was measured on such devices.
@@ -77,7 +77,7 @@ class Requirements:
     layouts: list[Layout]
 
     def seconds(self, layout: Layout) -> tuple[float, float]:
-        """Of a step: in products, and in communication if none of it were hidden behind them."""
+        """Seconds of a step: in products, and in communication if none of it were hidden behind them."""
         link = self.device.link if self.ranks <= _GPUS_PER_NODE else _NODE_LINK
         compute = (self.flops + layout.extra_flops) / (self.device.flops * self.utilisation)
         return compute, layout.sent / (link * _LINK_SHARE)
@@ -102,7 +102,7 @@ def parse_gpus(text: str) -> tuple[int, str]:
 
 
 def requirements(recipe: Recipe, *, images: int, gpus: str, utilisation: float = 0.35) -> Requirements:
-    """What a run of the recipe takes. Allocates no weights.
+    """The requirements of a run of the recipe; allocates no weights.
 
     Args:
         recipe: The recipe.

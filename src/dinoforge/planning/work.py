@@ -1,4 +1,4 @@
-"""What a step computes, counted."""
+"""The work of a step, counted in products."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _MASKED_CROPS_SAMPLE = 512
 
 @dataclass(frozen=True)
 class Masks:
-    """What the recipe's generator of masks gives, measured."""
+    """Measurements of the masks that the recipe's generator draws."""
 
     kind: str
     grid: tuple[int, int]  # patches

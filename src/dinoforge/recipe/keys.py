@@ -12,7 +12,7 @@ _TYPE_NAMES = {int: "whole number", float: "number", bool: "true or false", str:
 
 @dataclass(frozen=True)
 class Key:
-    """What a user may know of a key."""
+    """A key of a recipe, as a user needs to know it."""
 
     name: str  # with its section, as in "train.seed"
     type: str  # in words, as in "whole number or null"

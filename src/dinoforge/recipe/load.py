@@ -251,7 +251,7 @@ def _keys_of(section: str) -> list[str]:
 
 
 def nearest_keys(word: str) -> list[str]:
-    """Up to three keys of recipes that a word is near to."""
+    """Up to three keys of recipes whose names are close to a word."""
     return _near(word, list(TYPES))
 
 

@@ -201,7 +201,7 @@ class Optim:
 
 @dataclass(frozen=True)
 class Crops:
-    """How many crops an image gives, and how large they are."""
+    """Number and sizes of the crops of an image."""
 
     global_crops_scale: tuple[float, float] = key(
         (0.32, 1.0), "Lowest and highest area of a global crop, as a share of the image.", CROP_SCALES

@@ -18,7 +18,7 @@ from dinoforge.models.vit import VisionTransformer
 
 @dataclass(frozen=True)
 class Seen:
-    """What the network saw of one image at one step."""
+    """The crops and masks of one image at one step."""
 
     index: int
     image: npt.NDArray[np.uint8]  # [H, W, C] that the crops were cut from

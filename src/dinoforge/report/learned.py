@@ -1,4 +1,4 @@
-"""What a network has learned, looked up on a sample of its images."""
+"""What a network has learned, found on a sample of its images."""
 
 import time
 from collections import Counter
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PatchMap:
-    """What the network makes of one image, patch by patch."""
+    """The network's view of one image, patch by patch."""
 
     name: str
     image: Tensor  # uint8 [C, h, w] as it was shown
@@ -233,7 +233,7 @@ def within(seconds: float | None, work: Callable[[], T], what: str) -> T:
 
 
 def bright(row: Tensor) -> Tensor:
-    """What is shown brightest of a head's attention: a few patches may get nearly all of it."""
+    """The value of a head's attention that is shown as brightest: a few patches may get nearly all of the attention."""
     return torch.quantile(row, 0.98).clamp(min=1e-12)
 
 

@@ -30,7 +30,7 @@ class Live:
         self._due = time.monotonic() + 60 * every_minutes
 
     def __call__(self, _: object) -> None:
-        """After a step: writes the report if it is time."""
+        """Write the report after a step, if it is time."""
         if time.monotonic() >= self._due:
             self.make()
 

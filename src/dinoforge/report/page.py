@@ -115,7 +115,7 @@ def _row(m: Measured) -> Json:
 
 
 def _commands(run: ReportedRun) -> list[list[str]]:
-    """What to do next, each with its command."""
+    """The next things to do, each with its command."""
     name, data = (shlex.quote(printable(text)) for text in (run.name, run.info.get("data", {}).get("path", "DATA")))
     go_on = ["continue", f"dinoforge train {data} --recipe {name}/recipe.yaml --out {name}"]
     return [

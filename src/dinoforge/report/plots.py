@@ -39,7 +39,7 @@ def losses(run: ReportedRun, *, smooth: bool = True) -> Figure:
 
 
 def health(run: ReportedRun, *, smooth: bool = True) -> Figure:
-    """What tells collapse from health: effective rank, entropies, prototype use, …"""
+    """Curves that tell collapse from health: effective rank, entropies, prototype use, …"""
     return _curves(run, "health", smooth)
 
 
@@ -54,7 +54,7 @@ def speed(run: ReportedRun, *, smooth: bool = True) -> Figure:
 
 
 def crops(run: ReportedRun) -> Figure:
-    """What the network saw of images of the first step: crops as cut, and as it got them, with the masked patches."""
+    """Crops of images of the first step, as cut and as the network got them, with the masked patches."""
     seen = run.seen
     count = len(seen[0].before)
     figure = _figure(0.9 * count, 1.9 * len(seen), pictures=True)

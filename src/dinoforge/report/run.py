@@ -18,7 +18,7 @@ from dinoforge.weights.backbone import Backbone
 
 @dataclass(frozen=True)
 class Written:
-    """What a report has become."""
+    """The files of a report."""
 
     page: Path
     figures: list[Path]
@@ -27,7 +27,7 @@ class Written:
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """What a report is made from. None, or what is empty, is what the run does not have (yet).
+    """A run as its report needs it; what the run does not have (yet) is None or empty.
 
     Args:
         name: Name of the run directory.
@@ -83,7 +83,7 @@ class ReportedRun:
 
     @cached_property
     def seen(self) -> list[Seen]:
-        """What the network saw of the first images of its first step.
+        """Crops and masks of the first images of the run's first step.
 
         Raises:
             DataError: The images are not there, or none of them can be read.
@@ -101,7 +101,7 @@ class ReportedRun:
 
     @cached_property
     def learned(self) -> Learned:
-        """What the EMA teacher makes of a sample of the images.
+        """The EMA teacher's features of a sample of the images, analysed.
 
         Raises:
             DataError: There is no teacher yet, or the images are not there.

@@ -1,4 +1,4 @@
-"""Is it learning? The answer from what was measured, in words."""
+"""The answer, from what was measured, to whether a run learns."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -171,7 +171,7 @@ def _percent(share: float) -> str:
 
 
 def _recent(metrics: Columns, key: str, mean: Any) -> float | None:
-    """Over the second half, when things have settled."""
+    """The mean over the second half of a run, when values have settled."""
     _, values = curve(metrics, key)
     return float(mean(values[len(values) // 2 :])) if values else None
 

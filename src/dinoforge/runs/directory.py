@@ -119,7 +119,7 @@ class RunDirectory:
         return int(info.get("batch_size", train.batch_size_per_gpu))
 
     def ranks(self) -> int:
-        """On how many ranks it was started the last time."""
+        """The number of ranks of the last start."""
         return int(self.info()["starts"][-1].get("ranks", 1))
 
     def read_summary(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dinoforge.training.state import TrainState
 
 
 class LastStep:
-    """What the last step left, in case an error ends the next one: one process saves it.
+    """The state that the last step left, which one process saves if an error ends the next step.
 
     Args:
         state: State of the run.

@@ -171,7 +171,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _machine() -> str | None:
-    """What tells machines and containers with the same name apart; None where processes cannot be looked up."""
+    """A text that tells machines and containers of the same name apart; None where processes cannot be looked up."""
     if not sys.platform.startswith("linux"):
         return None
     try:

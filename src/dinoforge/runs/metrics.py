@@ -1,4 +1,4 @@
-"""What a run tells while it goes: the terminal, a file of JSON lines, TensorBoard."""
+"""Metrics of a run: a file of JSON lines, TensorBoard, and an alarm."""
 
 import json
 import time
@@ -110,7 +110,7 @@ class JsonLines:
             write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def lines(self) -> list[Metrics]:
-        """What the file holds."""
+        """Read the metrics in the file."""
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         return [json.loads(line) for line in text.splitlines()]
 
@@ -141,7 +141,7 @@ def _step_of(line: str) -> float:
 
 
 class Alarm:
-    """Says once each what the metrics show to be wrong, in the sentences of ``dinoforge doctor``.
+    """Tells the user once of each fault that the metrics show, in the sentences of ``dinoforge doctor``.
 
     Args:
         recipe: Values of the recipe by dotted key.

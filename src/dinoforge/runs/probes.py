@@ -23,7 +23,7 @@ Scores = dict[str, float]
 
 
 class Probes:
-    """Says when the teacher is measured, keeps what comes out, and the best backbone by k-NN.
+    """Decides when the teacher is measured, and keeps the scores and the best backbone by k-NN.
 
     Probes are made at every ``probe.every_steps``, at the first logged step after ``probe.every_minutes``, and at the
     last step of a run that had one. Each is listed in ``probes.json`` of the run, with the accuracies of raw pixels
@@ -149,7 +149,7 @@ class Probes:
         self.best = best
 
     def _read_best(self) -> dict[str, Any] | None:
-        """What the header of the best backbone says, if it was measured on the same images."""
+        """The scores in the header of the best backbone, if they were measured on the same images."""
         if not self.run.best.exists():
             return None
         try:

@@ -81,7 +81,7 @@ def load_batch(path: Path) -> SavedBatch:
 
 @dataclass(frozen=True)
 class Findings:
-    """Where a step's values stop being finite, in the order in which they are computed.
+    """The places where a step's values stop being finite, in the order in which they are computed.
 
     Args:
         weights: Names of parameters and buffers that are not finite before the step.
@@ -219,7 +219,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def describe_terms(terms: Mapping[str, float]) -> str:
-    """What is not finite: losses, or else gradient norms."""
+    """Name the terms that are not finite: losses, or else gradient norms."""
     bad = [name for name, value in terms.items() if not abs(value) < float("inf")]
     losses = [name for name in bad if not name.startswith("grad_norm.")]
     return ", ".join(f"{name} {terms[name]}" for name in losses or bad)

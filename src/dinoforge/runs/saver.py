@@ -97,7 +97,7 @@ class Saver:
             self.run.write_summary({"checkpoint_wait_seconds": round(self.waited, 2)})
 
     def wait(self) -> None:
-        """Until nothing is being written; tells what went wrong."""
+        """Wait until nothing is being written; tell what went wrong."""
         if error := self._ended():
             self._due = min(self._due, time.monotonic() + _RETRY_SECONDS)
             self.say(f"not saved  {error}. Training goes on, and tries again within a minute.")
@@ -114,7 +114,7 @@ class Saver:
         return None
 
     def _start(self) -> None:
-        """Has the state written, or a copy of it."""
+        """Start to write the state, or a copy of it."""
         step, total, batch_size = self.state.step, self.plan.length.steps, self.plan.length.batch_size
         tensors = checkpoint.whole(self.state.tensors(), copy=self.settings.asynchronous)
         values = self.state.values()

@@ -31,7 +31,7 @@ class Stop:
     caller by KeyboardInterrupt. Signals that are ignored, as nohup ignores SIGHUP, stay ignored.
 
     Args:
-        minutes: After which to stop; None: never.
+        minutes: Minutes after which to stop; None: never.
         is_program: Whether this process is ours to end, as the command line's is.
     """
 

@@ -72,7 +72,7 @@ class DeviceMismatchError(RuntimeError):
 
 @dataclass
 class Counts:
-    """What was asked of the accelerator.
+    """What was asked of the accelerator, counted.
 
     Args:
         waits: Moments at which the host waited for the device: the reason, and the line of the package.
@@ -236,7 +236,7 @@ class _Dispatch(TorchDispatchMode):
 
 
 class _Autocasting(TorchFunctionMode):
-    """Has products of float32 tensors of the device done in half precision where autocast is on."""
+    """Multiplies float32 tensors of the device in half precision where autocast is on."""
 
     def __init__(self, accelerator: _Accelerator) -> None:
         super().__init__()
@@ -338,7 +338,7 @@ def fake_accelerator(*, float64: bool = True, found: bool = False) -> Iterator[C
 
 
 def _teach_optimizers(stack: ExitStack) -> None:
-    """Has optimizers and clipping treat the device as one with fused and foreach kernels."""
+    """Make optimizers and clipping treat the device as one with fused and foreach kernels."""
     for name in ("_get_fused_kernels_supported_devices", "_get_foreach_kernels_supported_devices"):
         devices = [*getattr(_foreach_utils, name)(), DEVICE.type]
         for module in _OPTIMIZERS:

@@ -81,7 +81,7 @@ def train_with(fault: Fault) -> int:
 
 
 def _raise_in_backward(networks: torch.nn.Module) -> None:
-    """Has the backward pass fail when some gradients are there, and others are not."""
+    """Make the backward pass fail when some gradients are there, and others are not."""
 
     def fail(gradient: torch.Tensor) -> torch.Tensor:
         raise RuntimeError(MESSAGE)

@@ -149,7 +149,7 @@ def read_batch(folder: Path, name: str, patches: int) -> Batch:
 def read_subsets(
     folder: Path, rank_prefix: str, step: int, depth: int, group_sizes: Sequence[int]
 ) -> list[KeptSamples] | None:
-    """What stochastic depth keeps; a branch or group that is not listed keeps all its images.
+    """The images that stochastic depth keeps; a branch or group that is not listed keeps all of them.
 
     Each rank has a file of its own, or its tensors have the rank's name in a common file.
     """

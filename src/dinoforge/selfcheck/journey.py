@@ -1,4 +1,4 @@
-"""What a user does, by the commands that a user gives: train, continue, measure, look, take the backbone elsewhere."""
+"""The journey of a user, by the commands that a user gives: train, continue, measure, look, export the backbone."""
 
 import importlib.util
 import json
@@ -117,7 +117,7 @@ def _timed(name: str, look: Callable[[], Line]) -> Line:
 
 
 def _uses(journey: Journey) -> dict[str, Callable[[], Line]]:
-    """What is done with a trained backbone."""
+    """Use the trained backbone by each command that takes one."""
     looks: dict[str, Callable[[], Line]] = {"probe": partial(_probe, journey), "embed": partial(_embed, journey)}
     for method in ("knn",) if journey.settings.short else ("knn", "logreg"):
         looks[f"eval {method}"] = partial(_evaluate, journey, method)
@@ -151,7 +151,7 @@ def _train(journey: Journey) -> Line:
 
 
 def _continue(journey: Journey) -> Line:
-    """The same run in another folder, killed in the middle and given again."""
+    """Run the same command in another folder, kill it in the middle, and give it again."""
     name, out = "killed, continued", journey.folder / "killed"
     over = f"its {journey.steps} steps were over before it could be killed"
     command = journey.train_command(out)

@@ -49,7 +49,7 @@ class Line:
 
     @classmethod
     def from_json(cls, read: dict[str, Any]) -> "Line":
-        """What ``as_json`` gave."""
+        """Read what ``as_json`` returned."""
         return cls(**(read | {"details": tuple(read["details"])}))
 
     def after(self, seconds: float) -> "Line":
@@ -85,7 +85,7 @@ def failure_of(name: str, error: BaseException) -> Line:
 
 
 def guarded(name: str, look: Callable[[], Line]) -> Line:
-    """What ``look`` finds; an exception in it is a failure."""
+    """Call ``look`` for a line; an exception in it becomes a failure."""
     try:
         return look()
     except Exception as error:

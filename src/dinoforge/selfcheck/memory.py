@@ -1,4 +1,4 @@
-"""How much memory steps take beside what was estimated, and what a run says that has none left."""
+"""The memory that steps take beside its estimate, and the message of a run that has none left."""
 
 import json
 from collections.abc import Iterator

@@ -60,7 +60,7 @@ def read(output: str) -> list[Line]:
 
 
 def other_output(output: str) -> str:
-    """What a part has printed beside its findings."""
+    """The output of a part apart from its findings."""
     return "\n".join(row for row in output.splitlines() if not row.startswith(PREFIX))
 
 

@@ -22,7 +22,7 @@ _OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 @dataclass(frozen=True)
 class Ended:
-    """How a program ended.
+    """A program that has ended.
 
     Args:
         code: Exit code, negative for a signal; None for a program that had to be ended at its deadline.
@@ -41,7 +41,7 @@ class Ended:
 
     @property
     def told(self) -> str:
-        """How it ended, in words."""
+        """How the program ended, in words."""
         if self.code is None:
             return f"had not ended after {self.seconds:.0f} s"
         if self.code < 0:
@@ -91,7 +91,7 @@ class Program:
 
     @property
     def output(self) -> str:
-        """What it has printed so far."""
+        """The output of the program so far."""
         return self._path.read_text(encoding="utf-8", errors="replace")
 
     @property
@@ -103,7 +103,7 @@ class Program:
         return time.monotonic() - self.started > self.seconds
 
     def wait(self) -> Ended:
-        """Until it has ended, by itself or at its deadline."""
+        """Wait until the program has ended, by itself or at its deadline."""
         code: int | None = None
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self.process.wait(max(0.0, self.started + self.seconds - time.monotonic()))
@@ -159,7 +159,7 @@ def _has_proc() -> bool:
 
 
 def _marked(mark: str) -> dict[int, dict[str, str]]:
-    """Of each living process with the mark, its environment."""
+    """The environment of each living process with the mark."""
     found = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdecimal() or int(folder.name) == os.getpid():
@@ -183,14 +183,14 @@ def _parent(pid: int) -> int | None:
 
 
 def _table() -> dict[int, tuple[int, str]]:
-    """Of each process of this machine, its parent and its command."""
+    """Parent and command of each process of this machine."""
     rows = subprocess.run(["ps", "-axo", "pid=,ppid=,command="], capture_output=True, text=True, check=False).stdout
     split = [row.split(None, 2) for row in rows.splitlines()]
     return {int(row[0]): (int(row[1]), row[2]) for row in split if len(row) == 3}
 
 
 def _descendants(pid: int) -> list[int]:
-    """Those that a process has started, and so on; the last ones first."""
+    """The processes that a process has started, those that they have started, and so on; the last ones first."""
     children: dict[int, list[int]] = {}
     for each, (parent, _) in _table().items():
         children.setdefault(parent, []).append(each)

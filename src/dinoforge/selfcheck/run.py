@@ -27,7 +27,7 @@ _ONE_THREAD = ("placement", "memory")
 
 @dataclass(frozen=True)
 class SelfcheckResult:
-    """What a self-check found."""
+    """The lines of a self-check, and its verdict."""
 
     lines: tuple[Line, ...]
     settings: Settings

@@ -1,4 +1,4 @@
-"""What runs leave behind, and how far two of them are apart."""
+"""The files that runs leave behind, and how far two runs are apart."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def step_of(run: Path) -> int:
 
 
 def saved_steps(run: Path) -> list[int]:
-    """Of the checkpoints that are whole."""
+    """The steps of the checkpoints that are whole."""
     return sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
 
 
@@ -49,7 +49,7 @@ def copy_as_of(run: Path, to: Path, step: int) -> None:
 
 @dataclass(frozen=True)
 class Apart:
-    """How far two runs are apart.
+    """The distance between two runs.
 
     Args:
         same: Whether every tensor of the last checkpoint and every logged loss is bitwise the same.

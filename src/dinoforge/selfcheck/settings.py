@@ -1,4 +1,4 @@
-"""What a self-check is asked to look at."""
+"""The settings of a self-check."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How fast steps are, beside what the device multiplies at best, and whether images come as fast."""
+"""The speed of steps, beside what the device multiplies at best, and the speed of reading images."""
 
 import statistics
 import time
@@ -37,7 +37,7 @@ _LARGE = {
 
 @dataclass(frozen=True)
 class Profile:
-    """What a GPU did in a step.
+    """A profile of a GPU's step.
 
     Args:
         kernels: Number of kernels that the GPU ran.
@@ -133,7 +133,7 @@ def of_times(times: list[tuple[float, float]]) -> Profile:
 
 
 def _loader(settings: Settings, device: torch.device) -> Line:
-    """What the data workers of a run of recipe ``small`` deliver."""
+    """Measure what the data workers of a run of recipe ``small`` deliver."""
     recipe, _ = load_recipe("small", {"train.batch_size_per_gpu": 32})
     source = open_source(make_images(settings.folder / "images", of_each=24, side=256))
     workers = loader_workers(device, usable_processors(), recipe.train.num_workers)

@@ -1,4 +1,4 @@
-"""How often a step makes the host wait for a GPU, by CUDA's own account."""
+"""The number of times that a step makes the host wait for a GPU, by CUDA's own count."""
 
 import warnings
 from collections.abc import Iterator

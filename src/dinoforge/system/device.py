@@ -1,4 +1,4 @@
-"""Where and how precisely to compute."""
+"""The device and precision of a computation, and what a process takes of its machine."""
 
 import ctypes
 import os
@@ -94,7 +94,7 @@ def rank_device(name: str) -> torch.device:
 
 
 def note_of_fallback(name: str, device: torch.device) -> str | None:
-    """Says that ``auto`` took the CPU where a GPU was to be expected, and why; None where nothing is to be said.
+    """A note that ``auto`` took the CPU where a GPU was to be expected, and why; None where there is nothing to say.
 
     Args:
         name: The name in the recipe.
@@ -113,7 +113,7 @@ def note_of_fallback(name: str, device: torch.device) -> str | None:
 
 
 def note_of_idle_gpus(name: str, device: torch.device) -> str | None:
-    """Says that GPUs of this machine are not used, unless the user chose one; None if all are.
+    """A note that GPUs of this machine stay idle, unless the user chose one; None if all are used.
 
     Args:
         name: The name in the recipe.
@@ -153,7 +153,7 @@ def has_gpu(root: Path = _ROOT) -> bool:
 
 
 def _gpu_build() -> str | None:
-    """What GPUs this PyTorch is built for, beside those of a Mac."""
+    """The kind of GPUs that this PyTorch is built for, other than a Mac's."""
     if torch.version.hip:
         return f"ROCm {torch.version.hip}"
     return f"CUDA {torch.version.cuda}" if torch.version.cuda else None
@@ -288,7 +288,7 @@ def _tf32(allow: bool) -> Iterator[None]:
 
 
 def _newer(kinds: Sequence[Any]) -> list[Any]:
-    """Those kinds of work whose precision this PyTorch sets by the second set."""
+    """The kinds of work whose precision this PyTorch sets by its newer settings."""
     return [kind for kind in kinds if hasattr(kind, "fp32_precision")]
 
 
@@ -301,7 +301,7 @@ def _readable(get: Callable[[], T]) -> T | None:
 
 
 def use_expandable_segments(device: torch.device) -> None:
-    """Has PyTorch's allocator grow its blocks on a GPU, before it has made any; what the user has set for it stays.
+    """Make PyTorch's allocator grow its blocks on a GPU, before it has made any; a setting of the user stays.
 
     The number of masked patches, and with it the sizes of tensors, is another in each step: freed blocks of one size
     would lie idle while new ones are made for the next. The setting is the process's and stays. Drivers that cannot
@@ -316,7 +316,7 @@ def use_expandable_segments(device: torch.device) -> None:
 
 
 def allocator_settings() -> str | None:
-    """What the environment tells PyTorch's allocator of GPU memory."""
+    """The settings of PyTorch's allocator of GPU memory in the environment."""
     return next((os.environ[variable] for variable in _ALLOCATOR_VARIABLES if os.environ.get(variable)), None)
 
 
@@ -338,7 +338,7 @@ def _maps_memory(device: torch.device) -> bool:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Has the C library keep the memory of freed tensors for the next ones, on a CPU under Linux with glibc.
+    """Make the C library keep the memory of freed tensors for the next ones, on a CPU under Linux with glibc.
 
     It hands large blocks back to the system at once and gets them back page by page, cleared, in every step: on the
     machine of docs/performance.md an eighth of the step's time, or more. The setting is the process's and stays.
@@ -354,12 +354,12 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def usable_processors() -> int:
-    """Of this process: ranks that share a machine share its processors."""
+    """The number of processors for this process: ranks that share a machine share its processors."""
     return max(1, machine.processors() // distributed.local_world_size())
 
 
 def loader_workers(device: torch.device, processors: int, wanted: int | None) -> int:
-    """How many processes make batches: as wanted, but no more than there are processors.
+    """The number of processes that make batches: as wanted, but no more than there are processors.
 
     Where the recipe does not say: on a CPU half of the processors, the others being for the step, and at most 8. On an
     accelerator all but one, which launches its work, and at most 32.
@@ -377,7 +377,7 @@ def loader_workers(device: torch.device, processors: int, wanted: int | None) ->
 
 
 def compute_threads(device: torch.device, processors: int, wanted: int | None) -> int:
-    """How many threads compute on the host: as wanted.
+    """The number of threads that compute on the host: as wanted.
 
     Where the recipe does not say: on a CPU one for each processor. On an accelerator one for each processor that the
     workers would leave if their number was not said either, at most 4: there is little to compute, and threads that
@@ -394,7 +394,7 @@ def compute_threads(device: torch.device, processors: int, wanted: int | None) -
 
 
 def free_memory(device: torch.device) -> float | None:
-    """Bytes that this rank can still take on a device; of main memory its share, on the CPU. None: unknown."""
+    """Bytes that this rank can still take on a device, on the CPU its share of main memory; None: unknown."""
     if device.type == "cuda":
         try:
             on_device, _ = torch.cuda.mem_get_info(device)
@@ -409,7 +409,7 @@ def free_memory(device: torch.device) -> float | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory used so far: of the device, or of this process on the CPU."""
+    """Peak memory of the device, or on the CPU of this process, GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if device.type == "mps":
@@ -424,7 +424,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def number_of_ranks(text: str) -> int:
-    """What ``--nproc`` says: a number, or ``auto``: one for each GPU.
+    """Read ``--nproc``: a number, or ``auto`` for one on each GPU.
 
     Raises:
         RecipeError: The text is neither.

@@ -98,7 +98,7 @@ def process_group(device: torch.device, backend: str = "auto", timeout: timedelt
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a rank runs."""
+    """The machine, process and GPU of a rank."""
 
     host: str
     machine: str  # equal for processes that can see each other, and for no others
@@ -121,7 +121,7 @@ class _Place:
 
 
 def _places(store: Store, rank: int, world_size: int, device: torch.device) -> list[_Place]:
-    """Where each rank runs; waits for all of them."""
+    """The place of each rank; waits for all of them."""
     store.set(f"place of {rank}", json.dumps(asdict(_Place.here(device))))
     told = store.multi_get([f"place of {other}" for other in range(world_size)])
     return [_Place(**json.loads(text)) for text in told]
@@ -171,7 +171,7 @@ class _Others(threading.Thread):
         leave_process(error.exit_code)
 
     def _look(self) -> str | None:
-        """What happened to another rank, if something did."""
+        """Look whether something happened to another rank; None if not."""
         store = self._own_store
         try:
             if store.check(["failed"]):
@@ -274,7 +274,7 @@ def _agreed_name(store: Store, rank: int, world_size: int, patience: timedelta) 
 
 
 def launched_world_size() -> int:
-    """How many ranks were started, before they know each other."""
+    """The number of ranks that a launcher started, before they know each other."""
     return _from_launcher("WORLD_SIZE", 1)
 
 
@@ -289,7 +289,7 @@ def local_rank() -> int:
 
 
 def local_world_size() -> int:
-    """How many ranks share this machine."""
+    """The number of ranks that share this machine."""
     return _from_launcher("LOCAL_WORLD_SIZE", 1) if launched_world_size() > 1 else 1
 
 
@@ -362,7 +362,7 @@ def any_over_ranks(flag: bool) -> bool:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What ``make`` gives on the first rank, which alone calls it, on every rank; or the error that it raises."""
+    """Call ``make`` on the first rank alone; every rank gets its result, or the error that it raises."""
     if not is_active():
         return make()
     box: list[Any] = [None, None]

@@ -125,7 +125,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def writing_error(path: Path, error: Exception) -> RunError:
-    """What to tell a user whose disk does not take a file."""
+    """The error for a user whose disk does not take a file."""
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT) or (number is None and _is_full(path.parent)):
         return RunError(f"no space left to write {path}: free some, then run the same command again to continue")

@@ -1,4 +1,4 @@
-"""What running out of memory is told as."""
+"""Errors for a user whose memory has run out."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def out_of_memory_in_words(device: torch.device, ways: Callable[[], Sequence[str]]) -> Iterator[None]:
-    """Has what runs out of memory meanwhile end with what there was, what was asked for, and what helps.
+    """Turn an error for lack of memory into one that says what there was, what was asked for, and what helps.
 
     Args:
         device: The device that computes.
@@ -47,7 +47,7 @@ def out_of_memory_in_words(device: torch.device, ways: Callable[[], Sequence[str
 
 
 def _what_happened(error: BaseException, device: torch.device) -> str:
-    """What was asked for and what there was, as the library says it, without its own advice."""
+    """The amount asked for and the amount there was, as the library says them, without the library's own advice."""
     text = str(error).strip().partition("\n")[0]
     if asked := re.search(r"you tried to allocate (\d+) bytes", text):  # of main memory
         free = free_memory(torch.device("cpu"))

@@ -45,7 +45,7 @@ class Stopwatch:
         self._parts.append((name, lambda: first.elapsed_time(last) / 1e3))
 
     def seconds(self) -> dict[str, float]:
-        """Of all parts by name; the device must be done with them."""
+        """Seconds of all parts by name; the device must have finished them."""
         total: dict[str, float] = {}
         for name, seconds in self._parts:
             total[name] = total.get(name, 0.0) + seconds()
@@ -57,7 +57,7 @@ _running: ContextVar[Stopwatch | None] = ContextVar("_running", default=None)
 
 @contextmanager
 def timed_by(stopwatch: Stopwatch) -> Iterator[None]:
-    """Has the stopwatch time every phase of this thread meanwhile."""
+    """Let the stopwatch time every phase of this thread meanwhile."""
     before = _running.set(stopwatch)
     try:
         yield
