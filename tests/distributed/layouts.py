@@ -3,14 +3,10 @@
 ``test_layouts.py`` runs it on one process, and as a script on several.
 """
 
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-import ranks
 
 from dinoforge.builders.networks import build_optimizer, build_student_teacher
 from dinoforge.data.batch import Batch, masked_patches
@@ -20,6 +16,7 @@ from dinoforge.system import distributed
 from dinoforge.training.parallel import Mode, wrap
 from dinoforge.training.pieces import kept_samples
 from dinoforge.training.step import train_step
+from distributed import ranks
 
 IMAGES, STEPS, MEASURED = 8, 10, 3
 BASE = {

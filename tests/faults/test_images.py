@@ -27,6 +27,7 @@ from dinoforge.data.sources import open_source
 from dinoforge.errors import DataError, ImageError
 from dinoforge.runs import directory
 from dinoforge.system import distributed
+from programs import environment
 
 MAX_PIXELS = 2**20
 SIZES = {
@@ -168,10 +169,9 @@ def test_mutated_files(mutants):
 
 
 MEASURE = """
-import os, sys
-sys.path.insert(0, {folder!r})
-import test_images
-data = test_images.training_data({images!r})
+import os
+from faults.test_images import training_data
+data = training_data({images!r})
 for step in range({steps}):
     data[step]
 with open("/proc/self/status") as status:
@@ -190,11 +190,11 @@ def test_mutated_files_take_no_memory(mutants, tmp_path):
     for path in mutants[0].glob("sound*"):
         os.link(path, tmp_path / "sound" / path.name)
     # A thread reserves 64 MiB or more for itself where it finds the others' memory busy.
-    environment = os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    given = environment() | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
 
     def peak(images, steps):
-        code = MEASURE.format(folder=str(Path(__file__).parent), images=str(images), steps=steps)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+        code = MEASURE.format(images=str(images), steps=steps)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=given)
         return int(done.stdout)  # KiB
 
     assert peak(mutants[0], 120) < peak(tmp_path / "sound", 40) + 64 * 1024

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -10,8 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-sys.path.insert(0, str(Path(__file__).parent))
-import check
+from fidelity import check
 
 CASES = sorted(path.parent.name for path in check.CASES.glob("*/case.json"))
 

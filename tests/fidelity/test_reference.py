@@ -2,15 +2,11 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-import check
 
 from dinoforge.builders.lengths import RunLength, build_schedules
 from dinoforge.method.koleo import koleo_loss
@@ -18,6 +14,7 @@ from dinoforge.models.head import DINOHead
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.optim.param_groups import parameter_groups
 from dinoforge.recipe.load import load_recipe
+from fidelity import check
 from plain_losses import centering, dino_loss, ibot_loss, sinkhorn_knopp, updated_center
 
 DATA = Path(__file__).parent / "data"
