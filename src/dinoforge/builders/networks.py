@@ -8,7 +8,9 @@ import torch
 from dinoforge.data.bad_images import BadImages
 from dinoforge.errors import RecipeError
 from dinoforge.method.dinov2 import Objective, StudentTeacher
+from dinoforge.method.targets import TargetRule
 from dinoforge.models.head import DINOHead
+from dinoforge.models.network import Network
 from dinoforge.models.stochastic_depth import drop_path_rates
 from dinoforge.models.vit import SIZES, VisionTransformer
 from dinoforge.optim.adamw import AdamW
@@ -72,24 +74,27 @@ def build_student_teacher(recipe: Recipe) -> StudentTeacher:
         dino_local_weight=d.loss_weight * d.local_loss_weight,
         ibot_weight=i.loss_weight,
         koleo_weight=d.koleo_loss_weight,
-        dino_targets=d.targets or recipe.train.centering,
-        ibot_targets=i.targets or recipe.train.centering,
+        dino_targets=TargetRule(
+            d.targets or recipe.train.centering, d.center_momentum, iterations=recipe.train.sinkhorn_iterations
+        ),
+        ibot_targets=TargetRule(
+            i.targets or recipe.train.centering,
+            i.center_momentum,
+            center_by_count=i.center_mean == "patches",
+            iterations=recipe.train.sinkhorn_iterations,
+        ),
         dino_student_temp=d.student_temp,
         ibot_student_temp=i.student_temp,
-        dino_center_momentum=d.center_momentum,
-        ibot_center_momentum=i.center_momentum,
-        sinkhorn_iterations=recipe.train.sinkhorn_iterations,
-        ibot_center_by_count=i.center_mean == "patches",
         koleo_scope=d.koleo_scope,
         koleo_group_size=d.koleo_group_size,
     )
     backbone = VisionTransformer(**vit_arguments(recipe))
-    heads = {}
+    dino_head = ibot_head = None  # a head that no loss reads is left out
     if objective.has_dino or (objective.has_ibot and not i.separate_head):
-        heads["dino_head"] = _head(d, backbone.embed_dim)
+        dino_head = _head(d, backbone.embed_dim)
     if objective.has_ibot and i.separate_head:
-        heads["ibot_head"] = _head(i, backbone.embed_dim)
-    return StudentTeacher(backbone, heads, objective)
+        ibot_head = _head(i, backbone.embed_dim)
+    return StudentTeacher(Network(backbone, dino_head, ibot_head), objective)
 
 
 def _head(sizes: Dino | Ibot, embed_dim: int) -> DINOHead:
@@ -106,7 +111,7 @@ def build_optimizer(recipe: Recipe, student_teacher: StudentTeacher) -> AdamW:
     """AdamW over the student; learning rates and weight decay are written by ``set_hyperparameters`` at each step."""
     _, depth, _ = vit_size(recipe)
     groups = parameter_groups(
-        dict(student_teacher.student.items()),
+        student_teacher.student.parts,
         depth=depth,
         layerwise_decay=recipe.optim.layerwise_decay,
         patch_embed_lr_mult=recipe.optim.patch_embed_lr_mult,

@@ -85,7 +85,7 @@ def initialise(student_teacher: StudentTeacher, given: VisionTransformer, in_cha
     Raises:
         WeightsError: weights that do not fit; nothing was changed.
     """
-    student = cast(VisionTransformer, student_teacher.student["backbone"])
+    student = student_teacher.student.backbone
     tensors, expected = dict(given.state_dict()), student.state_dict()
     notes = []
     old, new = (math.isqrt(n.pos_embed.shape[1] - 1) for n in (given, student))
@@ -121,5 +121,5 @@ def initialise(student_teacher: StudentTeacher, given: VisionTransformer, in_cha
         )
     if not student.pos_embed.is_meta:
         for networks in (student_teacher.student, student_teacher.teacher):
-            networks["backbone"].load_state_dict(tensors)
+            networks.backbone.load_state_dict(tensors)
     return notes

@@ -11,6 +11,27 @@ from dinoforge.system.transfer import to_device
 
 
 @dataclass(frozen=True)
+class Share:
+    """What a piece is of the batch that it was cut from.
+
+    A loss is a sum over crops with weights that depend on the whole batch alone, so that the losses of pieces add up.
+
+    Args:
+        images: B, the number of images of the whole batch.
+        local_crops: L, the number of local crops of each image in the whole batch.
+        views: Which of the two global crops the piece has, in order.
+        first_image: The place of the piece's first image among the B.
+        first_patch: The place of the piece's first masked patch among all masked patches of its images.
+    """
+
+    images: int
+    local_crops: int
+    views: tuple[int, ...] = (0, 1)
+    first_image: int = 0
+    first_patch: int = 0
+
+
+@dataclass(frozen=True)
 class Batch:
     """Crops and masks of B images.
 
@@ -26,6 +47,7 @@ class Batch:
         skipped: Index, printable name and reason of each image that could not be read while this batch was made.
         photometry: What remains to be done to the colours of the global and of the local crops; None if it is done.
             Stays on the CPU.
+        piece_of: What the batch is of a larger one; None if it is whole. Then it may have only some of the crops.
     """
 
     global_crops: torch.Tensor
@@ -35,6 +57,12 @@ class Batch:
     indices: torch.Tensor
     skipped: tuple[tuple[int, str, str], ...] = ()
     photometry: tuple[PhotometryBatch, PhotometryBatch] | None = None
+    piece_of: Share | None = None
+
+    @property
+    def share(self) -> Share:
+        """What the batch is of the one that it was cut from, or of itself."""
+        return self.piece_of or Share(len(self.indices), len(self.local_crops) // len(self.indices))
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the tensors to a device; from pinned memory without waiting for it."""
@@ -62,6 +90,7 @@ class Batch:
             by_image = crops.unflatten(0, (-1, len(self.indices)))  # [crops, B, …]
             return [part.flatten(0, 1) for part in by_image.chunk(parts, dim=1)]
 
+        whole = self.share
         # Counted on the CPU, where `masked` is: which part each masked patch belongs to, and where it is there.
         patches = self.masks.shape[1]
         crop, patch = self.masked // patches, self.masked % patches
@@ -80,9 +109,31 @@ class Batch:
                 masked=((view * share + image % share) * patches + patch)[image // share == number],
                 indices=indices,
                 skipped=self.skipped if number == 0 else (),
+                piece_of=replace(whole, first_image=whole.first_image + number * share),
             )
             for number, (global_crops, local_crops, masks, indices) in enumerate(columns)
         ]
+
+    def with_crops(self, views: Sequence[int], local: slice) -> "Batch":
+        """Take some of the crops of all images.
+
+        Args:
+            views: Which of the two global crops, in order; consecutive, perhaps none.
+            local: Which of the L local crops.
+        """
+        images, patches = len(self.indices), self.masks.shape[1]
+        of_globals = slice(views[0] * images, (views[-1] + 1) * images) if views else slice(0, 0)
+        # Looked up on the CPU, where `masked` is.
+        bounds = torch.tensor([of_globals.start, of_globals.stop]) * patches
+        first, last = torch.searchsorted(self.masked, bounds).tolist()
+        return replace(
+            self,
+            global_crops=self.global_crops[of_globals],
+            local_crops=self.local_crops[local.start * images : local.stop * images],
+            masks=self.masks[of_globals],
+            masked=self.masked[first:last] - bounds[0],
+            piece_of=replace(self.share, views=tuple(views), first_patch=first),
+        )
 
     def pin_memory(self) -> "Batch":
         """Copy the tensors to page-locked memory."""

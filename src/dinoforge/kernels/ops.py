@@ -4,8 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinoforge.kernels.cross_entropy import LastLayer as LastLayer
+from dinoforge.kernels.cross_entropy import cross_entropy as cross_entropy
 from dinoforge.kernels.linear import NormLinear, ScaledLinear
 from dinoforge.kernels.rows import product_dtype
+from dinoforge.kernels.targets import centering as centering
+from dinoforge.kernels.targets import sinkhorn_knopp as sinkhorn_knopp
+from dinoforge.kernels.targets import teacher_logits as teacher_logits
+from dinoforge.kernels.tiles import Scratch as Scratch
+from dinoforge.kernels.tiles import largest_logit as largest_logit
+from dinoforge.kernels.types import Targets as Targets
+from dinoforge.kernels.types import Term as Term
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:

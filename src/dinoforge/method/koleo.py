@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinoforge.data.batch import Share
+from dinoforge.system import distributed
+
 
 def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
     """Minus the mean logarithm of each feature's distance to its nearest neighbour in the batch.
@@ -46,3 +49,30 @@ def koleo_loss_among(x: Tensor, everyone: Tensor, first: int, group_size: int | 
     groups = rows.split(group_size or len(rows))
     loss = torch.stack([koleo_loss(group) for group in groups]).mean()
     return loss.detach() + (loss - loss.detach()) * (len(everyone) / len(x))
+
+
+def koleo_of_views(
+    cls: Tensor, share: Share, neighbours: Tensor | None, scope: str = "rank", group_size: int | None = None
+) -> Tensor:
+    """The sum over views, each by itself, since two crops of one image should be close.
+
+    Args:
+        cls: The student's cls tokens of the global crops that a batch has [V·B, D], crop-major.
+        share: What the batch is of a larger one, whose loss is the sum over its parts.
+        neighbours: The cls tokens of both views of the images of all ranks [2, G, D]; None: ask the other ranks.
+        scope: Where neighbours are sought: ``rank`` is among the images of this batch, ``global`` among those of all
+            ranks, ``groups`` among ``group_size`` consecutive ones of these.
+        group_size: See ``scope``.
+    """
+    size = group_size if scope == "groups" else None
+    losses = []
+    for view, own in zip(share.views, cls.chunk(len(share.views)), strict=True):  # [B, D]
+        if scope == "rank":
+            losses.append(koleo_loss(own))
+        elif neighbours is None:
+            everyone = distributed.rows_of_all_ranks(own.float())
+            losses.append(koleo_loss_among(own, everyone, distributed.rank() * len(own), size))
+        else:
+            first = distributed.rank() * share.images + share.first_image
+            losses.append(koleo_loss_among(own, neighbours[view], first, size))
+    return torch.stack(losses).sum() * (len(own) / share.images)

@@ -223,6 +223,35 @@ class VisionTransformer(nn.Module):
         parts = x.split([len(rows) for rows in wanted])
         return list(zip(parts[::2], parts[1::2], strict=True))
 
+    def encode_crops(
+        self,
+        global_crops: Tensor,
+        local_crops: Tensor | None = None,
+        masks: Tensor | None = None,
+        masked: Tensor | None = None,
+        kept: Sequence[KeptSamples] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The cls tokens of global and local crops, and the masked patches of the global ones, by one pass.
+
+        Args:
+            global_crops: [G, C, H, W]; G may be 0 if there are local crops.
+            local_crops: [L, C, h, w], or None.
+            masks: The patches of global crops that are seen as the mask token [G, N] bool; None: none is.
+            masked: The patches that are wanted: indices [M] into [G·N], on the CPU.
+            kept: As for ``encode``, of the groups of crops that there are.
+
+        Returns:
+            [G, D], [L, D] and [M, D].
+        """
+        groups = [(global_crops, masks, masked)] if len(global_crops) else []
+        if local_crops is not None and len(local_crops):
+            groups.append((local_crops, None, None))
+        crops, masks_of, wanted = zip(*groups, strict=True)
+        tokens = self.encode_some(crops, masks_of, wanted, kept)
+        none = tokens[0][0][:0]
+        cls, patches = tokens[0] if len(global_crops) else (none, none)
+        return cls, tokens[-1][0] if groups[-1][0] is local_crops else none, patches
+
     def tokens_of(self, sides: Sequence[int]) -> int:
         """The number of tokens of an image of these two sides."""
         rows, columns = (side // self.patch_size for side in sides)

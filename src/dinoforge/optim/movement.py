@@ -19,7 +19,7 @@ class Sample:
 
 
 @torch.no_grad()
-def sampled(networks: Mapping[str, nn.Module] | nn.ModuleDict) -> dict[str, list[Sample]]:
+def sampled(networks: Mapping[str, nn.Module]) -> dict[str, list[Sample]]:
     """A copy of the weights of each sub-network; of large parameters, of some of them."""
     copied: dict[str, list[Sample]] = {}
     for name, network in networks.items():

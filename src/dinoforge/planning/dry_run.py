@@ -203,7 +203,7 @@ def _note_of_values(recipe: Recipe, data: DataSummary) -> str | None:
 
 
 def _count(networks: StudentTeacher) -> dict[str, int]:
-    return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.student.items()}
+    return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.student.parts.items()}
 
 
 def plan_text(plan: Plan, *, data_path: str, out: str) -> str:

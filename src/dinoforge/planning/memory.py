@@ -15,11 +15,10 @@ from dinoforge.builders.resolved import turn_tokens
 from dinoforge.data.batches import PREFETCH
 from dinoforge.kernels.tiles import SPARE, columns_at_once
 from dinoforge.method.dinov2 import StudentTeacher
-from dinoforge.models.head import DINOHead
 from dinoforge.models.layers import Block, Mlp, SwiGLU
-from dinoforge.models.vit import VisionTransformer
 from dinoforge.recipe.schema import Recipe
 from dinoforge.training.parallel import Mode, shard_count
+from dinoforge.training.pieces import crops_in_turn
 
 _LIBRARIES = 0.65 * 2**30  # on a CPU: the interpreter, PyTorch and the others
 _WORKER = 0.06 * 2**30  # that a process which makes batches does not share with the rank
@@ -97,7 +96,7 @@ def of_tensors(
     images = recipe.train.batch_size_per_gpu
     local = recipe.crops.local_crops_number if networks.objective.dino_local_weight > 0 else 0
     least = turn_tokens(recipe.parallel, device, mode)
-    turns = networks.crops_in_turn(images, local, _tokens(recipe, networks), least)
+    turns = crops_in_turn(networks, images, local, _tokens(recipe, networks), least)
     passes = [(images * len(c.views), images * c.local_number) for c in turns]
     in_turn = len(passes) > 1
 
@@ -236,7 +235,7 @@ class _Step:
         *,
         in_turn: bool,
     ) -> None:
-        backbone = cast(VisionTransformer, networks.student["backbone"])
+        backbone = networks.student.backbone
         student = recipe.student
         tokens = sum(n * each for n, each in zip(counts, _tokens(recipe, networks), strict=True))
         rate = student.drop_path_rate if student.drop_path_uniform else student.drop_path_rate / 2
@@ -301,13 +300,13 @@ class _Step:
         chunks: list[float] = []
         crops = 2.0 * recipe.train.batch_size_per_gpu
         masked = crops * _masked_patches(recipe, networks)
-        of_heads = {"dino_head": crops, networks.ibot_head_name: masked}
-        if networks.ibot_head_name == "dino_head":
+        of_heads = {"dino_head": crops, networks.student.patch_head_name: masked}
+        if networks.student.patch_head_name == "dino_head":
             of_heads = {"dino_head": crops + masked}
         for name, samples in of_heads.items():
-            if name not in networks.student:
+            if name not in networks.student.heads:
                 continue
-            prototypes, width = cast(DINOHead, networks.student[name]).last_layer.weight_v.shape
+            prototypes, width = networks.student.heads[name].last_layer.weight_v.shape
             targets += prototypes * samples * size
             weights.append(prototypes * width * size)
             chunks.append(prototypes * min(seen, columns_at_once(prototypes, precision, device)) * size)
@@ -317,7 +316,7 @@ class _Step:
 
 def _tokens(recipe: Recipe, networks: StudentTeacher) -> tuple[int, int]:
     """Numbers of tokens of a global and of a local crop."""
-    backbone = cast(VisionTransformer, networks.student["backbone"])
+    backbone = networks.student.backbone
     sizes = (recipe.crops.global_crops_size, recipe.crops.local_crops_size)
     of_global, of_local = (backbone.tokens_of((size, size)) for size in sizes)
     return of_global, of_local

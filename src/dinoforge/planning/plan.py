@@ -129,7 +129,9 @@ def requirements(recipe: Recipe, *, images: int, gpus: str, utilisation: float =
         device_name=name,
         device=DEVICES[name],
         utilisation=utilisation,
-        parameters={key: sum(p.numel() for p in network.parameters()) for key, network in networks.student.items()},
+        parameters={
+            key: sum(p.numel() for p in network.parameters()) for key, network in networks.student.parts.items()
+        },
         flops=sum(part.flops for part in work),
         layouts=_layouts(recipe, networks, ranks, recomputed=sum(p.flops for p in work if "student" in p.part) / 3),
     )

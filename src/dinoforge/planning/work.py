@@ -11,6 +11,7 @@ from dinoforge.builders.data import build_masks
 from dinoforge.builders.networks import build_drop_path_rates, vit_size
 from dinoforge.data.order import sample_rng
 from dinoforge.method.dinov2 import StudentTeacher
+from dinoforge.models.vit import VisionTransformer
 from dinoforge.recipe.schema import Recipe
 
 _MASKED_CROPS_SAMPLE = 512
@@ -87,21 +88,23 @@ def work_of_a_step(recipe: Recipe, networks: StudentTeacher, *, masked: float) -
     for kind, (images, patches) in crops.items():
         tokens = patches + 1 + s.num_register_tokens
         last = images + (read if kind == "global" else 0)
-        flops = _backbone(recipe, networks.student, images, patches, last, rates, passes=3)
+        flops = _backbone(recipe, networks.student.backbone, images, patches, last, rates, passes=3)
         work.append(Work(f"student, {kind} crops", images * tokens, flops))
     if teaches:
         images, patches = crops["global"]
         tokens = patches + 1 + s.num_register_tokens
-        flops = _backbone(recipe, networks.teacher, images, patches, images + read, [0.0] * len(rates), passes=1)
+        flops = _backbone(
+            recipe, networks.teacher.backbone, images, patches, images + read, [0.0] * len(rates), passes=1
+        )
         work.append(Work("teacher, global crops", images * tokens, flops))
     samples: dict[str, tuple[float, float]] = {}  # head: rows of the student, rows of the teacher
     if o.has_dino:
         samples["dino_head"] = (2.0 * batch + (c.local_crops_number * batch if reads_local else 0), 2.0 * batch)
     if o.has_ibot:
-        student, teacher = samples.get(networks.ibot_head_name, (0.0, 0.0))
-        samples[networks.ibot_head_name] = (student + masked, teacher + masked)
+        student, teacher = samples.get(networks.student.patch_head_name, (0.0, 0.0))
+        samples[networks.student.patch_head_name] = (student + masked, teacher + masked)
     for head, (student, teacher) in samples.items():
-        network = networks.student[head]
+        network = networks.student.heads[head]
         flops = 2.0 * (3 * student + teacher) * _weights(network)
         work.append(Work(f"{head}, student and teacher", round(student + teacher), flops))
     if o.koleo_weight > 0:
@@ -111,7 +114,7 @@ def work_of_a_step(recipe: Recipe, networks: StudentTeacher, *, masked: float) -
 
 def _backbone(
     recipe: Recipe,
-    networks: nn.ModuleDict,
+    backbone: VisionTransformer,
     images: int,
     patches: int,
     read: float,
@@ -123,11 +126,11 @@ def _backbone(
 
     After its attention, the last block computes only the ``read`` tokens that a loss reads.
     """
-    backbone: Any = networks["backbone"]
+    blocks: Any = backbone.blocks
     tokens = patches + 1 + recipe.student.num_register_tokens
     flops: float = (2 if passes == 3 else 1) * 2.0 * images * patches * backbone.patch_embed.proj.weight.numel()
-    last = len(backbone.blocks) - 1
-    for i, (block, rate) in enumerate(zip(backbone.blocks, rates, strict=True)):
+    last = len(blocks) - 1
+    for i, (block, rate) in enumerate(zip(blocks, rates, strict=True)):
         kept = max(int(images * (1 - rate)), 1)
         after = kept * tokens if i < last else read * kept / images
         products = 2.0 * kept * tokens * _weights(block.attn.qkv)

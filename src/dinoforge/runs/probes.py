@@ -111,7 +111,7 @@ class Probes:
         return numbers
 
     def _probe(self, step: int, started: float) -> dict[str, float]:
-        backbone = cast(VisionTransformer, self.state.student_teacher.teacher["backbone"])
+        backbone = self.state.student_teacher.teacher.backbone
         if "baselines" not in self._kept:
             self._kept["baselines"] = self._baselines()
         scores = self._measure(backbone)

@@ -29,6 +29,7 @@ from dinoforge.recipe.schema import Recipe
 from dinoforge.system import distributed
 from dinoforge.system.device import autocast, in_use
 from dinoforge.training.parallel import Mode, wrap
+from dinoforge.training.pieces import crop_counts
 from dinoforge.training.step import train_step
 
 CASES = Path(__file__).parent / "cases"
@@ -229,7 +230,7 @@ def run_case(
     for i, (schedule, reference) in enumerate(zip(case["schedule"], case["losses"], strict=True)):
         hyper = Hyperparameters(**{name: schedule[name] for name in names}, last_layer_frozen=False)
         batch = read_batch(folder, f"{prefix}batch_{i}", patches).to(device)
-        groups = [len(crops) for crops in student_teacher.student_crops(batch)]
+        groups = crop_counts(student_teacher.objective, batch)
         handle = (
             optimizer.register_step_pre_hook(lambda *_: _keep_gradients(student_teacher, clipped)) if i == 0 else None
         )

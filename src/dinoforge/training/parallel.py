@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from dinoforge.errors import RecipeError
 from dinoforge.method.dinov2 import Losses, StudentTeacher
 from dinoforge.models.head import DINOHead
+from dinoforge.models.network import Network
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.system import distributed
 
@@ -85,7 +86,7 @@ def wrap(
         RecipeError: ranks that cannot be laid out so.
     """
     if activation_checkpointing:
-        for block in cast(VisionTransformer, student_teacher.student["backbone"]).blocks:
+        for block in student_teacher.student.backbone.blocks:
             # An attribute of the instance, so that no name changes.
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if mode == "none":
@@ -118,13 +119,13 @@ def _mesh(mode: Mode, device: torch.device, shard_ranks: int | None, timeout: ti
     return mesh
 
 
-def _shard(networks: nn.ModuleDict, mesh: DeviceMesh) -> None:
+def _shard(networks: Network, mesh: DeviceMesh) -> None:
     """FSDP2 for each block, the rest of the backbone, and both parts of each head."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     # Of tokens, which nothing here changes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for network in networks.values():
+    for network in networks.parts.values():
         if isinstance(network, VisionTransformer):
             for block in network.blocks:
                 fully_shard(block, mesh=mesh, reshard_after_forward=True)

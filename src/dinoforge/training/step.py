@@ -1,7 +1,7 @@
 """One optimizer step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dinoforge.data.batch import Batch
 from dinoforge.health.numbers import Diagnostics
-from dinoforge.method.dinov2 import Losses, OtherParts, StudentTeacher, Turn
+from dinoforge.method.dinov2 import Losses, StudentTeacher
 from dinoforge.models.stochastic_depth import KeptSamples
 from dinoforge.optim.clipping import clip_gradients
 from dinoforge.optim.movement import sampled, update_ratios
@@ -19,6 +19,7 @@ from dinoforge.optim.schedules import Hyperparameters
 from dinoforge.system import distributed
 from dinoforge.system.phases import phase
 from dinoforge.training.parallel import Parallel
+from dinoforge.training.pieces import Piece, pieces
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,6 @@ def train_step(
             updated; on all ranks or on none.
     """
     parallel = parallel or Parallel("none", student_teacher)
-    autocast = autocast or nullcontext()
     centers = [c.clone() for c in student_teacher.buffers()]  # moved in the forward pass
     set_hyperparameters(
         optimizer,
@@ -96,49 +96,21 @@ def train_step(
         backbone_lr_mult=hyper.backbone_lr_mult,
     )
     diagnostics = Diagnostics() if measure else None
-    parts = batch.split(len(kept))
-    others: Sequence[OtherParts | None] = (None,)
-    if len(parts) > 1:
-        with autocast:
-            others = student_teacher.look_at_parts(
-                parts, kept, teacher_temp=hyper.teacher_temp, diagnostics=diagnostics
-            )
-    terms: list[Tensor] = []
-    for i, part in enumerate(parts):
-        turns: Sequence[Turn | None] = (None,)
-        measured = diagnostics if i == 0 else None
-        if turn_tokens is not None:
-            with autocast:
-                turns = student_teacher.turns(
-                    part,
-                    teacher_temp=hyper.teacher_temp,
-                    least=turn_tokens,
-                    others=others[i],
-                    diagnostics=measured,
-                )
-        for turn in turns:
-            is_last = i + 1 == len(parts) and turn is turns[-1]
-            with nullcontext() if is_last else parallel.accumulating():
-                with autocast:
-                    losses = parallel.forward(
-                        part,
-                        teacher_temp=hyper.teacher_temp,
-                        kept=kept[i],
-                        others=others[i],
-                        diagnostics=measured,
-                        backbone_frozen=hyper.backbone_frozen,
-                        turn=turn,
-                    )
-                terms.append(torch.stack([t.detach().float() for t in vars(losses).values()]))
-                with phase("backward"):
-                    total = losses.total / len(parts)
-                    (total if scaler is None else scaler.scale(total)).backward()
+    autocast = autocast or nullcontext()
+    every = pieces(
+        student_teacher,
+        batch,
+        teacher_temp=hyper.teacher_temp,
+        kept=kept,
+        least_tokens=turn_tokens,
+        autocast=autocast,
+        diagnostics=diagnostics,
+    )
+    losses = _compute_gradients(every, hyper, parallel, autocast, scaler, diagnostics)
     if scaler is not None:
         scaler.unscale_(optimizer)
     with phase("clipping"):
-        grad_norms = clip_gradients(dict(student_teacher.student.items()), clip_grad)
-    means = distributed.mean_over_ranks(torch.stack(terms).sum(dim=0) / len(parts))
-    losses = Losses(*means)
+        grad_norms = clip_gradients(student_teacher.student.parts, clip_grad)
     result = StepResult(losses, grad_norms)
 
     # Both are the same on every rank, so all come to the same answer. It is what an ordinary step waits for once.
@@ -151,9 +123,55 @@ def train_step(
         if scaler is not None and _overflowed(scaler, loss_is_finite):
             return StepResult(losses, {}, overflowed=True)
         raise NonFiniteError(result.values())
+    weights_before = sampled(student_teacher.student.parts) if measure else {}
+    _update(student_teacher, optimizer, hyper, scaler)
+    if diagnostics is not None:
+        ratios = update_ratios(weights_before, sampled(student_teacher.student.parts))
+        result.diagnostics.update(diagnostics.values | {f"diag.update_ratio.{k}": v for k, v in ratios.items()})
+    return result
+
+
+def _compute_gradients(
+    every: Iterator[Piece],
+    hyper: Hyperparameters,
+    parallel: Parallel,
+    autocast: AbstractContextManager[None],
+    scaler: torch.amp.GradScaler | None,
+    diagnostics: Diagnostics | None,
+) -> Losses:
+    """Run the forward and the backward pass of each piece; the losses of the global batch, the same on every rank."""
+    terms: list[Tensor] = []
+    for piece in every:
+        with nullcontext() if piece.is_last else parallel.accumulating():
+            with autocast:
+                losses = parallel.forward(
+                    piece.batch,
+                    teacher_temp=hyper.teacher_temp,
+                    targets=piece.targets,
+                    kept=piece.kept,
+                    neighbours=piece.neighbours,
+                    backbone_frozen=hyper.backbone_frozen,
+                )
+            terms.append(torch.stack([t.detach().float() for t in vars(losses).values()]))
+            if diagnostics is not None:
+                means = {name: vars(losses)[name].detach() * factor for name, factor in piece.to_means.items()}
+                diagnostics.add_cross_entropies(means)
+            with phase("backward"):
+                (losses.total if scaler is None else scaler.scale(losses.total)).backward()
+    return Losses(*distributed.mean_over_ranks(torch.stack(terms).sum(dim=0)))
+
+
+def _update(
+    student_teacher: StudentTeacher,
+    optimizer: torch.optim.Optimizer,
+    hyper: Hyperparameters,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    """Move the student by its gradients, then the teacher towards the student."""
     if hyper.last_layer_frozen:
-        student_teacher.cancel_last_layer_gradients()
-    weights_before = sampled(student_teacher.student) if measure else {}
+        for head in student_teacher.student.heads.values():
+            for parameter in head.last_layer.parameters():
+                parameter.grad = None  # the optimizer passes over it
     with phase("optimizer"):
         if scaler is None:
             optimizer.step()
@@ -163,10 +181,6 @@ def train_step(
         optimizer.zero_grad(set_to_none=True)
     with phase("moving average"):
         student_teacher.update_teacher(hyper.momentum)
-    if diagnostics is not None:
-        ratios = update_ratios(weights_before, sampled(student_teacher.student))
-        result.diagnostics.update(diagnostics.values | {f"diag.update_ratio.{k}": v for k, v in ratios.items()})
-    return result
 
 
 def _overflowed(scaler: torch.amp.GradScaler, loss_is_finite: bool) -> bool:
