@@ -1,4 +1,4 @@
-"""The benchmark that a file of tests is about."""
+"""The benchmark that a file of tests is about, and the mark of these tests."""
 
 import importlib.util
 from pathlib import Path
@@ -19,3 +19,7 @@ def benchmark(request: pytest.FixtureRequest) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker("slow")

@@ -7,6 +7,8 @@ import pytest
 from dinoforge.errors import RecipeError, RunError
 from distributed import continuing, ranks
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):

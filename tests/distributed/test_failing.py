@@ -14,7 +14,7 @@ from programs import environment
 
 INJECTED = Path(__file__).parent / "injected"
 LIMIT = 60  # seconds from the fault to the launcher's end; about 3 are usual, and 8 where the others are stuck
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.processes]
 
 
 class Ended(NamedTuple):

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from distributed import continuing
 
+pytestmark = pytest.mark.processes
+
 STEPS = 40
 
 

@@ -5,6 +5,8 @@ import torch
 
 from distributed import layouts, ranks
 
+pytestmark = pytest.mark.processes
+
 CUT = ("centering", "sinkhorn_knopp", "separate heads, groups", "only heads learn at first")
 
 

@@ -8,6 +8,8 @@ import torch
 from distributed import continuing, layouts, many, ranks
 from distributed.test_layouts import assert_same
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):

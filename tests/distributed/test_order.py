@@ -13,6 +13,8 @@ from dinoforge.system import distributed
 from distributed import order
 from programs import environment
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):

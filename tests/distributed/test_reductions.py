@@ -12,6 +12,8 @@ from distributed import workers
 from distributed.ranks import start
 from plain_losses import sinkhorn_knopp
 
+pytestmark = pytest.mark.processes
+
 # One process
 
 

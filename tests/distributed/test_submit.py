@@ -13,6 +13,8 @@ from dinoforge.cli.main import main
 from dinoforge.errors import RunError
 from distributed import continuing
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.timeout(600)
 def test_a_job_that_is_taken_away_is_queued_again_and_goes_on(tmp_path):

@@ -136,6 +136,7 @@ def colours(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["linear", "logreg"])
 def test_run_from_folders(method: Method, colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classifiers, "LEARNING_RATES", (0.01, 0.1))

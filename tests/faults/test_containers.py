@@ -26,6 +26,8 @@ from dinoforge.features import extract
 from faults.test_images import SIZES, training_data  # type: ignore[import-not-found]
 from programs import environment
 
+pytestmark = pytest.mark.processes
+
 NEEDS = Needs(workers=2, batches=5, batch_bytes=1000, batch_tensors=5)
 
 PROGRAM = """

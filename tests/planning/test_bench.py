@@ -33,6 +33,7 @@ REPORT = BenchResult(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bench_writes_one_line_of_json_and_nothing_else(solar_cells, tmp_path, monkeypatch, capsys, workers):
     monkeypatch.chdir(tmp_path)

@@ -190,6 +190,7 @@ def test_a_step_is_a_number_or_last(capsys):
     assert "expected a number from 0, or last, got 'first'" in capsys.readouterr().err
 
 
+@pytest.mark.processes
 def test_a_mistyped_key_is_answered_before_torch_is_there():
     code = "import sys; from dinoforge.cli.main import main; main(['explain', 'a.b=1']); "
     code += "assert 'torch' not in sys.modules"

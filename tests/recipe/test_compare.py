@@ -194,6 +194,7 @@ def test_the_table_fits_a_terminal():
     assert "METHOD" in text
 
 
+@pytest.mark.processes
 def test_it_answers_without_torch():
     code = (
         "import sys; from dinoforge.cli.main import main; main(['compare', 'dinov2', 'small']); "

@@ -181,6 +181,7 @@ def test_every_flipped_byte_is_found(tmp_path):
     assert_loads(tmp_path, 5)
 
 
+@pytest.mark.processes
 def test_the_sums_are_those_of_the_well_known_tool(tmp_path):
     path = save(tmp_path, 5)
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=path, check=True, capture_output=True)

@@ -68,6 +68,7 @@ def test_a_console_gets_its_stream_back():
     assert not stream.closed
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("redirection", [">&-", ">&- 2>&-", "| true"])
 @pytest.mark.parametrize("command", ["explain", "compare small dinov2", "--help", "explain --recipe nothing"])
 def test_commands_end_in_peace_when_nobody_reads(command, redirection):
