@@ -110,7 +110,7 @@ def _explain(options: argparse.Namespace) -> int:
     if options.plot:
         explain.plot_schedules(explanation, Path(options.plot))
     say_ignored(ignored)
-    print(json.dumps(explain.as_json(explanation)) if options.json else explain.explanation_text(explanation))
+    print(json.dumps(explain.explanation_json(explanation)) if options.json else explain.explanation_text(explanation))
     return 0
 
 
@@ -139,11 +139,11 @@ def _plan(options: argparse.Namespace) -> int:
 
     recipe, ignored = load_recipe(options.recipe, parse_keys(options.keys))
 
-    from dinoforge.planning.plan import as_json, requirements, requirements_text
+    from dinoforge.planning.plan import requirements, requirements_json, requirements_text
 
     answer = requirements(recipe, images=options.images, gpus=options.gpus, utilisation=options.utilisation)
     say_ignored(ignored)
-    print(json.dumps(as_json(answer)) if options.json else requirements_text(answer))
+    print(json.dumps(requirements_json(answer)) if options.json else requirements_text(answer))
     return 0
 
 
@@ -171,7 +171,7 @@ def _compare(options: argparse.Namespace) -> int:
     (first, ignored), (second, also_ignored) = (load_recipe(name, keys) for name in names)
     rows = compare.compare(first, second)
     say_ignored(ignored | also_ignored)
-    print(json.dumps(compare.as_json(rows, names)) if options.json else compare.differences_text(rows, names))
+    print(json.dumps(compare.differences_json(rows, names)) if options.json else compare.differences_text(rows, names))
     return 0
 
 

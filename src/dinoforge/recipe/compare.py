@@ -75,7 +75,7 @@ def _taking(key: str, recipe: Recipe, other: Recipe) -> Recipe:
     return dataclasses.replace(recipe, **{section: changed})
 
 
-def as_json(rows: Sequence[Row], names: tuple[str, str]) -> dict[str, Any]:
+def differences_json(rows: Sequence[Row], names: tuple[str, str]) -> dict[str, Any]:
     """The table as plain values."""
     return {"recipes": list(names), "differences": [vars(row) for row in rows]}
 

@@ -31,8 +31,8 @@ from dinoforge.system.files import is_stranger, order_header, sync, sync_folder,
 
 _NAME = re.compile(r"step_(\d{8,})")
 _STATE, _SUMS = "state.json", "SHA256SUMS"
-_FILE_BYTES = 2**26
-"""Tensors of one file, roughly. A file is put together in memory, so this bounds what writing takes beyond them."""
+FILE_BYTES = 2**26
+"""Rough size of a file of tensors. A file is put together in memory, so this bounds what writing takes beside them."""
 
 
 def folder_of(run: Path) -> Path:
@@ -50,7 +50,9 @@ def steps(run: Path) -> list[int]:
     return sorted(int(m[1]) for m in names)
 
 
-def save(run: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Path:
+def save(
+    run: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], *, file_bytes: int = FILE_BYTES
+) -> Path:
     """Writes the state after ``step`` steps; it is complete or not there.
 
     Args:
@@ -58,6 +60,7 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[st
         step: Steps done so far.
         tensors: Tensors by name, on any device.
         values: Everything else, as JSON has it.
+        file_bytes: Rough size of a file of tensors.
 
     Raises:
         RunError: The disk is full, or the checkpoint cannot be written.
@@ -68,7 +71,7 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[st
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _write_tensors(aside, tensors)
+        _write_tensors(aside, tensors, file_bytes)
         for file in aside.glob("*.safetensors"):
             order_header(file)
         (aside / _STATE).write_text(json.dumps(values), encoding="utf-8")
@@ -193,15 +196,15 @@ def _remove(path: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)  # what stays, as a file that is open elsewhere, goes at the next start
 
 
-def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], file_bytes: int) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as write
 
     files: dict[str, int] = {}
-    room, number = _FILE_BYTES, 1
+    room, number = file_bytes, 1
     for name, tensor in tensors.items():
-        if tensor.nbytes > room < _FILE_BYTES:
-            room, number = _FILE_BYTES, number + 1
+        if tensor.nbytes > room < file_bytes:
+            room, number = file_bytes, number + 1
         files[name] = number
         room -= tensor.nbytes
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)

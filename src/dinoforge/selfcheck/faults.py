@@ -17,7 +17,7 @@ from dinoforge.errors import DataError, RecipeError
 from dinoforge.method.dinov2 import StudentTeacher
 from dinoforge.recipe.load import parse_override
 from dinoforge.system import distributed
-from dinoforge.training import step
+from dinoforge.training import loop
 from dinoforge.training.step import StepResult, train_step
 
 AT_CALL = 3
@@ -75,7 +75,7 @@ def train_with(fault: Fault) -> int:
             happen(networks)
         return train_step(networks, *arguments, **more)
 
-    with patch.object(step, "train_step", faulty_step):
+    with patch.object(loop, "train_step", faulty_step):
         train_as_program(fault.images, "small", fault.out, **dict(map(parse_override, fault.keys)))
     return 0
 
