@@ -1,4 +1,4 @@
-"""The commands that look: at images, recipes, runs and the machine."""
+"""Parsers of the commands that look at images, recipes, runs and the machine."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The command line. Imports nothing heavy before it knows that there is work."""
+"""The command line; it imports nothing heavy before it knows that there is work."""
 
 import argparse
 import difflib

@@ -1,4 +1,4 @@
-"""Starts a command on several ranks of this machine, and starts them again when one dies: PyTorch's elastic agent."""
+"""Starting a command on several ranks of this machine, and again when one dies, by PyTorch's elastic agent."""
 
 import logging
 import signal
@@ -18,7 +18,7 @@ _SHUTDOWN_SECONDS = 120  # for the ranks to write a checkpoint after the user ha
 
 
 def launch(arguments: Sequence[str], *, ranks: int, restarts: int) -> int:
-    """Runs ``dinoforge`` with these arguments on so many ranks, as ``torchrun --standalone`` would.
+    """Run ``dinoforge`` with these arguments on several ranks, as ``torchrun --standalone`` would.
 
     What a rank failed of is printed last, when all have ended. Unlike ``torchrun``, it does not start again what would
     fail again, or what a signal has stopped.
@@ -77,7 +77,7 @@ def _run(arguments: Sequence[str], ranks: int) -> "Mapping[int, ProcessFailure]"
 
 
 def first_failure(failures: "Mapping[int, ProcessFailure]") -> "tuple[int, ProcessFailure]":
-    """The rank that failed first, and how: not one that only missed another, or that the agent then ended."""
+    """The rank that failed first, and how; not one that only lost another, or that the agent ended then."""
 
     def order(item: "tuple[int, ProcessFailure]") -> tuple[bool, float]:
         _, failure = item

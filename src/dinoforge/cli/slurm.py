@@ -54,7 +54,7 @@ class Rank:
         return code
 
     def checkpoint(self) -> Any:
-        """Called by submitit when the job is about to be taken away: has the run stop, and says what to queue."""
+        """Stop the run and return what to queue; submitit calls this when the job is about to be taken away."""
         from submitit.helpers import DelayedSubmission
 
         deadline = time.monotonic() + 0.9 * _SIGNAL_SECONDS
@@ -81,7 +81,7 @@ def _queue_again() -> None:
 
 
 def submit(arguments: Sequence[str], resources: Resources, *, folder: Path, cluster: str = "slurm") -> Any:
-    """Queues the job.
+    """Queue the job.
 
     Args:
         arguments: Arguments of the command line of each rank.

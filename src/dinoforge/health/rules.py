@@ -37,7 +37,7 @@ SETTLED_STEPS, SETTLED_LONGER_STEPS = 100, 300  # where the recipe does not say 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong."""
+    """A fault of a run."""
 
     name: str
     step: int  # at which it was certain

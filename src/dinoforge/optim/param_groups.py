@@ -1,4 +1,4 @@
-"""Which parameter gets which learning rate and weight decay."""
+"""Parameter groups: the learning rate and weight decay of each parameter."""
 
 import re
 from collections.abc import Mapping
@@ -73,7 +73,7 @@ def parameter_groups(
     patch_embed_lr_mult: float,
     weight_decay_scope: str = "all",
 ) -> list[dict[str, Any]]:
-    """Parameter groups for AdamW: parameters of one sub-network with the same rule share a group.
+    """Make parameter groups for AdamW: parameters of one sub-network with the same rule share a group.
 
     Besides ``params``, a group carries ``names``, ``module`` (the sub-network) and the fields of ``Rule``;
     ``set_hyperparameters`` turns those into learning rate and weight decay.
@@ -112,7 +112,7 @@ def set_hyperparameters(
     weight_decay: float,
     backbone_lr_mult: float = 1.0,
 ) -> None:
-    """Writes learning rate and weight decay into every group: the only place that does."""
+    """Write learning rate and weight decay into every group; nothing else does."""
     for group in optimizer.param_groups:
         group["lr"] = (last_layer_lr if group["last_layer"] else lr) * group["lr_multiplier"]
         if group["module"] == "backbone":

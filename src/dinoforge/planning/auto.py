@@ -100,7 +100,7 @@ class Choice:
 
 
 class Sizes(Protocol):
-    """Sizes and kinds of images, as of ``DataSummary``."""
+    """Sizes and kinds of images, such as a ``DataSummary`` has."""
 
     @property
     def count(self) -> int: ...
@@ -145,7 +145,7 @@ def facts_of(
 
 
 def choose(facts: Facts, given: Mapping[str, Any]) -> dict[str, Choice]:
-    """Keys to lay over the recipe ``small`` before what the user gave.
+    """Choose keys to lay over the recipe ``small``, beneath what the user gave.
 
     Args:
         facts: What is known of images and device.

@@ -58,7 +58,8 @@ def load_recipe(
 
 
 def base_of(recipe: str | Path | Recipe) -> str:
-    """Which recipe of ``recipe_names()`` a readable one is, or its file names as ``base``; without, the defaults."""
+    """Name of the recipe of ``recipe_names()`` that a recipe is, or that its file names as ``base``; else the defaults'
+    name."""
     if isinstance(recipe, Recipe):
         return "dinov2"
     if str(recipe) in recipe_names():
@@ -67,7 +68,7 @@ def base_of(recipe: str | Path | Recipe) -> str:
 
 
 def converted(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Overrides as the types of their keys, not yet held against each other.
+    """Convert overrides to the types of their keys, without checking them against each other.
 
     Raises:
         RecipeError: A key is unknown or a type is wrong.
@@ -194,7 +195,8 @@ def _flat_layer(values: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Reads ``section.key=value``; the value is YAML, or a list as ``0.5,0.5,0.5``; a key of text takes it as it is."""
+    """Read ``section.key=value``; the value is YAML, or a list such as ``0.5,0.5,0.5``; a key of text takes it as it
+    is."""
     key, equals, value = text.partition("=")
     key, value = key.strip(), value.strip()
     if not equals or not key:

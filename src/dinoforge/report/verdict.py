@@ -51,7 +51,7 @@ class Verdict:
 def judge(
     metrics: Columns, summary: Mapping[str, Any], *, checkpoints: Sequence[int] = (), teacher_step: int | None = None
 ) -> Verdict:
-    """Judges a run by its probes; without any, by the result of ``eval knn`` in its summary.
+    """Judge a run by its probes; without any, by the result of ``eval knn`` in its summary.
 
     Args:
         metrics: Columns of ``metrics.jsonl``; see ``Columns``.

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: everything that continuing needs, in one folder per step.
+"""Checkpoints of a run: everything that it needs to continue, in a folder for each step.
 
 step_00000100/
     shard-….safetensors   every tensor, by torch.distributed.checkpoint
@@ -44,7 +44,7 @@ def path_of(run: Path, step: int) -> Path:
 
 
 def steps(run: Path) -> list[int]:
-    """Steps of the checkpoints that a run has, rising."""
+    """Steps of the checkpoints that a run has, in rising order."""
     folder = folder_of(run)
     names = [m for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))] if folder.is_dir() else []
     return sorted(int(m[1]) for m in names)
@@ -53,7 +53,7 @@ def steps(run: Path) -> list[int]:
 def save(
     run: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], *, file_bytes: int = FILE_BYTES
 ) -> Path:
-    """Writes the state after ``step`` steps; it is complete or not there.
+    """Write the state after ``step`` steps; the checkpoint is complete or not there.
 
     Args:
         run: The run directory.
@@ -93,7 +93,7 @@ def save(
 
 
 def load(run: Path, step: int, tensors: Mapping[str, Tensor], *, verify: bool = True) -> dict[str, Any]:
-    """Reads the state after ``step`` steps: writes into ``tensors``, and returns the values.
+    """Read the state after ``step`` steps: fill ``tensors``, and return the values.
 
     A sharded tensor gets its shard, however the checkpoint was made: on any number of ranks, sharded or not.
 
@@ -158,7 +158,7 @@ def newest(run: Path) -> tuple[int | None, list[str]]:
 
 
 def prune(run: Path, *, keep_last: int, keep_every: int | None) -> None:
-    """Deletes checkpoints except the newest ``keep_last`` and those at multiples of ``keep_every``.
+    """Delete all checkpoints but the newest ``keep_last`` and those at multiples of ``keep_every``.
 
     Raises:
         RunError: A checkpoint cannot be deleted.
@@ -172,7 +172,7 @@ def prune(run: Path, *, keep_last: int, keep_every: int | None) -> None:
 
 
 def clean(run: Path) -> list[str]:
-    """Deletes what writing and deleting left half-done when the process was killed.
+    """Delete what a killed process left half written or half deleted.
 
     Returns:
         A sentence on each that cannot be deleted, such as another user's; it only takes room.
@@ -269,7 +269,7 @@ def _sum_of(file: Path) -> str:
 
 
 def whole(tensors: Mapping[str, Tensor], *, copy: bool) -> dict[str, Tensor]:
-    """The tensors as they are now, sharded ones put together: to be saved by the first rank. Every rank has to ask.
+    """The tensors as they are now, sharded ones put together for the first rank to save; every rank has to call this.
 
     Args:
         tensors: The tensors of this rank by name.

@@ -29,7 +29,7 @@ class LastStep:
         self._version = self._version_now()
 
     def remembered(self, prepare: Callable[[Batch], Batch]) -> Callable[[Batch], Batch]:
-        """``prepare``, with which a step begins, having noted what there is before."""
+        """Wrap ``prepare``, with which a step begins, so that it first records the state before the step."""
 
         def remember(batch: Batch) -> Batch:
             self._step, self._version = self._state.step, self._version_now()

@@ -1,4 +1,4 @@
-"""One process at a time writes a run.
+"""The lock by which only one process at a time writes a run.
 
 ``RUN/.lock`` names the process that does, and changes every few seconds as long as it lives. A second one is refused;
 a lock whose holder is gone is told and taken. No lock of the file system is needed, which network disks often lack:
@@ -28,7 +28,7 @@ _TRIES = 5  # at a lock that others take and leave meanwhile
 
 
 class LockLostError(RunError):
-    """Another process has taken the run meanwhile, so that this one must not write to it any more."""
+    """Another process has taken the run, so that this one must not write to it any more."""
 
 
 class RunLock:

@@ -23,7 +23,7 @@ Sink = Callable[[Metrics], None]
 
 
 class MetricsHook:
-    """Measures every ``every_steps`` steps, and at the last one, and hands the numbers on.
+    """Computes metrics every ``every_steps`` steps and at the last one, and hands them on.
 
     Losses and gradient norms are those of that very step, so that a continued run writes what an uninterrupted one
     does; speed and waiting are means since the last time. The display is also told of the first step, and of one at
@@ -48,7 +48,7 @@ class MetricsHook:
         self._shown = float("-inf")
 
     def is_due(self, step: int) -> bool:
-        """Whether the numbers of the step that makes it so many are handed on."""
+        """Whether the step that is done next is one whose metrics are handed on."""
         probed = self.probes is not None and self.probes.is_due(step)
         return probed or step % self.every_steps == 0 or step == self.total_steps
 
@@ -87,7 +87,7 @@ def _of_float16(state: TrainState) -> Metrics:
 
 
 class JsonLines:
-    """``metrics.jsonl``: one object per line, written through at once.
+    """The file ``metrics.jsonl``: one object on each line, written at once.
 
     Lines that the disk does not take, since it is full for a while, are kept and written with the next one.
     """

@@ -44,7 +44,7 @@ class SavedBatch:
 
 
 def save_batch(path: Path, saved: SavedBatch) -> None:
-    """Writes a batch as safetensors.
+    """Write a batch as safetensors.
 
     Raises:
         RunError: The disk is full, or the file cannot be written.
@@ -58,7 +58,7 @@ def save_batch(path: Path, saved: SavedBatch) -> None:
 
 
 def load_batch(path: Path) -> SavedBatch:
-    """Reads what ``save_batch`` wrote.
+    """Read a batch that ``save_batch`` wrote.
 
     Raises:
         WeightsError: There is no such file, it is damaged, or it holds something else.
@@ -116,7 +116,7 @@ def find(
     kept: Sequence[KeptSamples] | None,
     autocast: Callable[[], AbstractContextManager[None]],
 ) -> Findings:
-    """Runs the forward and backward pass of a batch, and looks at every value; changes nothing.
+    """Run the forward and backward pass of a batch, and look at every value; nothing is changed.
 
     Args:
         student_teacher: The networks.
@@ -189,7 +189,7 @@ def _only(batch: Batch, image: int) -> Batch:
 
 
 def describe(findings: Findings, names: Sequence[str]) -> str:
-    """The findings in words, a line each."""
+    """The findings in words, one on each line."""
     f = findings
     lines = []
     if f.weights:

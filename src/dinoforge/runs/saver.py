@@ -1,4 +1,4 @@
-"""When a run is saved, and how training goes on meanwhile."""
+"""Saving a run, while training goes on."""
 
 import time
 from collections.abc import Callable
@@ -24,7 +24,7 @@ _RETRY_SECONDS = 60.0
 
 
 class Saver:
-    """Saves the run every so many steps or minutes: checkpoint, backbone, summary.
+    """Saves checkpoint, backbone and summary of a run after a number of steps or minutes.
 
     With ``checkpoint.asynchronous`` the state is copied between two steps, and the copy is written by a thread while
     training goes on. What training waits is the copying, and the end of the writing before if that takes
@@ -81,7 +81,7 @@ class Saver:
             self.waited += time.monotonic() - started
 
     def finish(self) -> None:
-        """Saves the state now, unless that is done for this step.
+        """Save the state now, unless that is done for this step.
 
         Raises:
             RunError: The disk is full, the run directory cannot be written, or the state is not finite.

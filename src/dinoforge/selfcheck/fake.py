@@ -89,7 +89,7 @@ class Counts:
     operations: set[str] = field(default_factory=set)
 
     def clear(self) -> None:
-        """Starts anew."""
+        """Count from zero again."""
         self.waits.clear()
         self.pageable.clear()
         self.operations.clear()
@@ -273,7 +273,7 @@ class _Autocasting(TorchFunctionMode):
 
 @contextmanager
 def fake_accelerator(*, float64: bool = True, found: bool = False) -> Iterator[Counts]:
-    """Lets tensors be put on ``DEVICE``; gives what is counted.
+    """Let tensors be put on ``DEVICE`` meanwhile; yields what is counted.
 
     Args:
         float64: Whether the device has float64; MPS has not.
@@ -288,7 +288,7 @@ def fake_accelerator(*, float64: bool = True, found: bool = False) -> Iterator[C
     original = torch.autocast
 
     class Autocast(original):  # type: ignore[misc, valid-type]
-        """PyTorch's, which knows the device, too."""
+        """PyTorch's autocast, which also knows the device."""
 
         def __init__(self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **more: Any):
             self._ours = device_type == DEVICE.type

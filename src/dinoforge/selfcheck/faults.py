@@ -1,4 +1,4 @@
-"""Training runs in which something is made to go wrong, to see what is said and how soon all have ended.
+"""Training runs in which a fault is injected, to see what is said and how soon all processes have ended.
 
 A check starts them by ``dinoforge selfcheck --fault``, so they end as every run does that a user starts.
 """
@@ -30,7 +30,7 @@ _HUGE = 2**50  # bytes, which no memory has
 
 @dataclass(frozen=True)
 class Fault:
-    """A run, and what is to go wrong in it.
+    """A run, and the fault to inject.
 
     Args:
         kind: ``backward``, an exception in the backward pass of the last rank; ``data``, a DataError of the last rank;
@@ -54,7 +54,7 @@ class Fault:
 
 
 def train_with(fault: Fault) -> int:
-    """Trains as ``dinoforge train`` does, until it goes wrong.
+    """Train as ``dinoforge train`` does, until the fault strikes.
 
     Raises:
         RecipeError: The kind is unknown.

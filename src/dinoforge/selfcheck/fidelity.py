@@ -122,7 +122,7 @@ def recipe_of(case: dict[str, Any]) -> Recipe:
 
 
 def world_size_of(folder: Path) -> int:
-    """The number of ranks that a case is of."""
+    """The number of ranks of a case."""
     size: int = json.loads((folder / "case.json").read_text()).get("world_size", 1)
     return size
 
@@ -177,7 +177,7 @@ def read_subsets(
 
 
 def without_noise(name: str, tensor: Tensor) -> Tensor:
-    """Leaves out the key third of the attention bias: softmax cancels it, and AdamW turns noise into steps."""
+    """Leave out the key third of the attention bias: softmax cancels it, and AdamW turns noise into steps."""
     if not name.endswith("attn.qkv.bias"):
         return tensor
     third = len(tensor) // 3

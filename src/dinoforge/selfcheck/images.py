@@ -11,7 +11,7 @@ KINDS = {"rings": (60, 90, 190), "stripes": (190, 130, 60)}
 
 
 def make_images(folder: Path, *, of_each: int, first: int = 0, side: int = 112) -> Path:
-    """Writes images of each kind into a sub-folder of its name, PNG and JPEG in turn; always the same.
+    """Write images of each kind into a sub-folder of its name, PNG and JPEG in turn; always the same.
 
     Args:
         folder: The folder to make.

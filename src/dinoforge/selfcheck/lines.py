@@ -1,4 +1,4 @@
-"""The lines of a self-check: what was looked at, how it is, and the numbers."""
+"""The lines of a self-check: what was looked at, the outcome, and the numbers."""
 
 import math
 import textwrap
@@ -18,7 +18,7 @@ _MODULE = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Line:
-    """One finding.
+    """A finding of a self-check.
 
     Args:
         name: What was looked at.
@@ -71,7 +71,7 @@ def not_here(name: str, reason: str, **values: Any) -> Line:
 
 
 def judged(passed: bool, name: str, text: str, details: tuple[str, ...] = (), **values: Any) -> Line:
-    """``ok`` if it passed, else ``FAIL``."""
+    """A line that is ``ok`` if ``passed``, else ``FAIL``."""
     return Line(name, "ok" if passed else "FAIL", text, values, details)
 
 
@@ -93,7 +93,7 @@ def guarded(name: str, look: Callable[[], Line]) -> Line:
 
 
 def all_guarded(name: str, lines: Callable[[], Iterator[Line]]) -> Iterator[Line]:
-    """The lines that come; an exception ends them with a failure."""
+    """Yield the lines that come; an exception ends them with a failure."""
     try:
         yield from lines()
     except Exception as error:

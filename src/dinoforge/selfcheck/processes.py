@@ -1,4 +1,4 @@
-"""Programs that a check starts: each with a deadline, its output in a file, and an end that is sure."""
+"""Programs that a check starts: each has a deadline, its output in a file, and a certain end."""
 
 import contextlib
 import os
@@ -35,7 +35,7 @@ class Ended:
     seconds: float
 
     def tail(self, lines: int = 8) -> tuple[str, ...]:
-        """The last lines that it printed."""
+        """The last lines of the output."""
         printed = [line.rstrip() for line in self.output.splitlines() if line.strip()]
         return tuple(printed[-lines:]) or ("(it printed nothing)",)
 
@@ -50,7 +50,7 @@ class Ended:
 
 
 class Program:
-    """A Python module that runs as a program of its own; whatever is left of it ends with the context.
+    """A Python module that runs as a program; whatever is left of it ends with the context.
 
     Args:
         arguments: The module, and its arguments.
@@ -112,7 +112,7 @@ class Program:
         return Ended(code, self.output, seconds)
 
     def kill(self) -> None:
-        """Ends it by SIGKILL (on Windows, TerminateProcess), with all that it has started."""
+        """End the program by SIGKILL (on Windows, TerminateProcess), with all that it has started."""
         end(self.mark, self.process.pid if self.running else None)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(10)
@@ -130,7 +130,7 @@ class Program:
 
 
 def run(arguments: Sequence[str], folder: Path, *, seconds: float) -> Ended:
-    """Runs a Python module to its end, or until its deadline."""
+    """Run a Python module to its end, or until its deadline."""
     with Program(arguments, folder, seconds=seconds) as program:
         return program.wait()
 

@@ -234,7 +234,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 @contextmanager
 def in_use(device: torch.device, *, allow_tf32: bool = False) -> Iterator[None]:
-    """A context for work on a device; on others than CUDA it changes nothing.
+    """A context for work on a device; it changes nothing except on CUDA.
 
     The GPU is the current one, so that nothing, page-locked memory included, makes a context on the first of them
     instead. Products and convolutions of float32 are those of float32, unless TF32 is allowed, which rounds their
@@ -438,7 +438,7 @@ def number_of_ranks(text: str) -> int:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Compute with so many threads meanwhile."""
+    """Compute with a number of threads meanwhile."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

@@ -35,7 +35,7 @@ _GRACE_SECONDS = 5.0  # in which a rank may end by itself after another has fail
 
 @contextmanager
 def process_group(device: torch.device, backend: str = "auto", timeout: timedelta | None = None) -> Iterator[None]:
-    """The ranks that torchrun, ``dinoforge train --nproc`` or Slurm started beside this one, for as long as needed.
+    """Join the ranks that torchrun, ``dinoforge train --nproc`` or Slurm started beside this one, meanwhile.
 
     The only place that sets a process group up or takes it down. Nothing to do where this process was started alone,
     or where the caller has a group already.
@@ -184,13 +184,13 @@ class _Others(threading.Thread):
         return None
 
     def warn(self, error: BaseException) -> None:
-        """Tells the other ranks that this one fails."""
+        """Tell the other ranks that this one fails."""
         told = f"rank {self._rank} failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         _within_grace(lambda: self._store.compare_set("failed", "", told))
         self._done.set()
 
     def leave(self) -> None:
-        """Waits until all ranks are done: who ends first has the others ended by whatever started them."""
+        """Wait until all ranks are done: when one process ends, its launcher may end the others."""
         with suppress(RuntimeError):  # nothing is lost any more, so who is not well may end as it will
             self._store.set(f"{self._rank} is done", "")
             self._store.wait([f"{rank} is done" for rank in range(self._world_size)], self._patience)
@@ -233,7 +233,7 @@ def _within_grace(call: Callable[[], object]) -> None:
 
 
 def leave_process(code: int) -> NoReturn:
-    """Ends this process, and its data-loading workers, as it stands: nothing that waits is waited for."""
+    """End this process and its data workers at once, without waiting for anything."""
     for worker in multiprocessing.active_children():
         worker.kill()
     sys.stdout.flush()
@@ -305,7 +305,7 @@ def _from_launcher(name: str, default: int) -> int:
 
 
 def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """Sets how long the ranks of a group wait for each other in what they do from now on."""
+    """Set how long the ranks of a group wait for each other from now on."""
     # Versions of PyTorch differ in the name.
     change = getattr(distributed_c10d, "set_timeout", None) or getattr(distributed_c10d, "_set_pg_timeout", None)
     if change is not None:
@@ -353,7 +353,7 @@ def is_first() -> bool:
 
 
 def any_over_ranks(flag: bool) -> bool:
-    """Whether ``flag`` is true on any rank: how all agree to stop, to save, to skip."""
+    """Whether ``flag`` is true on any rank, so that all agree to stop, to save, to skip."""
     if not is_active():
         return flag
     flags = torch.tensor(int(flag))
@@ -378,7 +378,7 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def all_ranks(value: T) -> list[T]:
-    """Every rank's ``value``, in the order of ranks; small ones only."""
+    """The ``value`` of every rank, in the order of ranks; for small values only."""
     if not is_active():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -387,7 +387,7 @@ def all_ranks(value: T) -> list[T]:
 
 
 def rows_of_all_ranks(x: Tensor) -> Tensor:
-    """``x`` [n, …] of every rank one below the other [W·n, …]; n is the same everywhere; outside of autograd."""
+    """The rows ``x`` [n, …] of all ranks, one rank below the other [W·n, …]; n is equal on all; outside of autograd."""
     x = x.detach().contiguous()
     if not is_active():
         return x
@@ -397,7 +397,7 @@ def rows_of_all_ranks(x: Tensor) -> Tensor:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """``x`` summed over ranks; a new tensor, outside of autograd."""
+    """The sum of ``x`` over ranks; a new tensor, outside of autograd."""
     x = x.detach().clone()
     if is_active():
         dist.all_reduce(x)
@@ -405,7 +405,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """``x`` averaged over ranks; a new tensor, outside of autograd."""
+    """The mean of ``x`` over ranks; a new tensor, outside of autograd."""
     return sum_over_ranks(x) / world_size()
 
 
@@ -425,12 +425,12 @@ def logsumexp_over_ranks(x: Tensor) -> Tensor:
 
 
 def shards(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """This rank's part of each tensor that is sharded; the others as they are. They share their memory."""
+    """This rank's part of each sharded tensor, and the other tensors as they are; memory is shared with the originals."""
     return [t.to_local() if _is_sharded(t) else t for t in tensors]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, on every rank, so every rank has to ask; another as it is."""
+    """A sharded tensor, put together on every rank, so that every rank has to call this; another tensor as it is."""
     return tensor.full_tensor() if _is_sharded(tensor) else tensor
 
 

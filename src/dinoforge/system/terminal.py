@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Patient(io.TextIOBase):
-    """A text stream that never raises: what cannot be written is left out.
+    """A text stream that never raises, and leaves out what cannot be written.
 
     After a pipe is closed, a terminal is gone or a disk is full, later lines are tried again, since a disk may have
     room by then. Letters that the encoding lacks become ``?``.
@@ -86,7 +86,7 @@ def be_patient() -> None:
 
 @contextmanager
 def patient(console: "Console") -> Iterator[None]:
-    """Have a console write patiently meanwhile."""
+    """Make a console write patiently meanwhile."""
     before = console.file
     console.file = cast(IO[str], Patient(cast(TextIO, before)))
     try:
@@ -111,7 +111,7 @@ def table(rows: Sequence[Sequence[str]], *, right: Container[int] = ()) -> str:
 
 
 def leave(code: int) -> NoReturn:
-    """End the program at once with an exit code: no handler of the interpreter's end can print a traceback then."""
+    """End the program at once with an exit code, so that no handler at the interpreter's end prints a traceback."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
