@@ -14,7 +14,7 @@ from dinoforge.errors import LAUNCHER, RECURRING, STOPPED, LostRankError
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-_SHUTDOWN_SECONDS = 120  # for the ranks to write a checkpoint after the user has stopped them
+_SHUTDOWN_SECONDS = 120  # time for the ranks to write a checkpoint after the user has stopped them
 
 
 def launch(arguments: Sequence[str], *, ranks: int, restarts: int) -> int:
@@ -81,7 +81,7 @@ def first_failure(failures: "Mapping[int, ProcessFailure]") -> "tuple[int, Proce
 
     def order(item: "tuple[int, ProcessFailure]") -> tuple[bool, float]:
         _, failure = item
-        time = float(failure.timestamp)  # of the look that found it, in whole seconds
+        time = float(failure.timestamp)  # time of the look that found the failure, in whole seconds
         if isinstance(failure.message, Mapping):
             time = float(failure.message["extraInfo"]["timestamp"])
         elif failure.exitcode != -signal.SIGKILL:

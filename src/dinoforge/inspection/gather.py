@@ -14,9 +14,9 @@ from dinoforge.data.names import printable
 from dinoforge.data.values import Decoding, Samples, missing
 from dinoforge.inspection.result import Channel, Histogram, Values
 
-_VALUES = 2**21  # that are kept of each type
-_PER_IMAGE = 2**15  # and channel
-_TYPES = 16  # that are told apart
+_VALUES = 2**21  # values that are kept of each type
+_PER_IMAGE = 2**15  # values of an image and channel
+_TYPES = 16  # most types that are told apart
 _BINS = 64
 _PERCENTS = (0.1, 1.0, 50.0, 99.0, 99.9)
 _GOLDEN = (math.sqrt(5) - 1) / 2  # steps of it fill 0…1 evenly, whatever their number, and no column twice in a row
@@ -30,7 +30,7 @@ class Seen:
 
     index: int
     name: str  # printable
-    end: str  # of the name, printable
+    end: str  # ending of the name, printable
     kind: str
     is_named: bool
     seconds: float  # reading and decoding
@@ -40,7 +40,7 @@ class Seen:
     mode: str
     type: str
     bits: int
-    channels: int  # of the values, without transparency
+    channels: int  # number of channels of the values, without transparency
     colour: int
     transparent: float | None  # share of the pixels
     laid_over_white: bool
@@ -64,8 +64,8 @@ class Unread:
 
     index: int
     name: str  # printable
-    end: str  # of its file's name, printable
-    kind: str  # by content; '' where nothing is known
+    end: str  # ending of its file's name, printable
+    kind: str  # kind by content; '' where nothing is known
     is_named: bool
     reason: str
 

@@ -70,7 +70,7 @@ class Pass:
             self.unread.append(_unread(index, self.source.name(index), image, str(error)))
             return
         gone = self.gathered.add(found.samples)
-        with suppress(ImageError):  # that training refuses: it takes nothing
+        with suppress(ImageError):  # an image that training refuses takes no memory
             taken = working_bytes(image, channels=self.channels, decoding=self.decoding)
             if taken > self.peak.value:
                 self.peak = Extreme(printable(self.source.name(index)), taken)

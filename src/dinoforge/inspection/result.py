@@ -272,7 +272,7 @@ class Crops:
     name: str
     size: tuple[int, int]  # height, width
     image: str
-    crops: tuple[str, ...]  # after their colours have changed: two global ones, then the local ones
+    crops: tuple[str, ...]  # two global ones, then the local ones, all after their colours have changed
 
 
 @dataclass(frozen=True)
@@ -281,16 +281,16 @@ class Inspection:
 
     data: str
     images: int
-    bytes: int | None  # of all files; None where the data are no folder, or time was up
+    bytes: int | None  # size of all files; None where the data are no folder, or time was up
     sampling: Sampling
     ends: Mapping[str, int]  # ends of the names of all images -> how many
     kinds: Mapping[str, int]  # kinds by content -> how many of the sample
     modes: Mapping[str, int]  # kinds of pixels -> how many of the sample
     left_out: Mapping[str, int]
     unreadable: tuple[tuple[str, str], ...]  # name and reason of all of the sample
-    refused: tuple[tuple[str, str], ...]  # that can be read, and that training refuses all the same
+    refused: tuple[tuple[str, str], ...]  # name and reason of readable images that training refuses
     profiles: Mapping[str, int]  # embedded colour profiles -> how many of the sample
-    orientations: Mapping[str, int]  # of EXIF -> how many of the sample
+    orientations: Mapping[str, int]  # EXIF orientations -> how many of the sample
     sizes: Sizes | None
     values: tuple[Values, ...]
     no_data: float  # share of the values of the sample that are no data
@@ -299,7 +299,7 @@ class Inspection:
     pixels: Pixels | None
     cost: Cost | None
     troubles: tuple[Trouble, ...]
-    channels: int  # that the keys below ask for
+    channels: int  # number of channels that the keys below ask for
     advice: tuple[Advice, ...]
     command: str
     crops: tuple[Crops, ...] = field(default=(), metadata={"json": False})

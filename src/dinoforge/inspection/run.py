@@ -40,7 +40,7 @@ IMAGES, SECONDS = 1024, 8.0
 
 _FOR_CHANNELS, _FOR_RANGE, _FOR_FILES, _FOR_CROPS = 0.05, 0.15, 0.3, 0.2  # shares of the seconds
 _HEADERS, _DEEP = 64, 64  # images that are asked for the number of channels, and for the range
-_AT_LEAST = 2  # of them, whatever the time
+_AT_LEAST = 2  # images that are read whatever the time
 _SHORT = 0.3  # seconds
 _SHEETS = 12  # images whose crops are shown
 _SHOWN = 256  # pixels along the longer side of a shown image
@@ -131,12 +131,12 @@ class _Looked:
     files: Source
     source: Source  # the same, or every plane of them
     said: Mapping[str, Any]  # the keys that are given
-    why: Channels  # that are read
-    base: Recipe  # that says how values become pixels
+    why: Channels  # the channels that are read, and why
+    base: Recipe  # the recipe that says how values become pixels
     measured: MeasuredRange | None
     same_files: list[copies.Group]  # indices of `files`
     compared: int  # files
-    bytes: int | None  # of all files
+    bytes: int | None  # size of all files
     pass_: Pass
 
 
@@ -325,7 +325,7 @@ def _copies(looked: _Looked, labels: Labels) -> Copies:
         return [sorted(pass_.fingerprints[place][0] for place in group) for group in groups]
 
     pixels, near = indices(duplicates.same(prints)), indices(duplicates.groups(prints))
-    are_images = source is files  # and no stacks of them
+    are_images = source is files  # false for stacks of images
     known = looked.same_files if are_images else []
     return Copies(
         files_compared=looked.compared,

@@ -8,8 +8,8 @@ from dinoforge.inspection.result import Channel, Extreme, Inspection, Spread, Tr
 from dinoforge.system.terminal import table
 
 _WIDTH, _INDENT = 110, 11
-_LISTED = 8  # of a list in a line
-_TYPES, _CHANNELS = 6, 13  # of tables of values
+_LISTED = 8  # items of a list in a line
+_TYPES, _CHANNELS = 6, 13  # most types and channels in tables of values
 _TROUBLES = 40
 _BARS = " ▁▂▃▄▅▆▇█"
 

@@ -37,12 +37,12 @@ class Facts:
     odd_names: int
     odd_examples: tuple[str, ...]
     channels: int  # wanted
-    plane: str | None  # of the recipe
+    plane: str | None  # the recipe's data.plane
     fill: int
     range: str  # the key that says it; '' where there is none
     range_by: str  # measured, or given
     is_minmax: bool
-    side: int  # of a global crop
+    side: int  # side of a global crop
 
 
 def find(facts: Facts) -> tuple[Trouble, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-MOST_ELEMENTS = 2**16  # of a parameter: a copy of a giant network stays below 200 MB
+MOST_ELEMENTS = 2**16  # copied elements of a parameter, so that a giant network's copy stays below 200 MB
 
 
 @dataclass(frozen=True)

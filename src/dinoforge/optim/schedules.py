@@ -29,7 +29,7 @@ class Hyperparameters:
     weight_decay: float
     momentum: float
     teacher_temp: float
-    last_layer_frozen: bool  # by gradient; when it is frozen by lr, last_layer_lr is 0
+    last_layer_frozen: bool  # frozen by its gradient; where it is frozen by lr, last_layer_lr is 0
     backbone_frozen: bool = False  # only heads learn
     backbone_lr_mult: float = 1.0  # on lr
 

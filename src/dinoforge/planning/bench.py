@@ -40,10 +40,10 @@ from dinoforge.training.parallel import Mode, wrap
 from dinoforge.training.pieces import kept_samples
 from dinoforge.training.step import train_step
 
-Shape = tuple[int, int, int]  # of a product [m, k] @ [k, n]
+Shape = tuple[int, int, int]  # m, k, n of a product [m, k] @ [k, n]
 
 _SQUARES = (1024, 2048, 3072, 4096)
-_MOST_OVERFLOWS = 20  # of steps: then the loss scale has come down from 65,536 to 1
+_MOST_OVERFLOWS = 20  # steps after which the loss scale has come down from 65,536 to 1
 
 
 def gemm_peak(

@@ -19,7 +19,7 @@ from dinoforge.system.device import resolve_device, resolve_precision
 from dinoforge.system.terminal import table
 
 IMAGENET_1K = 1_281_167  # images
-_POINTS = 49  # of each schedule, in JSON
+_POINTS = 49  # points of each schedule in JSON
 
 
 @dataclass(frozen=True)

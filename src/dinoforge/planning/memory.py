@@ -21,10 +21,10 @@ from dinoforge.training.parallel import Mode, shard_count
 from dinoforge.training.pieces import crops_in_turn
 
 _LIBRARIES = 0.65 * 2**30  # on a CPU: the interpreter, PyTorch and the others
-_WORKER = 0.06 * 2**30  # that a process which makes batches does not share with the rank
+_WORKER = 0.06 * 2**30  # bytes that a process which makes batches does not share with the rank
 _COMPILER = 0.15 * 2**30  # PyTorch's, which its activation checkpointing, DDP and FSDP2 import
 _GAPS = 0.1  # bytes that the C library holds between blocks for each byte of tensors
-_WORTH_IT = 0.95  # of what the recipe takes: a way to save less is not told
+_WORTH_IT = 0.95  # share of the recipe's memory above which a way to save is not worth telling
 
 
 def estimate(
@@ -203,8 +203,8 @@ class _Weights:
 
     all: int
     heads: int
-    last: int  # of heads: prototypes
-    block: int  # of the backbone: one of its blocks
+    last: int  # number of prototypes of the heads
+    block: int  # one block of the backbone
 
     @classmethod
     def of(cls, networks: StudentTeacher) -> "_Weights":
@@ -239,7 +239,7 @@ class _Step:
         student = recipe.student
         tokens = sum(n * each for n, each in zip(counts, _tokens(recipe, networks), strict=True))
         rate = student.drop_path_rate if student.drop_path_uniform else student.drop_path_rate / 2
-        branch = tokens * (1 - rate)  # that a residual branch sees
+        branch = tokens * (1 - rate)  # tokens that a residual branch sees
 
         size, width = precision.itemsize, backbone.embed_dim
         on_cpu = device.type == "cpu"

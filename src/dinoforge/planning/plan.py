@@ -22,8 +22,8 @@ from dinoforge.recipe.schema import Recipe
 
 _GPUS_PER_NODE = 8
 _NODE_LINK = 50e9  # bytes per second and GPU between machines: one 400 Gbit/s port each
-_LINK_SHARE = 0.7  # of a link's peak that collectives reach
-_USABLE_MEMORY = 0.9  # of a device: the rest is the CUDA context's and lost between blocks
+_LINK_SHARE = 0.7  # share of a link's peak that collectives reach
+_USABLE_MEMORY = 0.9  # share of a device's memory; the CUDA context and gaps between blocks take the rest
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Layout:
     name: str
     memory: dict[str, float]
     sent: float
-    extra_flops: float  # of a step, computed again in the backward pass
+    extra_flops: float  # FLOPs of a step that are computed again in the backward pass
 
     @property
     def total(self) -> float:
@@ -73,7 +73,7 @@ class Requirements:
     device: Device
     utilisation: float
     parameters: dict[str, int]
-    flops: float  # of a step, of each rank
+    flops: float  # FLOPs of a step on each rank
     layouts: list[Layout]
 
     def seconds(self, layout: Layout) -> tuple[float, float]:

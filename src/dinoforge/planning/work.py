@@ -25,7 +25,7 @@ class Masks:
     grid: tuple[int, int]  # patches
     crops: int  # global crops that were drawn
     masked_crops: float  # share of the crops that are masked at all
-    ratio_mean: float  # of the masked crops: share of the patches that is masked
+    ratio_mean: float  # share of a masked crop's patches that is masked
     ratio_min: float
     ratio_max: float
     masked_tokens_per_batch: float

@@ -13,7 +13,7 @@ Number = int | float
 class Bounds:
     """The numbers that a key accepts: one number, or each of several."""
 
-    words: str  # that follow "expected"
+    words: str  # the text after "expected" in an error
     at_least: Number = float("-inf")
     above: Number = float("-inf")
     at_most: Number = float("inf")

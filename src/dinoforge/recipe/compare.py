@@ -14,7 +14,7 @@ from dinoforge.recipe.schema import Recipe, differences
 
 Part = Literal["method", "augmentation", "sizes and lengths", "running"]
 
-_WIDTH = 116  # of the table
+_WIDTH = 116  # columns of the terminal for the table
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ _TYPE_NAMES = {int: "whole number", float: "number", bool: "true or false", str:
 class Key:
     """A key of a recipe, as a user needs to know it."""
 
-    name: str  # with its section, as in "train.seed"
+    name: str  # the dotted name, as in "train.seed"
     type: str  # in words, as in "whole number or null"
     bounds: str | None  # in words, as in "at least 1"; None where the type says it all
     default: Any

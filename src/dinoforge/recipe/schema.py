@@ -404,7 +404,7 @@ WITHOUT_MEANING: dict[str, str] = {
     "evaluation": "see eval",
 }
 
-# Keys that may differ between a run and its continuation. How the global batch is cut is one, what it is in all is not.
+# Keys that may differ between a run and its continuation: also how the global batch is cut, but not its size.
 FREE_KEYS = (
     "train.batch_size",  # and batch_size_per_gpu
     "train.accumulate",

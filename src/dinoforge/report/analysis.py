@@ -22,7 +22,7 @@ class Seen:
 
     index: int
     image: npt.NDArray[np.uint8]  # [H, W, C] that the crops were cut from
-    boxes: list[tuple[int, int, int, int]]  # of each crop in it: top, left, height, width
+    boxes: list[tuple[int, int, int, int]]  # top, left, height, width of each crop in it
     before: list[Tensor]  # crops before their colours change, uint8 [C, h, w]: two global ones, then the local ones
     after: list[Tensor]  # the same crops as the network got them
     masks: Tensor  # [2, rows, columns] bool, of the global crops

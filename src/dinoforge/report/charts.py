@@ -7,7 +7,7 @@ from typing import Literal
 Columns = Mapping[str, Sequence[float | None]]
 """Metrics by name, one value for each logged step, None where a step has none: what ``read_metrics`` returns."""
 
-MOST_POINTS = 1000  # of a curve in the page
+MOST_POINTS = 1000  # points of a curve in the page
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from dinoforge.report import analysis
 from dinoforge.weights.backbone import Backbone
 
 SAMPLE = 300  # images that are looked at
-EXAMPLES = 6  # of them with maps
+EXAMPLES = 6  # images of the sample that get maps
 ENLARGED = 4  # maps are of so many times the resolution of training, in patches along a side,
 MOST_PATCHES = 32  # up to that many: attention's memory grows with their fourth power
 NEIGHBOURS = 5
@@ -57,8 +57,8 @@ class Neighbours:
 class Learned:
     """A network's features of a sample of images; row ``i`` belongs to image ``indices[i]``."""
 
-    step: int  # of the network
-    images: int  # in the data
+    step: int  # step of the network
+    images: int  # number of images in the data
     asked: int  # images of the sample, of which some may be unreadable
     indices: list[int]
     names: list[str]
@@ -262,7 +262,7 @@ def _neighbours(features: Tensor, labels: Sequence[str] | None) -> tuple[list[Ne
         codes = torch.tensor([numbers[label] for label in labels])
         same = (codes[rows] == codes[:, None]).float().mean(1)  # [N]
         share = float(same.mean())
-        scores = same + values[:, 0] / 1000  # of equally good ones the closer first
+        scores = same + values[:, 0] / 1000  # among equally good ones the closer comes first
     ranked = scores.argsort(descending=True).tolist()
     shown = min(3, count // 2)
     return [

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-SHARE = 0.02  # of a run's time that reports may take
+SHARE = 0.02  # share of a run's time that reports may take
 
 
 class Live:

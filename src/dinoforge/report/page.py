@@ -27,7 +27,7 @@ from dinoforge.report.learned import Learned, bright
 from dinoforge.report.run import ReportedRun
 from dinoforge.report.verdict import Measured
 
-DIRECTIONS = 64  # of the patch features that the page keeps for similarity maps
+DIRECTIONS = 64  # leading directions of the patch features that the page keeps for similarity maps
 LISTED = 50  # skipped images
 _SHOWN = 256  # pixels along the longer side of a shown image
 _THUMBNAIL = 56

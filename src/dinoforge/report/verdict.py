@@ -9,8 +9,8 @@ from dinoforge.report.charts import Columns, curve
 
 Answer = Literal["yes", "partly", "no", "unknown"]
 
-NOISE = 0.01  # of an accuracy: about what runs differ by that differ in nothing but rounding
-DATA_LIMITS = 0.2  # of the time spent waiting for data, and more
+NOISE = 0.01  # difference of accuracy between runs that differ only in rounding, about
+DATA_LIMITS = 0.2  # share of the time spent waiting from which data limits a run
 _WORDS = {"knn": "k-NN", "linear": "linear probe"}
 
 

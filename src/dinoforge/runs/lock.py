@@ -23,8 +23,8 @@ from dinoforge.errors import RunError
 from dinoforge.system.files import writing_error
 
 BEAT_SECONDS = 10.0
-_SILENCE = 4 * BEAT_SECONDS  # of a holder on another machine, after which it is gone
-_TRIES = 5  # at a lock that others take and leave meanwhile
+_SILENCE = 4 * BEAT_SECONDS  # silence after which a holder on another machine is gone
+_TRIES = 5  # attempts at a lock that others take and leave meanwhile
 
 
 class LockLostError(RunError):

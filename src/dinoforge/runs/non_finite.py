@@ -19,7 +19,7 @@ from dinoforge.training.pieces import kept_samples
 from dinoforge.training.state import TrainState
 
 _KEPT_BATCHES = 20
-_OVERFLOWS = 8  # in a row, which lower the loss scale 256-fold
+_OVERFLOWS = 8  # overflows in a row, which lower the loss scale 256-fold
 
 
 class RollBackError(Exception):

@@ -23,7 +23,7 @@ from dinoforge.system.machine import free_memory
 from dinoforge.version import __version__
 
 _FLOAT32_ERROR = 1e-5  # relative, of a product's largest entry; TF32 gives 3e-4
-_HEADS, _HEAD_DIM, _TOKENS = 6, 64, 197  # of ViT-S at 224 pixels and patches of 16
+_HEADS, _HEAD_DIM, _TOKENS = 6, 64, 197  # sizes of ViT-S at 224 pixels and patches of 16
 
 
 def check(settings: Settings) -> Iterator[Line]:

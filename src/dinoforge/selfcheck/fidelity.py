@@ -81,7 +81,7 @@ _CPU = torch.device("cpu")
 _FLOAT16_SCALE = 2.0**10
 """Of the loss: the gradients of the cases neither overflow nor vanish, so no step is skipped."""
 
-_MODES: tuple[Mode, ...] = ("ddp", "fsdp")  # of several ranks
+_MODES: tuple[Mode, ...] = ("ddp", "fsdp")  # modes of several ranks
 
 Prepare = Callable[[StudentTeacher], None]
 

@@ -20,7 +20,7 @@ from dinoforge.selfcheck.processes import Ended, Program
 from dinoforge.selfcheck.settings import Settings
 from dinoforge.system.device import resolve_device
 
-IMAGES = 24  # of each kind
+IMAGES = 24  # images of each kind
 LOSS_BOUND = 0.01
 """Of a run that was killed and continued beside one that was left alone, on devices whose sums are not always the same:
 the relative difference of losses in the median step after it.
@@ -28,10 +28,10 @@ the relative difference of losses in the median step after it.
 On a CPU, bfloat16 instead of float32 gave 0.0016, other images than those that come next 0.027. How far the weights are
 apart does not tell the two from each other.
 """
-FEATURE_BOUND = 0.03  # of features beside the CPU's, as a share of their spread; bfloat16 beside float32 gave 0.004
-ACCURACY = 0.9  # of two kinds of images that differ in colour, where a half is chance
+FEATURE_BOUND = 0.03  # largest difference from the CPU's features, over their spread; bfloat16 beside float32: 0.004
+ACCURACY = 0.9  # least accuracy on two kinds of images that differ in colour, where a half is chance
 
-_SECONDS = 240.0  # of a command, on a machine that does other things too
+_SECONDS = 240.0  # time of a command on a machine that does other things too
 _AT_ONCE = 2
 _LONGEST = "eval linear"
 _FORMATS = {

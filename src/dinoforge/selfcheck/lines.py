@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 Status = Literal["ok", "FAIL", "not here"]
 
-_NAME_COLUMN = 18  # of the text of a line: after the status and the seconds
+_NAME_COLUMN = 18  # where a line's name begins, after the status and the seconds
 _TEXT_COLUMN = 46
 _WIDTH = 120
 _MODULE = Path(__file__).parents[1]

@@ -28,7 +28,7 @@ On a CPU, 2 and 4 ranks gave 1.5e-7 and 1e-4.
 END_SECONDS = 60.0
 """Until all ranks have ended after one has failed; on an idle machine it takes at most 20."""
 
-_SECONDS = 300.0  # of a run, on a machine that does other things too
+_SECONDS = 300.0  # time of a run on a machine that does other things too
 START_SECONDS = 60.0  # until the fault happens: the ranks start and find each other
 _PER_RANK = 4  # images of a step
 

@@ -24,7 +24,7 @@ from dinoforge.selfcheck.settings import Settings
 from dinoforge.system.device import in_use, loader_workers, resolve_device, resolve_precision, usable_processors
 
 NETWORKS = {"ViT-S": "vit_small", "ViT-B": "vit_base", "ViT-L": "vit_large"}
-_IMAGES = 32  # of a step, fewer where they do not fit
+_IMAGES = 32  # images of a step; fewer where they do not fit
 _LEAST_IMAGES = 4
 _LOADER_SECONDS, _LOADER_STEPS = 5.0, 200
 _LARGE = {
@@ -56,7 +56,7 @@ def check(settings: Settings) -> Iterator[Line]:
 
         def measured() -> Line:
             nonlocal peak
-            seconds = 0.05 if settings.short else 0.4  # for each size
+            seconds = 0.05 if settings.short else 0.4  # time for each size
             peak = gemm_peak(device, precision, seconds=seconds, by_linear=device.type == "cpu")
             dtype = str(precision).removeprefix("torch.")
             return ok("speed: products", f"{peak / 1e12:.3g} TFLOP/s in {dtype} at best", flops=peak)

@@ -16,7 +16,7 @@ import torch
 from dinoforge.errors import RecipeError
 from dinoforge.system import distributed, machine
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants of malloc.h
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -25,7 +25,7 @@ _MOST_WORKERS, _MOST_THREADS = 32, 4  # on an accelerator; each worker keeps bat
 
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 _EXPANDABLE_SEGMENTS = "expandable_segments:True"
-_CU_ATTRIBUTES = (102, 103)  # of cuda.h: memory is mapped by the program, and its handles are file descriptors
+_CU_ATTRIBUTES = (102, 103)  # constants of cuda.h: programs can map memory, and share it by file descriptors
 
 _INSTALLING = "https://pytorch.org/get-started/locally"
 _ROOT = Path("/")
@@ -71,7 +71,7 @@ def rank_device(name: str) -> torch.device:
     device = resolve_device(name)
     if device.type not in ("cuda", "mps") or distributed.launched_world_size() == 1:
         return device
-    ranks = max(distributed.local_world_size(), distributed.local_rank() + 1)  # of this machine
+    ranks = max(distributed.local_world_size(), distributed.local_rank() + 1)  # ranks of this machine
     if device.type == "mps":
         raise RecipeError(
             f"device={name}: a Mac has one GPU, which ranks cannot share: start one process, or set device=cpu"
@@ -260,7 +260,7 @@ def _tf32(allow: bool) -> Iterator[None]:
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that the first set may go one day
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch warns that the older settings may go one day
         ours = _newer([matmul, getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None)])
         newer = [*ours, *_newer([getattr(torch.backends.mkldnn, "matmul", None)])]  # which the first set writes, too
         products, convolutions = _readable(torch.get_float32_matmul_precision), _readable(lambda: cudnn.allow_tf32)

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
-_PATIENCE = timedelta(minutes=30)  # of ranks with each other, where nothing else is said: as gloo has it
-_LOOK_SECONDS = 1.0  # between two looks at the other ranks
-_GRACE_SECONDS = 5.0  # in which a rank may end by itself after another has failed, and for farewells
+_PATIENCE = timedelta(minutes=30)  # default time that ranks wait for each other, as gloo has it
+_LOOK_SECONDS = 1.0  # time between two looks at the other ranks
+_GRACE_SECONDS = 5.0  # time in which a rank may end by itself after another has failed, and for farewells
 
 
 @contextmanager
@@ -425,7 +425,7 @@ def logsumexp_over_ranks(x: Tensor) -> Tensor:
 
 
 def shards(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """This rank's part of each sharded tensor, and the other tensors as they are; memory is shared with the originals."""
+    """This rank's part of each sharded tensor, and the other tensors as they are; memory is shared with them."""
     return [t.to_local() if _is_sharded(t) else t for t in tensors]
 
 

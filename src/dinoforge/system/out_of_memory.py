@@ -10,7 +10,7 @@ from dinoforge.errors import OutOfMemoryError
 from dinoforge.system.device import free_memory
 
 _SIGNS = (
-    "out of memory",  # of CUDA where it is no OutOfMemoryError, of MPS, of NCCL
+    "out of memory",  # CUDA where it raises no OutOfMemoryError, MPS, NCCL
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -49,7 +49,7 @@ def out_of_memory_in_words(device: torch.device, ways: Callable[[], Sequence[str
 def _what_happened(error: BaseException, device: torch.device) -> str:
     """The amount asked for and the amount there was, as the library says them, without the library's own advice."""
     text = str(error).strip().partition("\n")[0]
-    if asked := re.search(r"you tried to allocate (\d+) bytes", text):  # of main memory
+    if asked := re.search(r"you tried to allocate (\d+) bytes", text):  # an error about main memory
         free = free_memory(torch.device("cpu"))
         left = "" if free is None else f", and {free / 2**30:.1f} GiB are free"
         return f"{int(asked[1]) / 2**30:.1f} GiB of main memory were asked for{left}"
