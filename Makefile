@@ -21,7 +21,7 @@ test: $(VENV)/.ready-dev  ## all checks and tests
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 quick: $(VENV)/.ready-dev  ## tests without other processes, browser, Slurm or long training, in under 3 minutes
-	$(VENV)/bin/python -m pytest -n 2 -m "not (browser or cluster or processes or slow)" $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not (browser or cluster or processes or slow)" $(PYTEST_ARGS)
 
 check: $(VENV)/.ready-dev  ## style, types and floors
 	$(VENV)/bin/ruff check
