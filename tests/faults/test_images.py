@@ -153,6 +153,7 @@ def mutants(tmp_path_factory):
     return folder, bad
 
 
+@pytest.mark.processes
 def test_mutated_files(mutants):
     folder, bad = mutants
     assert 600 < len(bad) < 1200  # of the others, the harm is in the picture, or in what nobody reads
@@ -180,6 +181,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, of Linux")
 def test_mutated_files_take_no_memory(mutants, tmp_path):
     """Whatever a header says, a worker needs about what it needs for the sound files.
@@ -200,6 +202,7 @@ def test_mutated_files_take_no_memory(mutants, tmp_path):
     assert peak(mutants[0], 120) < peak(tmp_path / "sound", 40) + 64 * 1024
 
 
+@pytest.mark.processes
 def test_bombs(tmp_path):
     """A small file that would be a large picture is refused by what its header says."""
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
@@ -338,6 +341,7 @@ def test_all_bad_images_are_listed_before_too_many_of_them_end_the_run(tmp_path,
         assert listed[name] == reason
 
 
+@pytest.mark.processes
 def test_bad_images_are_listed_where_none_is_found_for_a_batch(tmp_path):
     images = folder_of(tmp_path / "images", sound=1, bad=60)
     settings = SIZES | {"train.num_workers": 1, "data.max_bad_share": 1.0}
@@ -361,6 +365,7 @@ def test_a_rank_lists_what_it_alone_met(tmp_path, monkeypatch):
     assert told == []
 
 
+@pytest.mark.processes
 def test_ranks_list_each_bad_image_once(tmp_path):
     images = folder_of(tmp_path / "images", sound=60, bad=40)
     keys = [
