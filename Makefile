@@ -7,7 +7,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check soak format clean
+.PHONY: help demo test quick check soak format clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -19,6 +19,9 @@ test: $(VENV)/.ready-dev  ## all checks and tests
 	@scripts/system-packages.sh
 	@$(MAKE) --no-print-directory check
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+quick: $(VENV)/.ready-dev  ## tests without other processes, browser, Slurm or long training, in under 3 minutes
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not (browser or cluster or processes or slow)" $(PYTEST_ARGS)
 
 check: $(VENV)/.ready-dev  ## style, types and floors
 	$(VENV)/bin/ruff check

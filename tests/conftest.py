@@ -97,6 +97,12 @@ def flat_classes(classes: Path, tmp_path: Path) -> tuple[Path, Path]:
     return flat, labels
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what needs a browser."""
+    if "browser" in getattr(item, "fixturenames", ()):
+        item.add_marker("browser")
+
+
 def pytest_make_parametrize_id(val: object) -> str | None:
     """Bytes by their number: those of an archive hold the time at which it was made, and two workers then disagree
     about the names of the tests."""

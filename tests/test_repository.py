@@ -5,11 +5,14 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import dinoforge
 
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.processes
 def test_import_is_light() -> None:
     """A mistyped command is answered at once: torch is imported where it is used."""
     code = "import sys, dinoforge; print(*sys.modules)"
@@ -17,6 +20,7 @@ def test_import_is_light() -> None:
     assert not {"torch", "torchvision", "numpy", "PIL"} & set(modules)
 
 
+@pytest.mark.processes
 def test_import_changes_nothing() -> None:
     """No output, and neither the number of threads nor the random state is touched."""
     code = (

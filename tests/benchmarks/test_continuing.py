@@ -1,22 +1,10 @@
 """The benchmark of continuing runs, goes on where it was, and its table says what was measured."""
 
-import importlib.util
 import io
-from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
-
-SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "continuing.py"
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("continuing", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

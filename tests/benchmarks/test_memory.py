@@ -1,8 +1,5 @@
 """The benchmark of memory counts tensors that are alive, and the estimate of the program agrees with it."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,16 +7,6 @@ from dinoforge.builders.networks import build_student_teacher
 from dinoforge.planning.memory import estimate
 from dinoforge.recipe.load import load_recipe
 from tiny import TINY
-
-SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "memory.py"
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("memory", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

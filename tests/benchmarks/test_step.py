@@ -3,14 +3,10 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from dinoforge.recipe.load import load_recipe
-
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
-import step as benchmark
 
 TINY = (
     "student.embed_dim=48 student.depth=2 student.num_heads=2 train.batch_size_per_gpu=4 crops.local_crops_number=2 "
@@ -19,7 +15,7 @@ TINY = (
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_one_line_of_json(dtype):
+def test_one_line_of_json(benchmark, dtype):
     command = [sys.executable, benchmark.__file__, "--work", "B", "--dtype", dtype, "--prototypes", "64"]
     command += ["--steps", "2", "--json", *TINY.split()]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
@@ -33,7 +29,7 @@ def test_one_line_of_json(dtype):
 
 
 @pytest.mark.parametrize(("work", "prototypes", "gflop"), [("A", 65536, 953), ("A", 8192, 868), ("B", 65536, 593)])
-def test_the_work_is_the_references(work, prototypes, gflop):
+def test_the_work_is_the_references(benchmark, work, prototypes, gflop):
     """Counted on the reference implementation's own step."""
     keys = benchmark.COMMON | benchmark.WORKS[work] | {"dino.head_n_prototypes": prototypes}
     recipe, _ = load_recipe("dinov2", keys)

@@ -76,6 +76,7 @@ def test_what_does_not_fit_is_listed_and_changes_nothing():
     assert torch.equal(both.student.backbone.cls_token, before)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_file(tmp_path):
     given = VisionTransformer(**SIZE | {"num_heads": 1}, image_size=32)
     torch.save(given.state_dict(), tmp_path / "w.pth")

@@ -27,6 +27,7 @@ def run(classes, tmp_path_factory):
     return out
 
 
+@pytest.mark.processes
 def test_help_is_light():
     code = "import sys; from dinoforge.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass\n" + (
         "assert not {'torch', 'numpy', 'PIL', 'rich'} & set(sys.modules), sorted(sys.modules)"
@@ -101,6 +102,7 @@ def test_a_rank_has_its_launcher_print_the_error(ranks, monkeypatch, tmp_path, c
     assert "did you mean train.steps" in json.loads((tmp_path / "error.json").read_text())["message"]["message"]
 
 
+@pytest.mark.processes
 def test_a_crash_of_a_rank_is_told_before_it_leaves(tmp_path):
     """It leaves without waiting for threads and destructors, which may wait for other ranks."""
     code = (
@@ -135,6 +137,7 @@ def test_keys_may_stand_before_and_after_options(classes, tmp_path, capsys):
     assert "5 steps of 8 images" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_default_out_names_data_and_recipe(classes, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train", str(classes), *SMALL]) == 0
@@ -212,6 +215,7 @@ def test_mistakes_name_the_argument_and_the_way_out(arguments, named, capsys):
     assert named in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_home_is_expanded_where_shells_leave_it(classes, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "data").symlink_to(classes)
@@ -251,6 +255,7 @@ def test_an_evaluation_of_a_run_that_one_may_only_read_is_not_lost(classes, run,
     assert "summary  not written: cannot write" in said.err
 
 
+@pytest.mark.slow
 def test_a_second_start_of_the_same_command_is_refused(run, classes, tmp_path, capsys):
     out = tmp_path / "run"
     out.mkdir()

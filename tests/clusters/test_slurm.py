@@ -3,17 +3,12 @@
 import contextlib
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "distributed"))
-import continuing
-import slurm as clusters
-
+from clusters import slurm as clusters
 from dinoforge.cli.main import main
+from distributed import continuing
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -4,16 +4,13 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "distributed"))
-import continuing
-import nodes
+from clusters import nodes
+from distributed import continuing
 
 STEPS = 60
 KEYS = continuing.KEYS | {"train.steps": STEPS, "checkpoint.every_steps": 5, "parallel.timeout_minutes": 0.2}

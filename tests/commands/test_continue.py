@@ -246,6 +246,7 @@ def test_what_cannot_be_is_refused(keys, first, images, tmp_path):
 # Continuing the continuation
 
 
+@pytest.mark.slow
 def test_it_goes_on_without_the_file(first, images, tmp_path):
     """What was taken from the file is in the run; the file may be gone once there is a checkpoint."""
     there = tmp_path / "there"

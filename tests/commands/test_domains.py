@@ -91,6 +91,7 @@ def domain(request, tmp_path_factory):
     return root, levels, result, console.export_text(), colours
 
 
+@pytest.mark.slow
 def test_training_sees_the_right_values(domain) -> None:
     root, levels, result, _, _ = domain
     recipe = directory.RunDirectory(result.out).recipe()

@@ -27,6 +27,7 @@ def train(folder: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[
     return capsys.readouterr().out, summary
 
 
+@pytest.mark.processes
 def test_huge_photographs(require_system, tmp_path, capsys):
     folder = require_system("/usr/share/wallpapers", "plasma-workspace-wallpapers")
     out, summary = train(folder, tmp_path / "run", capsys)
@@ -34,6 +35,7 @@ def test_huge_photographs(require_system, tmp_path, capsys):
     assert summary["skipped_images"] == 0
 
 
+@pytest.mark.processes
 def test_grey_clothes(require_system, tmp_path, capsys):
     packed = require_system("/usr/share/datasets/fashion-mnist/t10k-images-idx3-ubyte.gz", "dataset-fashion-mnist")
     pixels = np.frombuffer(gzip.decompress(packed.read_bytes()), dtype=np.uint8, offset=16).reshape(-1, 28, 28)
@@ -47,6 +49,7 @@ def test_grey_clothes(require_system, tmp_path, capsys):
     assert summary["skipped_images"] == 0
 
 
+@pytest.mark.processes
 def test_one_folder_of_everything(solar_cells, tmp_path, capsys):
     """16-bit, RGBA, CMYK, palette, rotated, several formats and depths of folders; and a text file among them."""
     folder = tmp_path / "images"

@@ -77,6 +77,7 @@ def test_a_run_on_planes_from_the_plan_to_the_features(stacks: Path, tmp_path: P
     assert report(run).page.exists()
 
 
+@pytest.mark.processes
 def test_a_run_on_planes_continues_exactly(stacks: Path, tmp_path: Path) -> None:
     train(stacks, tmp_path / "whole")
     train(stacks, tmp_path / "parts", **{"train.max_minutes": 1e-6})

@@ -131,6 +131,7 @@ def undisturbed(images, tmp_path_factory):
     return run
 
 
+@pytest.mark.processes
 def test_killed_and_continued_equals_undisturbed(images, undisturbed, tmp_path):
     run = tmp_path / "run"
     settings = TINY | {"student.drop_path_rate": 0.2, "train.steps": 40, "checkpoint.every_steps": 7}
@@ -181,6 +182,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(images, 
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_signal_saves_and_says_how_to_continue(number, images, tmp_path):
     run = tmp_path / "run"
@@ -213,6 +215,7 @@ def test_time_limit_stops_with_a_checkpoint_and_is_no_other_run(images, tmp_path
     assert second.steps > first.steps
 
 
+@pytest.mark.processes
 def test_finished_run_says_so_and_does_nothing(images, undisturbed):
     before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*")}
     settings = TINY | {"student.drop_path_rate": 0.2, "train.steps": 40}
@@ -267,6 +270,7 @@ def test_checkpoints_are_kept_as_asked(images, tmp_path):
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [f"step_{i:08d}" for i in (8, 16, 18, 20)]
 
 
+@pytest.mark.processes
 def test_dry_run_writes_nothing_and_tells_everything(images, tmp_path):
     done = subprocess.run(
         command("train", images, "--recipe", "small", "--dry-run", *keys(TINY)),
@@ -277,6 +281,7 @@ def test_dry_run_writes_nothing_and_tells_everything(images, tmp_path):
         assert word in done.stdout
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_memory_estimate_is_near_the_measurement(images, tmp_path, precision):
     settings = TINY | {

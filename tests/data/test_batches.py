@@ -213,6 +213,7 @@ def test_stream_is_the_same_for_any_workers_and_start(num_workers: int, start_st
         assert_equal(batch, data[step])  # type: ignore[arg-type]
 
 
+@pytest.mark.processes
 def test_large_crops_do_not_depend_on_threads() -> None:
     """Sums over many pixels are split among threads, and must not round differently for it."""
     crops = MultiCrop(global_size=448, local_number=0, jitter_probability=1.0, blur_probability=(1.0, 1.0, 0.0))
@@ -256,6 +257,7 @@ class Slow:
         return np.full((28, 28, 3), index, np.uint8)
 
 
+@pytest.mark.processes
 def test_killed_worker_is_told_as_such() -> None:
     handler = signal.getsignal(signal.SIGCHLD)
     stream = make_loader(training_data(open_source(Slow(0.01))), start_step=0, end_step=1000, num_workers=1)  # type: ignore[arg-type]
@@ -269,6 +271,7 @@ def test_killed_worker_is_told_as_such() -> None:
             pass
 
 
+@pytest.mark.processes
 def test_workers_leave_interrupts_to_the_main_process() -> None:
     data = training_data(open_source(Slow(0.01)))  # type: ignore[arg-type]
     stream = make_loader(data, start_step=0, end_step=8, num_workers=1)
@@ -281,6 +284,7 @@ def test_workers_leave_interrupts_to_the_main_process() -> None:
     assert_equal(batches[-1], data[7])  # type: ignore[arg-type]
 
 
+@pytest.mark.processes
 def test_closed_stream_ends_its_workers() -> None:
     stream = make_loader(training_data(), start_step=0, end_step=1000, num_workers=2)
     next(stream)
@@ -289,12 +293,14 @@ def test_closed_stream_ends_its_workers() -> None:
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.processes
 def test_stuck_storage_is_told_as_such() -> None:
     stuck = training_data(open_source(Slow(1.0)), batch_size=2)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"no batch came within 0\.2 s"):
         next(make_loader(stuck, start_step=0, end_step=1, num_workers=1, timeout=0.2))
 
 
+@pytest.mark.processes
 def test_opencv_threads_of_this_process_do_not_stop_workers() -> None:
     """Looking at large images starts them; after a fork, whoever changes their number would wait for ever."""
     before = cv2.getNumThreads()

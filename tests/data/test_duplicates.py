@@ -193,6 +193,7 @@ def test_a_thousand_equal_images_are_one_group_at_once():
     assert groups([one] * 1000) == same([one] * 1000) == [list(range(1000))]
 
 
+@pytest.mark.processes
 def test_fingerprints_are_the_same_in_another_process():
     code = (
         "import numpy as np; from dinoforge.data.duplicates import fingerprint;"

@@ -139,6 +139,7 @@ LARGE: dict[str, tuple[Any, int | None]] = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", LARGE)
 def test_memory_of_decoding_is_estimated_from_headers(kind: str, tmp_path: Path) -> None:
     make, channels = LARGE[kind]

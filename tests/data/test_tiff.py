@@ -427,6 +427,7 @@ def test_camera_raw_in_tiff_is_refused_in_words() -> None:
         decode(bytes(data), channels=3)
 
 
+@pytest.mark.processes
 def test_tifffile_is_imported_when_it_is_needed() -> None:
     """Most users have no such files."""
     code = "import sys, dinoforge.data.decode; print('tifffile' in sys.modules, 'imagecodecs' in sys.modules)"

@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,13 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).parent))
-import ranks
-
 from dinoforge.commands import run as run_command
 from dinoforge.commands import train as train_command
 from dinoforge.commands.train import train
 from dinoforge.data.batch import Batch
 from dinoforge.runs.stopping import Stop
 from dinoforge.system import distributed
+from distributed import ranks
 
 STEPS = 9
 KEYS = {

@@ -3,14 +3,10 @@
 ``test_layouts.py`` runs it on one process, and as a script on several.
 """
 
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-import ranks
 
 from dinoforge.builders.networks import build_optimizer, build_student_teacher
 from dinoforge.data.bad_images import BadImages
@@ -21,6 +17,7 @@ from dinoforge.system import distributed
 from dinoforge.training.parallel import Mode, wrap
 from dinoforge.training.state import TrainState
 from dinoforge.training.step import Stepper
+from distributed import ranks
 
 IMAGES, STEPS, MEASURED = 8, 10, 3
 BASE = {

@@ -1,6 +1,5 @@
 """What four, eight and three ranks do in turn, for ``test_many.py``: parts of one run, and steps on uneven shards."""
 
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -8,14 +7,10 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-import continuing
-import layouts
-import ranks
-
 from dinoforge.builders.networks import build_student_teacher
 from dinoforge.recipe.load import load_recipe
 from dinoforge.training.parallel import wrap
+from distributed import continuing, layouts, ranks
 
 KEYS = {"train.batch_size": 24, "checkpoint.every_steps": 2}
 TIMEOUT = timedelta(seconds=77)

@@ -2,7 +2,7 @@
 
 PyTorch's fake process group communicates nothing and gives each rank its own values, so the numbers mean nothing.
 
-    python order.py RANK FILE
+    PYTHONPATH=tests python -m distributed.order RANK FILE
 """
 
 import json
@@ -18,9 +18,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, str(Path(__file__).parent))
-import layouts
-
 from dinoforge.builders.lengths import build_schedules, run_length
 from dinoforge.builders.networks import build_state
 from dinoforge.data.batch import Batch, masked_patches
@@ -29,6 +26,7 @@ from dinoforge.runs import checkpoint
 from dinoforge.training.loop import train
 from dinoforge.training.parallel import Parallel, wrap
 from dinoforge.training.step import Stepper
+from distributed import layouts
 
 WORLD, STEPS = 64, 2
 MASKED = {0: 0.4, 8: 0.0, 63: 0.9}

@@ -1,6 +1,6 @@
-"""Starts a script as several ranks, and is what such a script does first and last.
+"""Start a module as several ranks, and what such a module does first and last.
 
-    python SCRIPT TASKS RANK WORLD_SIZE FOLDER
+    PYTHONPATH=tests python -m MODULE TASKS RANK WORLD_SIZE FOLDER
 
 TASKS are names of functions, with commas between them. Each is called with the rank and a folder that all share, and
 what it returns is written there.
@@ -17,15 +17,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from programs import environment
 
-def start(script: str, tasks: Sequence[str], world_size: int, folder: Path) -> list[dict[str, Any]]:
-    """Runs the tasks on so many processes; returns what each got, by task."""
+
+def start(module: str, tasks: Sequence[str], world_size: int, folder: Path) -> list[dict[str, Any]]:
+    """Run the tasks of a module on several processes.
+
+    Args:
+        module: Its name from the folder ``tests``.
+        tasks: Names of its functions.
+        world_size: Number of processes.
+        folder: A folder that all processes share.
+
+    Returns:
+        What the tasks of each rank returned, by task.
+    """
     processes = []
     try:
         for rank in range(world_size):
             arguments = [",".join(tasks), str(rank), str(world_size), str(folder)]
-            command = [sys.executable, script, *arguments]
-            processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+            command = [sys.executable, "-m", module, *arguments]
+            processes.append(
+                subprocess.Popen(
+                    command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                )
+            )
         outputs = [process.communicate(timeout=280)[0] for process in processes]  # one that waits for ever fails here
         failed = [f"rank {r}: {outputs[r]}" for r, process in enumerate(processes) if process.returncode != 0]
         assert not failed, "\n".join(failed)  # also of those that only missed another
@@ -37,7 +53,7 @@ def start(script: str, tasks: Sequence[str], world_size: int, folder: Path) -> l
 
 
 def serve(functions: Mapping[str, Callable[[int, Path], Any]]) -> None:
-    """Does what ``start`` asks of a script."""
+    """Do in a module what ``start`` asks of it."""
     tasks, rank, world_size, folder = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"

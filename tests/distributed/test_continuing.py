@@ -1,16 +1,13 @@
 """A checkpoint of any number of ranks, sharded or not, continues on any other as if nothing had happened."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import continuing
-import ranks
-
 from dinoforge.errors import RecipeError, RunError
+from distributed import continuing, ranks
+
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +18,7 @@ def runs(tmp_path_factory):
     streams = {"whole": continuing.go_on(folder, "whole", 99), "up": continuing.go_on(folder, "up", 3)}
     names = [path.name for path in sorted((folder / "images").iterdir())]
     (folder / "labels.csv").write_text("".join(f"{name},{i % 2}\n" for i, name in enumerate(names)))
-    on_two = [rank["two"] for rank in ranks.start(continuing.__file__, ["two"], 2, folder)]
+    on_two = [rank["two"] for rank in ranks.start(continuing.__name__, ["two"], 2, folder)]
     streams |= {name: [rank[name] for rank in on_two] for name in ("probed", "sharded", "timed")}
     together = {name: [a + b for a, b in zip(*(r[name] for r in on_two), strict=True)] for name in ("up", "down")}
     streams["up"] += together["up"] + continuing.go_on(folder, "up", 99, **{"train.accumulate": 2})

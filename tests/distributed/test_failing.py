@@ -1,7 +1,6 @@
 """``dinoforge train --nproc 4`` where one rank fails: all end soon, the cause is said last, and may be tried again."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -10,12 +9,12 @@ from typing import NamedTuple
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import continuing
+from distributed import continuing
+from programs import environment
 
 INJECTED = Path(__file__).parent / "injected"
 LIMIT = 60  # seconds from the fault to the launcher's end; about 3 are usual, and 8 where the others are stuck
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.processes]
 
 
 class Ended(NamedTuple):
@@ -34,14 +33,13 @@ def run(images: Path, folder: Path, *, ranks: int = 4, restarts: int = 3, fault:
     stamps = folder / "stamps"
     texts = [f"{key}={value}" for key, value in (continuing.KEYS | keys).items()]
     command = [sys.executable, "-m", "dinoforge", "train", str(images), "--out", str(folder / "run"), *texts]
-    environment = os.environ | {
+    given = environment(INJECTED) | {
         "FAULT": json.dumps(fault | {"step": 3, "stamps": str(stamps)}),
-        "PYTHONPATH": str(INJECTED),
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
         [*command, "--nproc", str(ranks), "--restarts", str(restarts)],
-        env=environment,
+        env=given,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-import continuing
+from distributed import continuing
+
+pytestmark = pytest.mark.processes
 
 STEPS = 40
 

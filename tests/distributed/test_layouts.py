@@ -1,14 +1,11 @@
 """However the global batch is cut into ranks and micro-batches, and the networks are sharded, a step is the same."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import layouts
-import ranks
+from distributed import layouts, ranks
+
+pytestmark = pytest.mark.processes
 
 CUT = ("centering", "sinkhorn_knopp", "separate heads, groups", "only heads learn at first")
 
@@ -20,7 +17,7 @@ def at_once():
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
-    return ranks.start(layouts.__file__, ["two"], 2, tmp_path_factory.mktemp("two"))
+    return ranks.start(layouts.__name__, ["two"], 2, tmp_path_factory.mktemp("two"))
 
 
 OF_IMAGES = ("effective_rank", "target_information.dino")
@@ -92,6 +89,6 @@ def test_while_only_heads_learn_the_backbone_stays(at_once):
 
 
 def test_copies_of_shards_on_four_ranks(tmp_path, at_once):
-    for rank in ranks.start(layouts.__file__, ["four"], 4, tmp_path):
+    for rank in ranks.start(layouts.__name__, ["four"], 4, tmp_path):
         for kind, results in rank["four"].items():
             assert_same(results, at_once[kind])

@@ -1,19 +1,14 @@
 """Four ranks, then eight, then three: one run, whose images, crops and losses do not depend on that. Uneven shards."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import continuing
-import layouts
-import many
-import ranks
+from distributed import continuing, layouts, many, ranks
+from distributed.test_layouts import assert_same
 
-from test_layouts import assert_same  # type: ignore[import-not-found]
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +23,7 @@ def results(tmp_path_factory):
         (folder / task / "images").symlink_to(folder / "images")
         (folder / task / "run").symlink_to(folder / "run")
         (folder / "run").mkdir(exist_ok=True)
-        got[task] = [rank[task] for rank in ranks.start(many.__file__, [task], number, folder / task)]
+        got[task] = [rank[task] for rank in ranks.start(many.__name__, [task], number, folder / task)]
         parts = zip(*(rank["run"] for rank in got[task]), strict=True)
         streams["run"] += [[image for part in step for image in part] for step in parts]
     return folder, streams, got

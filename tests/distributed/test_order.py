@@ -6,14 +6,14 @@ A rank that asks for another collective than the others, or for one more, makes 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import order
-
 from dinoforge.system import distributed
+from distributed import order
+from programs import environment
+
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,9 @@ def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("order")
     started = [
         subprocess.Popen(
-            [sys.executable, order.__file__, str(rank), str(folder / f"{rank}.json")], stderr=subprocess.PIPE
+            [sys.executable, "-m", order.__name__, str(rank), str(folder / f"{rank}.json")],
+            env=environment(),
+            stderr=subprocess.PIPE,
         )
         for rank in order.MASKED
     ]

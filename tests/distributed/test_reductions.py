@@ -1,7 +1,6 @@
 """Reductions over ranks: nothing on one process; on two, what one process gets from all the data."""
 
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -9,11 +8,11 @@ import torch
 import torch.distributed as dist
 
 from dinoforge.system import distributed
+from distributed import workers
+from distributed.ranks import start
 from plain_losses import sinkhorn_knopp
 
-sys.path.insert(0, str(Path(__file__).parent))
-import workers
-from ranks import start
+pytestmark = pytest.mark.processes
 
 # One process
 
@@ -48,7 +47,7 @@ def test_a_process_group_of_one_is_one_process(tmp_path):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of two processes got, for every task of ``workers.py``."""
-    return start(workers.__file__, list(workers.TASKS), 2, tmp_path_factory.mktemp("ranks"))
+    return start(workers.__name__, list(workers.TASKS), 2, tmp_path_factory.mktemp("ranks"))
 
 
 def test_each_process_knows_its_rank(ranks):

@@ -3,18 +3,17 @@
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import continuing
-
 from dinoforge.cli import slurm
 from dinoforge.cli.main import main
 from dinoforge.errors import RunError
+from distributed import continuing
+
+pytestmark = pytest.mark.processes
 
 
 @pytest.mark.timeout(600)

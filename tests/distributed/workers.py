@@ -3,7 +3,6 @@
 It gives what the process got, and nothing of how that should look.
 """
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,10 +19,7 @@ from dinoforge.system import distributed
 from dinoforge.training.parallel import wrap
 from dinoforge.training.state import TrainState
 from dinoforge.training.step import Stepper
-
-sys.path += [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-import ranks
-
+from distributed import ranks
 from plain_losses import sinkhorn_knopp, updated_center
 
 INFINITY = float("inf")

@@ -137,6 +137,7 @@ def colours(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["linear", "logreg"])
 def test_run_from_folders(method: Method, colours: Path) -> None:
     source = open_source(colours)

@@ -109,6 +109,7 @@ def folders(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_with_a_test_folder(folders):
     train, test = open_source(folders / "train"), open_source(folders / "test")
     known = (test, test.labels())
@@ -172,6 +173,7 @@ def test_the_probe_counts_images_that_are_like_another():
     }
 
 
+@pytest.mark.slow
 def test_the_command_says_it_beside_the_labels(folders, tmp_path, capsys):
     run = tmp_path / "run"
     dinoforge.train(folders / "train", "small", run, **TINY | {"train.steps": 1, "probe.every_minutes": None})

@@ -20,6 +20,8 @@ from dinoforge.export import make
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.weights.backbone import Backbone
 
+pytestmark = pytest.mark.slow
+
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
 onnxruntime = pytest.importorskip("onnxruntime")

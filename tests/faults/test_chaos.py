@@ -1,6 +1,10 @@
 """The short form of the random walk in ``make soak``."""
 
+import pytest
+
 from faults import chaos  # type: ignore[import-not-found]
+
+pytestmark = pytest.mark.processes
 
 
 def test_a_run_that_much_befalls_ends_as_one_left_alone(tmp_path, capsys):

@@ -24,13 +24,14 @@ from dinoforge.data.workers import Table
 from dinoforge.errors import DataError, WorkerError
 from dinoforge.features import extract
 from faults.test_images import SIZES, training_data  # type: ignore[import-not-found]
+from programs import environment
 
-TESTS = str(Path(__file__).parent.parent)
+pytestmark = pytest.mark.processes
+
 NEEDS = Needs(workers=2, batches=5, batch_bytes=1000, batch_tensors=5)
 
 PROGRAM = """
 import os, resource, sys
-sys.path.insert(0, {tests!r})
 import numpy as np
 from dinoforge.features import extract
 from dinoforge.data import batches as loader, workers
@@ -58,11 +59,11 @@ UNCHECKED = "loader.require_room = lambda needs: None"
 
 
 def program(before="pass"):
-    return PROGRAM.format(tests=TESTS, before=before)
+    return PROGRAM.format(before=before)
 
 
 def run(*command, **more):
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, **more)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment(), **more)
 
 
 def in_small_container(size, code):
@@ -271,7 +272,6 @@ def test_a_temporary_folder_that_goes_later(short_folder):
 SCRIPT = """
 import multiprocessing, os, pathlib, sys
 multiprocessing.set_start_method(sys.argv[1], force=True)
-sys.path.insert(0, {tests!r})
 import numpy as np
 import dinoforge
 from dinoforge.errors import DinoforgeError
@@ -305,7 +305,7 @@ GUARDED = 'if __name__ == "__main__":\n    go()'
 
 def script(folder, *, definitions=IMAGES, end=GUARDED):
     path = folder / "script.py"
-    path.write_text(SCRIPT.format(tests=TESTS, definitions=definitions, end=end))
+    path.write_text(SCRIPT.format(definitions=definitions, end=end))
     return path
 
 

@@ -15,6 +15,8 @@ from dinoforge.errors import RunError
 from dinoforge.runs import checkpoint
 from faults.test_images import SIZES  # type: ignore[import-not-found]
 
+pytestmark = pytest.mark.processes
+
 STEPS = 12
 
 

@@ -27,6 +27,7 @@ from dinoforge.data.sources import open_source
 from dinoforge.errors import DataError, ImageError
 from dinoforge.runs import directory
 from dinoforge.system import distributed
+from programs import environment
 
 MAX_PIXELS = 2**20
 SIZES = {
@@ -152,6 +153,7 @@ def mutants(tmp_path_factory):
     return folder, bad
 
 
+@pytest.mark.processes
 def test_mutated_files(mutants):
     folder, bad = mutants
     assert 600 < len(bad) < 1200  # of the others, the harm is in the picture, or in what nobody reads
@@ -168,10 +170,9 @@ def test_mutated_files(mutants):
 
 
 MEASURE = """
-import os, sys
-sys.path.insert(0, {folder!r})
-import test_images
-data = test_images.training_data({images!r})
+import os
+from faults.test_images import training_data
+data = training_data({images!r})
 for step in range({steps}):
     data[step]
 with open("/proc/self/status") as status:
@@ -180,6 +181,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, of Linux")
 def test_mutated_files_take_no_memory(mutants, tmp_path):
     """Whatever a header says, a worker needs about what it needs for the sound files.
@@ -190,16 +192,17 @@ def test_mutated_files_take_no_memory(mutants, tmp_path):
     for path in mutants[0].glob("sound*"):
         os.link(path, tmp_path / "sound" / path.name)
     # A thread reserves 64 MiB or more for itself where it finds the others' memory busy.
-    environment = os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    given = environment() | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
 
     def peak(images, steps):
-        code = MEASURE.format(folder=str(Path(__file__).parent), images=str(images), steps=steps)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+        code = MEASURE.format(images=str(images), steps=steps)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=given)
         return int(done.stdout)  # KiB
 
     assert peak(mutants[0], 120) < peak(tmp_path / "sound", 40) + 64 * 1024
 
 
+@pytest.mark.processes
 def test_bombs(tmp_path):
     """A small file that would be a large picture is refused by what its header says."""
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
@@ -338,6 +341,7 @@ def test_all_bad_images_are_listed_before_too_many_of_them_end_the_run(tmp_path,
         assert listed[name] == reason
 
 
+@pytest.mark.processes
 def test_bad_images_are_listed_where_none_is_found_for_a_batch(tmp_path):
     images = folder_of(tmp_path / "images", sound=1, bad=60)
     settings = SIZES | {"train.num_workers": 1, "data.max_bad_share": 1.0}
@@ -361,6 +365,7 @@ def test_a_rank_lists_what_it_alone_met(tmp_path, monkeypatch):
     assert told == []
 
 
+@pytest.mark.processes
 def test_ranks_list_each_bad_image_once(tmp_path):
     images = folder_of(tmp_path / "images", sound=60, bad=40)
     keys = [

@@ -1,6 +1,10 @@
 """The short form of ``make soak``."""
 
+import pytest
+
 from faults import soak  # type: ignore[import-not-found]
+
+pytestmark = pytest.mark.processes
 
 
 def test_killed_runs_end_as_those_left_alone(tmp_path, capsys):

@@ -14,6 +14,8 @@ from dinoforge.optim.adamw import AdamW
 from dinoforge.runs import checkpoint
 from faults import soak  # type: ignore[import-not-found]
 
+pytestmark = pytest.mark.processes
+
 STEPS = 40
 
 

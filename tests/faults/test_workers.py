@@ -14,6 +14,8 @@ from dinoforge.data.batches import make_loader
 from dinoforge.errors import DataError
 from faults.test_images import SIZES, training_data  # type: ignore[import-not-found]
 
+pytestmark = pytest.mark.processes
+
 BAD = 13
 
 

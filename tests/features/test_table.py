@@ -177,6 +177,7 @@ def killed_at(moment, work):
     return status == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("suffix", table_module.SUFFIXES)
 def test_killed_anywhere_the_same_command_goes_on(suffix, model, images, tmp_path, monkeypatch):

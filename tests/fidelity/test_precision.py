@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -10,17 +9,20 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-sys.path.insert(0, str(Path(__file__).parent))
-import check
+from dinoforge.selfcheck.fidelity import world_size_of
+from fidelity import check
 
 CASES = sorted(path.parent.name for path in check.CASES.glob("*/case.json"))
+RUNS = [
+    pytest.param(name, marks=pytest.mark.processes) if world_size_of(check.CASES / name) > 1 else name for name in CASES
+]
 
 # A case takes 5 to 25 s to compile, so here are two that hold every layer that blocks may have.
 COMPILED = ["centering_shared_head", "sinkhorn_separate_heads_swiglu_registers"]
 
 
 @pytest.mark.parametrize("dtype", check.HALF_BOUNDS, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", RUNS)
 def test_steps_in_half_precision(name, dtype):
     errors = check.check(check.CASES / name, dtype).worst
     measured = {kind: ratio * check.BOUNDS[kind] for kind, (ratio, _) in errors.items()}
@@ -45,6 +47,7 @@ def compile_blocks(student_teacher):
             block.compile()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_steps_keep_the_bounds_of_float32(name):

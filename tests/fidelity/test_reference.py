@@ -2,15 +2,11 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-import check
 
 from dinoforge.builders.lengths import RunLength, build_schedules
 from dinoforge.method.koleo import koleo_loss
@@ -18,17 +14,22 @@ from dinoforge.models.head import DINOHead
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.optim.param_groups import parameter_groups
 from dinoforge.recipe.load import load_recipe
+from dinoforge.selfcheck.fidelity import world_size_of
+from fidelity import check
 from plain_losses import centering, dino_loss, ibot_loss, sinkhorn_knopp, updated_center
 
 DATA = Path(__file__).parent / "data"
 CASES = sorted(path.parent.name for path in check.CASES.glob("*/case.json"))
+RUNS = [
+    pytest.param(name, marks=pytest.mark.processes) if world_size_of(check.CASES / name) > 1 else name for name in CASES
+]
 
 
 def test_all_cases_are_here():
     assert len(CASES) == 6
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", RUNS)
 def test_steps_agree_with_the_reference(name, capsys):
     assert check.main([str(check.CASES / name)]) == 0, capsys.readouterr().out
 

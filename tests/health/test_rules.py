@@ -271,6 +271,7 @@ def test_koleo_that_is_off_is_to_be_switched_on():
     assert "more weight" not in finding.sentence
 
 
+@pytest.mark.processes
 def test_it_needs_no_torch():
     code = "import sys, dinoforge.health.rules; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import dinoforge
+from dinoforge.cli.main import main
 from dinoforge.commands.recipe import auto_recipe
 from dinoforge.data.decoding_memory import working_bytes
 from dinoforge.data.sources import FolderSource, Item
@@ -256,7 +257,7 @@ def test_the_advised_command_is_one_that_runs(tmp_path, inspect):
     command = found(inspect, tmp_path / "data")["command"]
     program, *arguments = command.split()
     assert program == "dinoforge"
-    assert dinoforge.cli.main.main([*arguments, "--dry-run"]) == 0
+    assert main([*arguments, "--dry-run"]) == 0
 
 
 class Slow:
@@ -301,7 +302,7 @@ def test_signed_bytes_are_advised_a_range_that_takes_all_of_them(tmp_path, inspe
     assert "clipped" not in {one["code"] for one in told["troubles"]}  # nothing is, since they are refused
     (advice,) = [one for one in told["advice"] if one["key"] == "data.range"]
     assert (advice["value"], advice["by"]) == ("[-100,100]", "inspect")
-    assert dinoforge.cli.main.main([*told["command"].split()[1:-1], "data.range=[-100,100]", "--dry-run"]) == 0
+    assert main([*told["command"].split()[1:-1], "data.range=[-100,100]", "--dry-run"]) == 0
     again = found(inspect, tmp_path / "data", "data.range=[-100,100]")
     assert "refused" not in {one["code"] for one in again["troubles"]}
     (outside,) = [one for one in again["troubles"] if one["code"] == "outside_range"]

@@ -121,11 +121,11 @@ def test_logits_far_from_zero(offset):
     )
 
 
-@pytest.mark.usefixtures("chunks")
 def teacher_logits(z, w, temp):
     return targets.teacher_logits(z, *last_layer(w), temp, scratch=Scratch())
 
 
+@pytest.mark.usefixtures("chunks")
 def test_teacher_logits_are_products_over_temperature():
     z, w = normal(6, 3), normal(5, 3, seed=1)
     logits = teacher_logits(z, w, 0.2)

@@ -43,6 +43,7 @@ def test_it_calls_hooks():
     assert len(seen) == 1
 
 
+@pytest.mark.processes
 def test_a_run_does_not_import_the_compiler(tmp_path):
     code = (
         "import sys, json, numpy as np, dinoforge\n"

@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch import nn
 
-from dinoforge.optim import movement
 from dinoforge.optim.movement import sampled, update_ratios
 
 
@@ -25,23 +24,22 @@ def test_a_network_that_rests_has_a_ratio_of_zero():
     assert float(update_ratios(sampled(networks), sampled(networks))["a"]) == 0
 
 
-def test_a_sample_of_large_parameters_says_nearly_the_same(monkeypatch):
+def test_a_sample_of_large_parameters_says_nearly_the_same():
     network = nn.Linear(300, 200)
     generator = torch.Generator().manual_seed(0)
 
-    def ratio():
-        before = sampled({"a": network})
+    def ratio(**size):
+        before = sampled({"a": network}, **size)
         kept = [p.detach().clone() for p in network.parameters()]
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
-        value = float(update_ratios(before, sampled({"a": network}))["a"])
+        value = float(update_ratios(before, sampled({"a": network}, **size))["a"])
         moved = sum(float((p.detach() - k).square().sum()) for p, k in zip(network.parameters(), kept, strict=True))
         return value, (moved / sum(float(k.square().sum()) for k in kept)) ** 0.5
 
     value, exact = ratio()
     assert value == pytest.approx(exact, rel=1e-4)
-    monkeypatch.setattr(movement, "_MOST", 4000)
-    assert max(len(s.elements) for s in sampled({"a": network})["a"]) == 4000
-    value, exact = ratio()
+    assert max(len(s.elements) for s in sampled({"a": network}, most=4000)["a"]) == 4000
+    value, exact = ratio(most=4000)
     assert value == pytest.approx(exact, rel=0.05)

@@ -393,7 +393,7 @@ def test_what_has_no_data_is_not_measured():
 def test_long_lists_do_not_push_all_reasons_aside():
     choices = {"a": auto.Choice(1, "one"), "bc": auto.Choice((0.5,) * 13, "two"), "d": auto.Choice("xyz", "three")}
     long = ", ".join(["0.5"] * 13)
-    assert auto.render(choices) == f"a   1    one\nbc  [{long}]  two\nd   xyz  three"
+    assert auto.choices_text(choices) == f"a   1    one\nbc  [{long}]  two\nd   xyz  three"
 
 
 def test_an_even_channel_does_not_blow_up():
@@ -438,6 +438,7 @@ def test_stripes_are_flipped_and_not_turned():
     assert (recipe.augment.vertical_flip, recipe.augment.quarter_turns) == (0.5, 0.0)
 
 
+@pytest.mark.slow
 def test_large_jpegs_are_measured_small_and_large_images_seldom(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for i in range(9):
@@ -484,6 +485,7 @@ def test_every_beginning_of_the_order_is_spread_over_all(count):
             assert gaps.max() <= 2 * 2 * count / number
 
 
+@pytest.mark.slow
 def test_a_run_keeps_what_it_began_with(tmp_path, monkeypatch, capsys):
     """Runs of earlier versions, whose rule measured nothing, are continued with what they had."""
     rng = np.random.default_rng(0)
@@ -539,6 +541,7 @@ def test_a_run_with_quarter_turns_has_one_stream(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(seen.after, crops, strict=True))
 
 
+@pytest.mark.slow
 def test_microscopy_satellite_and_deep_grey_are_trained(tmp_path):
     rng = np.random.default_rng(0)
     write_tiffs(
@@ -594,6 +597,7 @@ def test_a_run_is_planned_with_reasons_and_continues(tmp_path, capsys):
     assert train(images, "auto", tmp_path / "run", **keys).finished  # the same recipe again, else an error
 
 
+@pytest.mark.slow
 def test_minutes_become_steps_once(tmp_path):
     """A second measurement of the step would give another number of steps, and with it another recipe."""
     images = np.random.default_rng(0).integers(0, 256, (12, 16, 16), dtype=np.uint8)

@@ -8,14 +8,14 @@ import pytest
 from dinoforge.cli.main import main
 from dinoforge.commands.bench import bench
 from dinoforge.errors import DataError
-from dinoforge.planning.bench import Report, render
+from dinoforge.planning.bench import BenchResult, result_text
 
 TINY = (
     "student.embed_dim=48 student.depth=2 student.num_heads=2 student.patch_size=8 student.in_chans=1 data.mean=0.5 "
     "data.std=0.25 crops.global_crops_size=32 crops.local_crops_size=16 crops.local_crops_number=2 "
     "dino.head_n_prototypes=64 dino.head_hidden_dim=64 train.batch_size_per_gpu=8 train.steps=20"
 ).split()
-REPORT = Report(
+REPORT = BenchResult(
     device="cpu",
     precision="float32",
     threads=8,
@@ -33,6 +33,7 @@ REPORT = Report(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bench_writes_one_line_of_json_and_nothing_else(solar_cells, tmp_path, monkeypatch, capsys, workers):
     monkeypatch.chdir(tmp_path)
@@ -75,7 +76,7 @@ def test_a_run_that_computes_is_told_what_takes_long():
     wide = replace(REPORT, phases_s={"losses": 0.9, "backward": 0.1}, together_s=1.4)
     assert "dino.head_n_prototypes" in " ".join(wide.advice())
     assert "1.40 times" in " ".join(wide.advice())
-    assert REPORT.advice()[0] in render(REPORT)
+    assert REPORT.advice()[0] in result_text(REPORT)
 
 
 def test_unreadable_images_end_in_an_error(tmp_path):

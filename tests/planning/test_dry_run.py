@@ -19,7 +19,7 @@ from dinoforge.commands.train import train
 from dinoforge.data.summary import DataSummary, Depth
 from dinoforge.errors import RecipeError
 from dinoforge.planning import bench
-from dinoforge.planning.dry_run import Plan, make_plan, render
+from dinoforge.planning.dry_run import Plan, make_plan, plan_text
 from dinoforge.recipe.load import load_recipe
 from dinoforge.system import device as devices
 from dinoforge.system import distributed
@@ -71,7 +71,7 @@ def plan_of(recipe: str = "small", **keys: object) -> Plan:
 
 
 def lines(plan: Plan) -> list[tuple[str, str]]:
-    return [(line[:8].strip(), line[9:]) for line in render(plan, data_path="photos", out="run").splitlines()]
+    return [(line[:8].strip(), line[9:]) for line in plan_text(plan, data_path="photos", out="run").splitlines()]
 
 
 def said(plan: Plan, name: str) -> str:

@@ -18,7 +18,7 @@ from dinoforge.kernels import cross_entropy, products, targets
 from dinoforge.models import head
 from dinoforge.models.stochastic_depth import draw_kept_samples
 from dinoforge.optim.param_groups import set_hyperparameters
-from dinoforge.planning.explain import IMAGENET_1K, as_json, explain, plot_schedules, render
+from dinoforge.planning.explain import IMAGENET_1K, explain, explanation_json, explanation_text, plot_schedules
 from dinoforge.planning.work import measure_masks, work_of_a_step
 from dinoforge.recipe.load import load_recipe, recipe_names
 from dinoforge.training.pieces import crop_counts
@@ -137,14 +137,14 @@ def test_groups_are_those_of_the_optimizer():
 
 
 def test_the_schedules_in_json():
-    s = as_json(explain(load_recipe("dinov2")[0]))["schedules"]
+    s = explanation_json(explain(load_recipe("dinov2")[0]))["schedules"]
     assert (s["total_steps"], s["warmup_steps"], s["teacher_temp_steps"]) == (125_000, 12_500, 37_500)
     assert (s["freeze_last_layer_steps"], s["freeze_last_layer"]) == (1250, "lr")
     assert (s["steps"][0], s["steps"][-1]) == (0, 124_999)
     assert 24 <= len(s["steps"]) <= 60
     for field in ("lr", "last_layer_lr", "weight_decay", "momentum", "teacher_temp", "last_layer_frozen"):
         assert len(s[field]) == len(s["steps"])
-    assert as_json(explain(small(train__steps=3), images=100))["schedules"]["steps"] == [0, 1, 2]
+    assert explanation_json(explain(small(train__steps=3), images=100))["schedules"]["steps"] == [0, 1, 2]
 
 
 def test_images_and_batch():
@@ -152,7 +152,7 @@ def test_images_and_batch():
     e = explain(recipe, images=10_000, batch=1024)
     assert (e.processes, e.recipe.train.batch_size_per_gpu) == (16, 64)
     assert e.schedules.lr == pytest.approx(0.004)
-    assert "16 processes × 64" in render(e)
+    assert "16 processes × 64" in explanation_text(e)
     e = explain(recipe, images=10_000, batch=100)
     assert (e.processes, e.recipe.train.batch_size_per_gpu) == (1, 100)
     assert e.length.epochs == pytest.approx(1250)
@@ -191,6 +191,7 @@ def test_a_step_is_a_number_or_last(capsys):
     assert "expected a number from 0, or last, got 'first'" in capsys.readouterr().err
 
 
+@pytest.mark.processes
 def test_a_mistyped_key_is_answered_before_torch_is_there():
     code = "import sys; from dinoforge.cli.main import main; main(['explain', 'a.b=1']); "
     code += "assert 'torch' not in sys.modules"

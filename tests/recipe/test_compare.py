@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dinoforge.cli.main import main
 from dinoforge.data.crops import BLUR_PROBABILITY
-from dinoforge.recipe.compare import compare, render
+from dinoforge.recipe.compare import compare, differences_text
 from dinoforge.recipe.load import load_recipe, recipe_names
 from dinoforge.recipe.schema import Recipe, differences, flatten
 
@@ -189,11 +189,12 @@ def test_files_keys_and_errors(capsys):
 
 def test_the_table_fits_a_terminal():
     names = ("dinov2", "small")
-    text = render(compare(*(load_recipe(name)[0] for name in names)), names)
+    text = differences_text(compare(*(load_recipe(name)[0] for name in names)), names)
     assert max(map(len, text.splitlines())) <= 120
     assert "METHOD" in text
 
 
+@pytest.mark.processes
 def test_it_answers_without_torch():
     code = (
         "import sys; from dinoforge.cli.main import main; main(['compare', 'dinov2', 'small']); "

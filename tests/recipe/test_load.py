@@ -557,6 +557,7 @@ def test_texts_that_are_no_length(text):
         parse_length(text)
 
 
+@pytest.mark.processes
 def test_the_schema_is_read_without_torch():
     code = "import sys; from dinoforge.recipe.load import load_recipe; load_recipe('small', ['train.steps=5']); "
     code += "print('torch' in sys.modules)"

@@ -40,6 +40,7 @@ def results_of(run: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float
     return tensors, [{k: v for k, v in read_metrics(run / "metrics.jsonl")[0].items() if k not in timed}]
 
 
+@pytest.mark.slow
 def test_a_run_ends_bitwise_the_same_with_and_without_reports(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(live, "SHARE", 1e9)  # a report after every step
     written = []

@@ -229,6 +229,7 @@ def test_a_run_of_an_earlier_version_and_a_damaged_network_cost_only_what_they_l
     assert "There are no maps of features" in text
 
 
+@pytest.mark.processes
 def test_a_killed_run(images, tmp_path, show):
     """Killed without a checkpoint, while the page was being written again and again."""
     out = tmp_path / "run"
@@ -249,6 +250,7 @@ def test_a_killed_run(images, tmp_path, show):
     assert "continue" in text_of(show(report(out).page))
 
 
+@pytest.mark.slow
 def test_one_channel_and_one_readable_image(tmp_path, show):
     (tmp_path / "data").mkdir()
     Image.new("L", (50, 40), 90).save(tmp_path / "data" / "only.png")
@@ -261,6 +263,7 @@ def test_one_channel_and_one_readable_image(tmp_path, show):
     assert "Pictures are left out" in text_of(show(report(run).page))
 
 
+@pytest.mark.slow
 def test_more_than_three_channels_say_which_are_shown(tmp_path, show):
     class Satellite:
         def __len__(self):

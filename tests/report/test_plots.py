@@ -22,6 +22,7 @@ def opened(run):
     return open_run(run)
 
 
+@pytest.mark.slow
 def test_the_command_writes_each_as_png_and_svg_and_says_what_it_left_out(run, tmp_path, capsys) -> None:
     assert main(["report", str(run), "--figures", str(tmp_path / "new")]) == 0
     said = capsys.readouterr()

@@ -15,6 +15,7 @@ from tiny import TINY
 KEYS = TINY | {"train.steps": 12, "optim.base_lr": 3.0}
 
 
+@pytest.mark.slow
 def test_a_run_with_a_huge_learning_rate_is_told_once_and_not_again_when_continued(solar_cells, tmp_path, capsys):
     images, run = tmp_path / "images", tmp_path / "run"
     images.mkdir()
@@ -62,6 +63,7 @@ def test_lines_that_are_done_anew_do_not_count_twice(tmp_path):
     assert told[0].startswith("diagnosis  at step 40: The learning rate is too high")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_a_batch_of_one_has_no_collapse_and_its_plan_says_what_cannot_act(solar_cells, tmp_path, capsys, accumulate):
     images, run = tmp_path / "images", tmp_path / "run"

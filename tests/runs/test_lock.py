@@ -56,12 +56,14 @@ def test_it_is_there_as_long_as_it_is_held(tmp_path):
     assert said == []
 
 
+@pytest.mark.processes
 def test_a_second_process_is_refused_and_told_by_whom(tmp_path, holder):
     with pytest.raises(RunError, match=rf"is written by process {holder.pid} on .*choose another --out"):
         RunLock(tmp_path, print).__enter__()
     assert held(tmp_path)["pid"] == holder.pid
 
 
+@pytest.mark.processes
 def test_a_process_that_was_killed_leaves_a_lock_that_is_told_and_taken(tmp_path, holder):
     os.kill(holder.pid, signal.SIGKILL)
     # Not collected by its parent yet, so that the system still has its number.
@@ -78,6 +80,7 @@ def test_a_process_that_was_killed_leaves_a_lock_that_is_told_and_taken(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 def test_a_number_that_another_process_has_now_is_no_holder(tmp_path, holder):
     there = held(tmp_path) | {"begun": "1"}
     holder.kill()
@@ -87,6 +90,7 @@ def test_a_number_that_another_process_has_now_is_no_holder(tmp_path, holder):
         assert held(tmp_path)["begun"] != "1"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("change", [{"machine": "another"}, {"machine": None}])
 def test_a_process_on_another_machine_is_watched_for_signs_of_life(tmp_path, change, monkeypatch):
     (tmp_path / ".lock").write_text(json.dumps({"token": "1", "beats": 3, "host": "far", "pid": 7} | change))

@@ -13,6 +13,8 @@ from dinoforge.errors import DataError
 from dinoforge.evaluation.probe import Probe, Scores
 from tiny import TINY
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = TINY | {"train.steps": 12, "log.every_steps": 5}
 PROBED = SETTINGS | {"probe.every_steps": 3}
 

@@ -14,6 +14,8 @@ from dinoforge.recipe.load import load_recipe
 from dinoforge.runs import checkpoint
 from faults.test_images import SIZES  # type: ignore[import-not-found]
 
+pytestmark = pytest.mark.slow
+
 
 class Images:
     """Noise; tells when the images of a step from 1 are read."""

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dinoforge.selfcheck.lines import Line, all_guarded, fail, guarded, judged, not_here, ok, render
+from dinoforge.selfcheck.lines import Line, all_guarded, fail, guarded, judged, line_text, not_here, ok
 
 
 def test_columns():
@@ -13,7 +13,7 @@ def test_columns():
         fail("embed", "the command ended with exit code 1", ("Traceback", "error: what went wrong")).after(123.0),
         not_here("ranks", "not asked for").after(1.0),
     ]
-    assert "\n".join(map(render, lines)).splitlines() == [
+    assert "\n".join(map(line_text, lines)).splitlines() == [
         "ok          6.5 s train                       24 steps",
         "FAIL      123.0 s embed                       the command ended with exit code 1",
         "                                              Traceback",
@@ -23,7 +23,7 @@ def test_columns():
 
 
 def test_a_long_text_goes_on_in_its_column():
-    first, *rest = render(ok("train", "word " * 60)).splitlines()
+    first, *rest = line_text(ok("train", "word " * 60)).splitlines()
     assert first.startswith("ok")
     assert rest
     assert all(len(row) <= 120 and row.startswith(46 * " " + "word") for row in rest)

@@ -11,11 +11,10 @@ from dinoforge.selfcheck.settings import Settings
 from selfcheck.living import living
 
 
-def test_a_rank_that_fails_and_hangs(tmp_path, monkeypatch):
+def test_a_rank_that_fails_and_hangs(tmp_path):
     """The last rank goes on no more in the third step; the other waits for it."""
-    monkeypatch.setattr(ranks, "END_SECONDS", 5.0)
     both = ranks.Ranks(Settings("cpu", "2", True, tmp_path), "cpu", 2)
-    line = ranks._fail(both, "hang", 1, "ranks: one hangs")
+    line = ranks._fail(both, "hang", 1, "ranks: one hangs", end_seconds=5.0)
     assert line.status == "FAIL"
     assert line.text == "ranks were still there 5 s after one had failed"
     deadline = time.monotonic() + 30
@@ -29,12 +28,11 @@ def sleeper(tmp_path, monkeypatch):
     """A program that never gets as far as the fault."""
     (tmp_path / "sleeper.py").write_text("import time; print('asleep', flush=True); time.sleep(600)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(ranks, "_FAULT_SECONDS", 2.0)
     return ["sleeper"]
 
 
 def test_ranks_that_never_come_as_far(sleeper, tmp_path):
-    line = ranks.ended_by_fault(sleeper, tmp_path, tmp_path / "run", "ranks", 1)
+    line = ranks.ended_by_fault(sleeper, tmp_path, tmp_path / "run", "ranks", 1, start_seconds=2.0)
     assert line.status == "FAIL"
     assert "before one could fail" in line.text
     assert line.details == ("asleep",)

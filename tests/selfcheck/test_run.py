@@ -117,7 +117,7 @@ def test_only_some_parts(parts):
 
 
 def report_of(*lines):
-    return run.Report(lines, Settings("auto", None, False, None), 1.0)
+    return run.SelfcheckResult(lines, Settings("auto", None, False, None), 1.0)
 
 
 @pytest.mark.parametrize(("line", "code"), [(ok("a", ""), 0), (not_here("a", ""), 0), (fail("a", ""), 1)])

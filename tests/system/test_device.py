@@ -494,11 +494,12 @@ def test_without_a_driver_blocks_do_not_grow(monkeypatch):
     assert devices.allocator_settings() is None
 
 
+@pytest.mark.processes
 def test_pytorch_takes_the_setting_after_it_was_imported():
     """It reads the environment when it first asks for memory of a GPU; that this is so shows without one."""
     code = (
         "import torch\n"
-        "from dinoforge.training import device as devices\n"
+        "from dinoforge.system import device as devices\n"
         "devices._maps_memory = lambda device: True\n"
         "torch.zeros(10)\n"
         "devices.use_expandable_segments(torch.device('cuda'))\n"
@@ -576,6 +577,7 @@ def test_a_mac_has_free_what_metal_recommends(monkeypatch):
     assert devices.free_memory(MPS) is None
 
 
+@pytest.mark.processes
 def test_peak_memory_is_this_processs_and_not_its_parents():
     large = np.ones(2**27)  # 1 GiB that a child begins with as its ru_maxrss
     code = (

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from dinoforge.data.batch import prepare as bring
+from dinoforge.data.batch import prepare
 from dinoforge.planning import bench as bench_module
 from dinoforge.recipe.load import load_recipe
 from dinoforge.system import phases
@@ -101,13 +101,13 @@ def test_waiting_for_data_is_not_waiting_for_the_device():
         reports.append(report)
         raise Enough
 
-    def prepare(batch):
+    def slowly(batch):
         time.sleep(0.5)
         return batch
 
     recipe, _ = load_recipe("small", TINY)
     bench = bench_module.StepBench(recipe, torch.device("cpu"), torch.float32)
-    batch = bring(bench.batch(), device=torch.device("cpu"), mean=[0.5], std=[0.5])
+    batch = prepare(bench.batch(), device=torch.device("cpu"), mean=[0.5], std=[0.5])
     with pytest.raises(Enough):
         train(
             bench._state,
@@ -115,7 +115,7 @@ def test_waiting_for_data_is_not_waiting_for_the_device():
             bench._schedules,
             Stepper(clip_grad=3.0),
             samples_per_step=8,
-            prepare=prepare,
+            prepare=slowly,
             hooks=[hook],
             is_measured=lambda step: False,
             should_stop=lambda: False,

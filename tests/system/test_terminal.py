@@ -1,4 +1,4 @@
-"""Output that stops nothing."""
+"""Output that stops nothing, and tables."""
 
 import errno
 import io
@@ -8,7 +8,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from dinoforge.system.terminal import Patient, patient
+from dinoforge.system.terminal import Patient, patient, table
 
 
 class Broken(io.StringIO):
@@ -68,6 +68,7 @@ def test_a_console_gets_its_stream_back():
     assert not stream.closed
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("redirection", [">&-", ">&- 2>&-", "| true"])
 @pytest.mark.parametrize("command", ["explain", "compare small dinov2", "--help", "explain --recipe nothing"])
 def test_commands_end_in_peace_when_nobody_reads(command, redirection):
@@ -76,3 +77,18 @@ def test_commands_end_in_peace_when_nobody_reads(command, redirection):
     )
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+def test_columns_of_a_table_are_as_wide_as_their_widest_cell():
+    rows = [["part", "tokens", ""], ["head", "1,024", "×"], ["whole backbone", "7", ""]]
+    assert table(rows, right=[1]).splitlines() == [
+        "part            tokens",
+        "head             1,024  ×",
+        "whole backbone       7",
+    ]
+    assert table([["a", "b"], ["long", "c"]]) == "a     b\nlong  c"
+
+
+def test_a_row_that_lacks_a_cell_is_no_table():
+    with pytest.raises(ValueError, match="zip"):
+        table([["a", "b"], ["c"]])

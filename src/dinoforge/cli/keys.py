@@ -1,4 +1,4 @@
-"""What the commands' parsers share: recipe keys, types of arguments, exit codes."""
+"""Recipe keys, types of arguments and exit codes, for all parsers."""
 
 import argparse
 import math
@@ -14,7 +14,7 @@ EXIT_CRASH = 1
 
 
 def whole_number_from(least: int) -> Callable[[str], int]:
-    """A type of arguments: whole numbers of at least so many."""
+    """Make a type of arguments: whole numbers of at least ``least``."""
 
     def number(text: str) -> int:
         try:
@@ -60,7 +60,7 @@ def parse_keys(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def check_recipe(recipe: str, keys: Mapping[str, Any]) -> None:
-    """Raises the errors that show without the images."""
+    """Raise the errors of a recipe that show without the images."""
     from dinoforge.recipe.load import converted, load_recipe
 
     if recipe == "auto":

@@ -1,4 +1,4 @@
-"""The commands that look: at images, recipes, runs and the machine."""
+"""Parsers of the commands that look at images, recipes, runs and the machine."""
 
 import argparse
 import json
@@ -48,7 +48,7 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.images < 1 or options.seconds <= 0:
         options.parser.error("--images and --seconds: expected numbers above 0")
     from dinoforge.commands.inspect import inspect
-    from dinoforge.inspection.text import render
+    from dinoforge.inspection.text import inspection_text
 
     found = inspect(
         options.data,
@@ -58,7 +58,7 @@ def _inspect(options: argparse.Namespace) -> int:
         seconds=options.seconds,
         **keys,
     )
-    print(json.dumps(found.as_json(), allow_nan=False) if options.json else render(found))
+    print(json.dumps(found.as_json(), allow_nan=False) if options.json else inspection_text(found))
     if options.report:
         print(f"the page is {options.report}", file=sys.stderr)
     return 0
@@ -110,7 +110,7 @@ def _explain(options: argparse.Namespace) -> int:
     if options.plot:
         explain.plot_schedules(explanation, Path(options.plot))
     say_ignored(ignored)
-    print(json.dumps(explain.as_json(explanation)) if options.json else explain.render(explanation))
+    print(json.dumps(explain.explanation_json(explanation)) if options.json else explain.explanation_text(explanation))
     return 0
 
 
@@ -139,11 +139,11 @@ def _plan(options: argparse.Namespace) -> int:
 
     recipe, ignored = load_recipe(options.recipe, parse_keys(options.keys))
 
-    from dinoforge.planning.plan import as_json, render, requirements
+    from dinoforge.planning.plan import requirements, requirements_json, requirements_text
 
     answer = requirements(recipe, images=options.images, gpus=options.gpus, utilisation=options.utilisation)
     say_ignored(ignored)
-    print(json.dumps(as_json(answer)) if options.json else render(answer))
+    print(json.dumps(requirements_json(answer)) if options.json else requirements_text(answer))
     return 0
 
 
@@ -171,7 +171,7 @@ def _compare(options: argparse.Namespace) -> int:
     (first, ignored), (second, also_ignored) = (load_recipe(name, keys) for name in names)
     rows = compare.compare(first, second)
     say_ignored(ignored | also_ignored)
-    print(json.dumps(compare.as_json(rows, names)) if options.json else compare.render(rows, names))
+    print(json.dumps(compare.differences_json(rows, names)) if options.json else compare.differences_text(rows, names))
     return 0
 
 
@@ -198,10 +198,10 @@ def _bench(options: argparse.Namespace) -> int:
     check_recipe(options.recipe, keys)
 
     from dinoforge.commands.bench import bench
-    from dinoforge.planning.bench import render
+    from dinoforge.planning.bench import result_text
 
-    report = bench(options.data, options.recipe, seconds=options.seconds, **keys)
-    print(json.dumps(report.as_json()) if options.json else render(report))
+    result = bench(options.data, options.recipe, seconds=options.seconds, **keys)
+    print(json.dumps(result.as_json()) if options.json else result_text(result))
     return 0
 
 
@@ -333,7 +333,7 @@ def _selfcheck(options: argparse.Namespace) -> int:
     if options.fault:
         return _run_fault(options)
 
-    from dinoforge.selfcheck.lines import Line, render
+    from dinoforge.selfcheck.lines import Line, line_text
     from dinoforge.selfcheck.part import PARTS
     from dinoforge.selfcheck.run import selfcheck
 
@@ -347,13 +347,13 @@ def _selfcheck(options: argparse.Namespace) -> int:
     stream = sys.stderr if options.json else sys.stdout
 
     def show(line: Line) -> None:
-        print(render(line), file=stream, flush=True)
+        print(line_text(line), file=stream, flush=True)
 
-    report = selfcheck(device=options.device, nproc=options.nproc, short=options.short, only=options.only, on_line=show)
-    print(report.summary(), file=stream, flush=True)
+    result = selfcheck(device=options.device, nproc=options.nproc, short=options.short, only=options.only, on_line=show)
+    print(result.summary(), file=stream, flush=True)
     if options.json:
-        print(json.dumps(report.as_json()))
-    return 0 if report.passed else EXIT_FINDINGS
+        print(json.dumps(result.as_json()))
+    return 0 if result.passed else EXIT_FINDINGS
 
 
 def _run_fault(options: argparse.Namespace) -> int:

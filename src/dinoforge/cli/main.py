@@ -1,4 +1,4 @@
-"""The command line. Imports nothing heavy before it knows that there is work."""
+"""The command line; it imports nothing heavy before it knows that there is work."""
 
 import argparse
 import difflib
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _unrecognized(text: str, parser: argparse.ArgumentParser, *, takes_keys: bool) -> str:
-    """What is wrong with an argument that no option takes, and which is nearest to it."""
+    """The error for an argument that no option takes, with the option that is nearest to it."""
     expected = "an option of this command" + (" or key=value" if takes_keys else "")
     name = text.partition("=")[0]
     options = [option for action in parser._actions for option in action.option_strings]

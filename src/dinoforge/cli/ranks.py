@@ -1,4 +1,4 @@
-"""Starts a command on several ranks of this machine, and starts them again when one dies: PyTorch's elastic agent."""
+"""Starting a command on several ranks of this machine, and again when one dies, by PyTorch's elastic agent."""
 
 import logging
 import signal
@@ -14,19 +14,19 @@ from dinoforge.errors import LAUNCHER, RECURRING, STOPPED, LostRankError
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-_SHUTDOWN_SECONDS = 120  # for the ranks to write a checkpoint after the user has stopped them
+_SHUTDOWN_SECONDS = 120  # time for the ranks to write a checkpoint after the user has stopped them
 
 
 def launch(arguments: Sequence[str], *, ranks: int, restarts: int) -> int:
-    """Runs ``dinoforge`` with these arguments on so many ranks, as ``torchrun --standalone`` would.
+    """Run ``dinoforge`` with these arguments on several ranks, as ``torchrun --standalone`` would.
 
     What a rank failed of is printed last, when all have ended. Unlike ``torchrun``, it does not start again what would
     fail again, or what a signal has stopped.
 
     Args:
-        arguments: of the command line.
-        ranks: how many.
-        restarts: how often all are started again after one has died.
+        arguments: Arguments of the command line.
+        ranks: Number of ranks.
+        restarts: How often all ranks are started again after one has died.
 
     Returns:
         The exit code: 0; that of the rank that failed first; or of the signal that stopped all.
@@ -77,11 +77,11 @@ def _run(arguments: Sequence[str], ranks: int) -> "Mapping[int, ProcessFailure]"
 
 
 def first_failure(failures: "Mapping[int, ProcessFailure]") -> "tuple[int, ProcessFailure]":
-    """The rank that failed first, and how: not one that only missed another, or that the agent then ended."""
+    """The rank that failed first, and how; not one that only lost another, or that the agent ended then."""
 
     def order(item: "tuple[int, ProcessFailure]") -> tuple[bool, float]:
         _, failure = item
-        time = float(failure.timestamp)  # of the look that found it, in whole seconds
+        time = float(failure.timestamp)  # time of the look that found the failure, in whole seconds
         if isinstance(failure.message, Mapping):
             time = float(failure.message["extraInfo"]["timestamp"])
         elif failure.exitcode != -signal.SIGKILL:

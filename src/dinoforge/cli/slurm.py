@@ -18,7 +18,7 @@ _SIGNAL_SECONDS = 120  # before the end of its time that a job is told of it
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job asks for."""
+    """The resources that a job asks for."""
 
     nodes: int = 1
     ranks_per_node: int = 1
@@ -29,10 +29,10 @@ class Resources:
 
 
 class Rank:
-    """What each task of the job does: ``dinoforge`` as one rank. Queued again, it continues the run.
+    """A task of the job: ``dinoforge`` as one rank. Queued again, it continues the run.
 
     Args:
-        arguments: of the command line.
+        arguments: Arguments of the command line.
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
@@ -54,7 +54,7 @@ class Rank:
         return code
 
     def checkpoint(self) -> Any:
-        """Called by submitit when the job is about to be taken away: has the run stop, and says what to queue."""
+        """Stop the run and return what to queue; submitit calls this when the job is about to be taken away."""
         from submitit.helpers import DelayedSubmission
 
         deadline = time.monotonic() + 0.9 * _SIGNAL_SECONDS
@@ -66,7 +66,7 @@ class Rank:
 
 
 def _queue_again() -> None:
-    """Has Slurm queue this job again, whose run was stopped by SIGTERM: what it sends first to whom it pre-empts.
+    """Make Slurm queue this job again, whose run was stopped by SIGTERM, the first signal of a pre-emption.
 
     A run that stops in time ends its job before that is taken away, and Slurm would take it for finished. A job that
     was cancelled gets the same signal, but does not count as running any more.
@@ -81,19 +81,19 @@ def _queue_again() -> None:
 
 
 def submit(arguments: Sequence[str], resources: Resources, *, folder: Path, cluster: str = "slurm") -> Any:
-    """Queues the job.
+    """Queue the job.
 
     Args:
-        arguments: of the command line of each rank.
-        resources: what to ask for.
-        folder: for logs and what submitit keeps, on storage that all machines see.
-        cluster: ``slurm``; or ``local``: processes of this machine, to try it.
+        arguments: Arguments of the command line of each rank.
+        resources: What to ask the scheduler for.
+        folder: A folder for logs and submitit's files, on storage that all machines see.
+        cluster: Either ``slurm`` or, to try it, ``local``: processes of this machine.
 
     Returns:
-        submitit's job.
+        The job, as submitit returns it.
 
     Raises:
-        RunError: no submitit, no Slurm, or resources that it refuses.
+        RunError: submitit or Slurm is missing, or Slurm refuses the resources.
     """
     try:
         import submitit

@@ -1,4 +1,4 @@
-"""The commands that train: train and submit."""
+"""Parsers of the commands that train: train and submit."""
 
 import argparse
 import os

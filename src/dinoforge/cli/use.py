@@ -1,4 +1,4 @@
-"""The commands that use a backbone: export, embed and eval."""
+"""Parsers of the commands that use a backbone: export, embed and eval."""
 
 import argparse
 import json

@@ -10,7 +10,7 @@ from dinoforge.commands.recipe import auto_recipe, plan_of, resolve, source_for_
 from dinoforge.data.planes import taken_apart
 from dinoforge.data.preflight import refuse_second_start
 from dinoforge.data.sources import open_source
-from dinoforge.planning import bench as benchmarks
+from dinoforge.planning.bench import BenchResult, measure
 from dinoforge.planning.dry_run import ways_to_train
 from dinoforge.recipe.schema import Recipe
 from dinoforge.system import device as devices
@@ -20,7 +20,7 @@ from dinoforge.system.out_of_memory import out_of_memory_in_words
 
 def bench(
     images: Any = None, recipe: str | Path | Recipe = "small", *, seconds: float = 10.0, **keys: Any
-) -> benchmarks.Report:
+) -> BenchResult:
     """Measures what limits a run on this machine, data or step; writes nothing.
 
     Args:
@@ -44,4 +44,4 @@ def bench(
         threads(plan.threads),
         out_of_memory_in_words(plan.device, partial(ways_to_train, plan)),
     ):
-        return benchmarks.measure(plan, source, seconds=seconds)
+        return measure(plan, source, seconds=seconds)

@@ -19,8 +19,8 @@ from dinoforge.data.survey import MeasuredRange, measure_range
 from dinoforge.data.values import plane_of
 from dinoforge.errors import RecipeError
 from dinoforge.planning import auto
-from dinoforge.planning import bench as benchmarks
-from dinoforge.planning import dry_run as plans
+from dinoforge.planning.bench import seconds_per_step
+from dinoforge.planning.dry_run import Plan, make_plan
 from dinoforge.planning.memory import ways_to_save
 from dinoforge.recipe.load import converted, load_recipe
 from dinoforge.recipe.schema import Recipe, flatten
@@ -119,7 +119,7 @@ def choose_recipe(
             # All ranks time it, since a step has to do with all of them, and the slowest is waited for.
             ways = partial(ways_to_save, recipe, ranks=distributed.world_size(), mode="none", device=device)
             with out_of_memory_in_words(device, ways):
-                own = benchmarks.seconds_per_step(recipe, source)
+                own = seconds_per_step(recipe, source)
             seconds = max(distributed.all_ranks(own))
             timed = {"train.steps": max(int(60 * said["train.max_minutes"] / seconds), 1)}
     choices = auto.choose(facts, given | timed) | found
@@ -160,8 +160,8 @@ def with_range(recipe: Recipe, source: Source, run: RunDirectory | None = None) 
     return replace(recipe, data=replace(data, range=measured.range)), measured
 
 
-def plan_of(recipe: Recipe, source: Source) -> plans.Plan:
+def plan_of(recipe: Recipe, source: Source) -> Plan:
     image = image_input(recipe)
     reduction = partial(least_reduction, recipe)
     summary = summarize(source, channels=image.in_chans, decoding=image.decoding, reduction=reduction)
-    return plans.make_plan(recipe, summary)
+    return make_plan(recipe, summary)

@@ -23,7 +23,7 @@ from dinoforge.recipe.load import load_recipe, recipe_names
 from dinoforge.recipe.schema import differences, flatten
 from dinoforge.report import page as pages
 from dinoforge.report import plots
-from dinoforge.report import run as reports
+from dinoforge.report.run import ReportedRun, Written
 from dinoforge.runs import checkpoint
 from dinoforge.runs.directory import RunDirectory
 from dinoforge.runs.metrics import read_metrics
@@ -54,7 +54,7 @@ def report(
     figures: str | Path | None = None,
     channels: Sequence[int] | None = None,
     device: str = "auto",
-) -> reports.Written:
+) -> Written:
     """Writes ``report.html`` into a run, or ``comparison.html`` into the first of several.
 
     Args:
@@ -88,7 +88,7 @@ def report(
     with devices.in_use(where), out_of_memory_in_words(where, partial(ways_to_embed, where)):
         write_text(out, pages.page(runs))
         written, missing = plots.write(runs[0], Path(figures)) if figures is not None else ([], [])
-    return reports.Written(out, written, missing)
+    return Written(out, written, missing)
 
 
 def open_run(
@@ -99,7 +99,7 @@ def open_run(
     pictures: bool = True,
     device: torch.device | None = None,
     seconds: float | None = None,
-) -> reports.Run:
+) -> ReportedRun:
     """A run as ``dinoforge.report.plots`` draws it: its recipe, metrics, verdict, images and network.
 
     Args:
@@ -151,7 +151,7 @@ def open_run(
     known = labels if isinstance(labels, list) else None
     if source is not None and isinstance(labels, str | Path):
         known = label_table(labels, source).values
-    return reports.Run(
+    return ReportedRun(
         name=str(run.path),
         recipe=flatten(recipe),
         base=base,

@@ -24,7 +24,7 @@ from dinoforge.errors import DataError
 from dinoforge.evaluation.probe import Probe
 from dinoforge.features import extract
 from dinoforge.models.vit import VisionTransformer
-from dinoforge.planning import dry_run as plans
+from dinoforge.planning.dry_run import Plan
 from dinoforge.recipe.schema import Recipe, flatten
 from dinoforge.report import page as pages
 from dinoforge.report.live import Live
@@ -64,7 +64,7 @@ class RunResult:
 
 
 def run_training(
-    plan: plans.Plan,
+    plan: Plan,
     source: Source,
     labels: list[str | None] | None,
     run: RunDirectory,
@@ -167,7 +167,7 @@ def run_training(
 
 def _train_or_save(
     train: Callable[[Iterator[Batch | None]], loop.End],
-    plan: plans.Plan,
+    plan: Plan,
     source: Source,
     state: TrainState,
     run: RunDirectory,
@@ -198,7 +198,7 @@ def _train_or_save(
 
 def _record_start(
     run: RunDirectory,
-    plan: plans.Plan,
+    plan: Plan,
     state: TrainState,
     source: Source,
     identity: DataIdentity,
@@ -236,7 +236,7 @@ def _metrics_files(
 
 def _say_end(
     run: RunDirectory,
-    plan: plans.Plan,
+    plan: Plan,
     state: TrainState,
     reason: str | None,
     waited: float,
@@ -261,7 +261,7 @@ def _say_end(
 
 
 def _live_report(
-    run: RunDirectory, plan: plans.Plan, source: Source, labels: list[str | None] | None, say: Callable[[str], object]
+    run: RunDirectory, plan: Plan, source: Source, labels: list[str | None] | None, say: Callable[[str], object]
 ) -> Live | None:
     """What writes the report while the run trains; None if the recipe does not want it."""
     minutes = plan.recipe.report.every_minutes
@@ -278,7 +278,7 @@ def _live_report(
 def _probes(
     run: RunDirectory,
     state: TrainState,
-    plan: plans.Plan,
+    plan: Plan,
     image: ImageInput,
     source: Source,
     labels: list[str | None] | None,
@@ -333,7 +333,7 @@ def _probes(
     )
 
 
-def _open_for_writing(run: RunDirectory, plan: plans.Plan) -> tuple[int | None, list[str]]:
+def _open_for_writing(run: RunDirectory, plan: Plan) -> tuple[int | None, list[str]]:
     """Sees that there is room for the run; ``checkpoint.newest`` of what is there, and what else is to be told."""
     run.require_space(int((plan.recipe.checkpoint.keep_last + 1) * _checkpoint_bytes(plan)))
     kept = checkpoint.clean(run.path)
@@ -362,7 +362,7 @@ def _roll_back(run: RunDirectory, state: TrainState, start: Start) -> None:
     )
 
 
-def _checkpoint_bytes(plan: plans.Plan) -> float:
+def _checkpoint_bytes(plan: Plan) -> float:
     return sum(plan.parameters.values()) * 4 * 4 * 1.05  # student, teacher, two moments
 
 

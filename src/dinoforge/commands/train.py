@@ -22,8 +22,7 @@ from dinoforge.data.planes import taken_apart
 from dinoforge.data.preflight import refuse_second_start
 from dinoforge.data.sources import Source, open_source
 from dinoforge.planning import auto
-from dinoforge.planning import dry_run as plans
-from dinoforge.planning.dry_run import ways_to_train
+from dinoforge.planning.dry_run import plan_text, schedules_text, ways_to_train
 from dinoforge.recipe.load import base_of, converted, dump, load_recipe
 from dinoforge.recipe.schema import Recipe, flatten
 from dinoforge.runs.directory import DataIdentity, RunDirectory, check_writable
@@ -170,7 +169,7 @@ def _train_together(
     distributed.from_first(lambda: run.require_free_or_same(resolved, identity, batch_size=plan.length.batch_size))
     known = distributed.from_first(lambda: _labels(labels, source, resolved))
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
-    say(plans.render(plan, data_path=data_name, out=str(run.path)))
+    say(plan_text(plan, data_path=data_name, out=str(run.path)))
     if measured is None and "data.range" in choices and not run.exists:
         say(f"values   {choices['data.range'].reason}")
     elif measured is not None:
@@ -178,14 +177,14 @@ def _train_together(
     for text in filter(None, (known.said, *known.notes)):
         say(f"labels   {text}")
     if choices and dry_run:
-        say(f"\n{auto.render(choices)}\n")
+        say(f"\n{auto.choices_text(choices)}\n")
     if ignored:
         say(f"ignored  {'; '.join(f'{key}: {reason}' for key, reason in ignored.items())}")
     if dry_run:
         with torch.device("meta"):
             networks = build_student_teacher(resolved)
         take_weights(networks, resolved, say)
-        say(f"\n{plans.render_schedules(plan)}\n\n{dump(resolved)}", end="")
+        say(f"\n{schedules_text(plan)}\n\n{dump(resolved)}", end="")
         return RunResult(run.path, 0, plan.length.steps)
 
     finished = distributed.from_first(lambda: run.exists and run.read_summary().get("finished"))

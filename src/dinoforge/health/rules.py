@@ -1,4 +1,4 @@
-"""What is wrong with a run, in plain words, from its metrics and its recipe alone; see docs/diagnosis.md.
+"""Rules that find what is wrong with a run from its metrics and its recipe alone; see docs/diagnosis.md.
 
 Each rule looks at one line after the other and never ahead, so a run is told while it goes what ``dinoforge doctor``
 tells afterwards. Thresholds come from runs that were made to fail, each beside its healthy twin
@@ -17,12 +17,12 @@ Line = Mapping[str, float | None]
 LINES = 3  # logged lines in a row that a sign must hold
 FEW_IMAGES = 8  # with fewer measured at once, what their features have in common passes for a collapse
 MAX_UPDATE = 0.015  # a step moves the backbone by that share of its length; healthy: at most 0.0035
-MIN_UPDATE = 5e-5  # at the peak of the learning rate; healthy: at least 0.0028
+MIN_UPDATE = 5e-5  # least update ratio at the peak of the learning rate; healthy: at least 0.0028
 UNIFORM_ENTROPY = 0.98  # share of log K; healthy: at most 0.95
 UNIFORM_KL = 0.05  # share of log K: beside it, the student has caught up with targets that say nothing
 ONE_SIDED_ENTROPY = 0.1  # share of log K; healthy: at least 0.18
 ONE_SIDED_USE = 0.05  # share of the prototypes; healthy runs pass through it, but not with targets that are so sharp
-MIN_RANK = 1.5  # of the cls tokens; healthy: at least 8.6
+MIN_RANK = 1.5  # least effective rank of the cls tokens; healthy: at least 8.6
 MAX_CLOSENESS = 2.2  # minus the mean logarithm of the distance to the nearest neighbour; healthy then: at most 1.2
 SMALL_CROPS = 0.15  # share of the image, mean of the global crops' range: below it crops are what is looked at first
 TINY_CROPS = 0.05  # likewise: below it they are named if the student learns nothing from them
@@ -37,20 +37,20 @@ SETTLED_STEPS, SETTLED_LONGER_STEPS = 100, 300  # where the recipe does not say 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong."""
+    """A fault of a run."""
 
     name: str
-    step: int  # at which it was certain
+    step: int  # the step at which it was certain
     sentence: str  # what is seen, and what to try
-    keys: tuple[str, ...]  # of the recipe, to try first
+    keys: tuple[str, ...]  # keys of the recipe to try first
 
 
 def diagnose(metrics: Mapping[str, Sequence[float | None]], recipe: Mapping[str, Any]) -> list[Finding]:
-    """What is wrong with a run, in the order in which it showed; an empty list means nothing.
+    """Find what is wrong with a run, in the order in which it showed; an empty list means nothing is.
 
     Args:
-        metrics: columns of ``metrics.jsonl`` by name, None where a line has no such number.
-        recipe: its dotted keys.
+        metrics: Columns of ``metrics.jsonl`` by name, None where a line has no such number.
+        recipe: Values of the recipe by dotted key.
     """
     watch = Watch(recipe)
     found: list[Finding] = []
@@ -60,10 +60,10 @@ def diagnose(metrics: Mapping[str, Sequence[float | None]], recipe: Mapping[str,
 
 
 class Watch:
-    """Told of one logged line after the other, says what is newly wrong; each finding once.
+    """Finds what is newly wrong in each logged line; each finding comes once.
 
     Args:
-        recipe: its dotted keys.
+        recipe: Values of the recipe by dotted key.
     """
 
     def __init__(self, recipe: Mapping[str, Any]) -> None:
@@ -266,7 +266,7 @@ class Watch:
         )
 
     def _spreading(self, line: Line) -> tuple[str, tuple[str, ...]]:
-        """What spreads cls tokens and is not on yet, and its keys."""
+        """Ways to spread cls tokens that are not on yet, in words, and their keys."""
         weight = self.recipe["dino.koleo_loss_weight"]
         lr = self.recipe["optim.base_lr"]
         more = f"Give dino.koleo_loss_weight more weight (now {weight:g})"

@@ -32,7 +32,7 @@ _MANY = 4  # times the side of a crop, from which on a JPEG is large
 
 
 def from_auto(choices: Mapping[str, Choice]) -> list[Advice]:
-    """Those of auto's choices that the images decide."""
+    """The choices of the recipe auto that the images decide."""
     return [
         Advice(key, in_words(choice.value), choice.reason, "auto")
         for key, choice in choices.items()
@@ -52,9 +52,9 @@ def further(
 
     Args:
         seen: Images that could be read.
-        unread: How many could not.
-        values: Of the images.
-        recipe: That the keys make with auto's choices.
+        unread: Number of images that could not be read.
+        values: Values of the images.
+        recipe: The recipe that the user's keys and auto's choices make.
         given: The user's keys.
         chosen: Auto's choices.
     """
@@ -104,7 +104,7 @@ def further(
 
 
 def with_notes(advice: Sequence[Advice]) -> tuple[Advice, ...]:
-    """The same, with a word on a measured range that other advised keys change."""
+    """The advice, with a note on a measured range that other advised keys change."""
     changing = [one.key for one in advice if one.by == "inspect" and one.key in ("data.nodata", "data.plane")]
     if not changing:
         return tuple(advice)

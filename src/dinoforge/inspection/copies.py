@@ -1,4 +1,4 @@
-"""What is there more than once, and whether it lies across the parts of a split or across classes."""
+"""Images that are there more than once, and whether they lie across the parts of a split or across classes."""
 
 import functools
 import hashlib
@@ -34,7 +34,7 @@ def same_files(source: FolderSource, deadline: float) -> tuple[list[Group], int,
 
     Args:
         source: The images.
-        deadline: On ``time.monotonic``; what was not compared by then is left out.
+        deadline: Time of ``time.monotonic`` by which to end; what was not compared by then is left out.
 
     Returns:
         Indices of files that are the same; how many files were compared; and the bytes of all of them, None where time
@@ -109,10 +109,10 @@ def told(how: str, groups: Sequence[Group], name: Callable[[int], str], labels: 
     """Count groups of images that are alike, and those that lie across parts of a split or across classes.
 
     Args:
-        how: Of `Alike`.
-        groups: Indices.
-        name: Names an image.
-        labels: Of all images, where there are any.
+        how: How they are alike; see `Alike`.
+        groups: Indices of the images of each group.
+        name: Returns the name of an image.
+        labels: Labels of all images, where there are any.
     """
     parts, classes = [], []
     for group in groups:

@@ -1,4 +1,4 @@
-"""What is kept of each image that was looked at, and of their values; memory does not grow with their size."""
+"""Facts about each image of the sample and its values; memory does not grow with the images' size."""
 
 import math
 from collections import defaultdict
@@ -14,9 +14,9 @@ from dinoforge.data.names import printable
 from dinoforge.data.values import Decoding, Samples, missing
 from dinoforge.inspection.result import Channel, Histogram, Values
 
-_VALUES = 2**21  # that are kept of each type
-_PER_IMAGE = 2**15  # and channel
-_TYPES = 16  # that are told apart
+_VALUES = 2**21  # values that are kept of each type
+_PER_IMAGE = 2**15  # values of an image and channel
+_TYPES = 16  # most types that are told apart
 _BINS = 64
 _PERCENTS = (0.1, 1.0, 50.0, 99.0, 99.9)
 _GOLDEN = (math.sqrt(5) - 1) / 2  # steps of it fill 0…1 evenly, whatever their number, and no column twice in a row
@@ -30,7 +30,7 @@ class Seen:
 
     index: int
     name: str  # printable
-    end: str  # of the name, printable
+    end: str  # ending of the name, printable
     kind: str
     is_named: bool
     seconds: float  # reading and decoding
@@ -40,7 +40,7 @@ class Seen:
     mode: str
     type: str
     bits: int
-    channels: int  # of the values, without transparency
+    channels: int  # number of channels of the values, without transparency
     colour: int
     transparent: float | None  # share of the pixels
     laid_over_white: bool
@@ -64,23 +64,23 @@ class Unread:
 
     index: int
     name: str  # printable
-    end: str  # of its file's name, printable
-    kind: str  # by content; '' where nothing is known
+    end: str  # ending of its file's name, printable
+    kind: str  # kind by content; '' where nothing is known
     is_named: bool
     reason: str
 
 
 def seen(index: int, name: str, file: str, look: Look, gone: Array | None, *, seconds: float, channels: int) -> Seen:
-    """What is kept of a look.
+    """Keep the facts of a look at an image.
 
     Args:
-        index: Of the image.
-        name: Of it.
+        index: Index of the image.
+        name: Name of the image.
         file: Name of its file, which is another one where it is a plane of several.
         look: The look.
-        gone: Where there is no data, as from `Gathered.add`.
-        seconds: That reading and decoding took.
-        channels: That training wants.
+        gone: Mask of where there is no data, from `Gathered.add`.
+        seconds: Seconds that reading and decoding took.
+        channels: Number of channels that training wants.
     """
     samples = colours(look.samples)
     low, high = _most(samples.values, gone)
@@ -124,14 +124,14 @@ def colours(samples: Samples) -> Samples:
 
 
 def bits(samples: Samples) -> int:
-    """How many bits count."""
+    """The number of bits that count."""
     if samples.values.dtype == np.bool_:
         return 1
     return samples.values.dtype.itemsize * 8 if samples.limit is None else samples.limit.bit_length()
 
 
 def _most(values: Array, gone: Array | None) -> tuple[float, float]:
-    """Between which values nearly all of an image lie."""
+    """The values between which nearly all of an image lie."""
     kept = values if gone is None else values[~np.broadcast_to(gone, values.shape)]
     some = _some(kept.reshape(-1), _PER_IMAGE).astype(np.float64)
     some = some[np.isfinite(some)]
@@ -142,7 +142,7 @@ def _most(values: Array, gone: Array | None) -> tuple[float, float]:
 
 
 def _no_data_by(samples: Samples, gone: Array | None) -> str:
-    """What says that there is no data, where there is none somewhere."""
+    """What marks the pixels without data, where there are any."""
     if gone is None or not gone.any():
         return ""
     said = [f"the tag {number:.10g}" for number in samples.nodata]
@@ -211,7 +211,7 @@ class Gathered:
         return gone
 
     def values(self) -> tuple[Values, ...]:
-        """What was found of each type, the most frequent first."""
+        """The values of each type, the most frequent type first."""
         types = sorted(self._types.items(), key=lambda item: (-item[1].images, item[0][:2]))
         return tuple(made for key, found in types if (made := self._of_type(key, found)) is not None)
 
@@ -262,7 +262,7 @@ def _levels(channels: list[Channel]) -> float:
 
 
 def type_range(dtype: np.dtype[Any], limit: int | None) -> tuple[float, float]:
-    """What becomes 0 and 255 under ``data.sixteen_bit=full`` without a range."""
+    """The values that become 0 and 255 under ``data.sixteen_bit=full`` without a range."""
     if dtype.kind in "fb":
         return 0.0, 1.0
     return 0.0, float(limit or {1: 127 if dtype.kind == "i" else 255}.get(dtype.itemsize, 65535))
@@ -271,7 +271,7 @@ def type_range(dtype: np.dtype[Any], limit: int | None) -> tuple[float, float]:
 def ends_of(
     dtype: np.dtype[Any], limit: int | None, channels: int, decoding: Decoding
 ) -> list[tuple[float, float] | tuple[None, None]]:
-    """What becomes 0 and 255 in each channel; None, None: each image's own minimum and maximum."""
+    """The values that become 0 and 255 in each channel; None, None: each image's own minimum and maximum."""
     given: Any = decoding.get("value_range")
     if given is not None and dtype != np.bool_:
         pairs = list(given) if isinstance(given[0], tuple) else [given]
@@ -283,7 +283,7 @@ def ends_of(
 
 
 def _some(values: Array, number: int) -> Array:
-    """Up to so many of the values, from all over."""
+    """A limited number of the values, evenly spread."""
     if values.size <= number:
         return values.copy()
     where = (np.arange(1, number + 1) * _GOLDEN) % 1.0

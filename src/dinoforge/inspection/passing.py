@@ -29,9 +29,9 @@ class Pass:
 
     Args:
         source: The images.
-        channels: That training wants.
+        channels: Number of channels that training wants.
         decoding: How values become pixels.
-        images: That are looked at, at most.
+        images: Most images to look at.
     """
 
     source: Source
@@ -70,7 +70,7 @@ class Pass:
             self.unread.append(_unread(index, self.source.name(index), image, str(error)))
             return
         gone = self.gathered.add(found.samples)
-        with suppress(ImageError):  # that training refuses: it takes nothing
+        with suppress(ImageError):  # an image that training refuses takes no memory
             taken = working_bytes(image, channels=self.channels, decoding=self.decoding)
             if taken > self.peak.value:
                 self.peak = Extreme(printable(self.source.name(index)), taken)
@@ -132,7 +132,7 @@ def file_name(name: str) -> str:
 
 
 def sizes_of(seen: Sequence[Seen]) -> Sizes | None:
-    """Of the images that could be read; None where none could."""
+    """Sizes of the images that could be read; None where none could."""
     if not seen:
         return None
 
@@ -156,7 +156,7 @@ def sizes_of(seen: Sequence[Seen]) -> Sizes | None:
 
 
 def cost_of(pass_: Pass) -> Cost | None:
-    """What reading takes; None where nothing could be read."""
+    """The cost of reading; None where nothing could be read."""
     if not pass_.seen:
         return None
     slowest = max(pass_.seen, key=lambda one: one.seconds)

@@ -1,4 +1,4 @@
-"""What an inspection finds, as data; ``as_json`` gives it as one object whose keys docs/inspect.md lists."""
+"""The findings of an inspection, as data; ``as_json`` makes one object of them, whose keys docs/inspect.md lists."""
 
 import math
 from collections.abc import Mapping
@@ -11,9 +11,10 @@ class Sampling:
     """Which images were looked at.
 
     Args:
-        images: That were looked at.
-        of: That there are.
-        limit: Of images, and of seconds.
+        images: Number of images that were looked at.
+        of: Number of images in all.
+        limit: Most images that may be looked at.
+        seconds, seconds_limit: Seconds that the look took, and that it may take.
         time_was_up: Whether the limit of seconds ended the look.
     """
 
@@ -48,13 +49,13 @@ class Extreme:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the images that could be read, pixels.
+    """Sizes of the images that could be read, in pixels.
 
     Args:
-        width, height, side: ``side`` is the shorter one.
-        bytes: Of a file.
+        width, height, side: Width and height; ``side`` is the shorter of both.
+        bytes: Size of a file in bytes.
         flattest: The image whose longer side is longest beside its shorter one, and by how much.
-        smallest, largest: By pixels.
+        smallest, largest: The images with the fewest and the most pixels.
     """
 
     width: Spread
@@ -71,8 +72,8 @@ class Histogram:
     """Counts of values in bins of equal width; what lies outside is in the first and the last.
 
     Args:
-        low, high: Where the first bin begins, and the last ends.
-        counts: Of each bin.
+        low, high: Beginning of the first bin, and end of the last.
+        counts: Count of each bin.
     """
 
     low: float
@@ -85,11 +86,11 @@ class Channel:
     """The values of one channel as the files store them.
 
     Args:
-        min, max: Of all values where there is data.
+        min, max: Smallest and largest of all values that are data.
         percentiles: 0.1, 1, 50, 99 and 99.9 % of a sample of the values lie below.
-        black, white: What becomes 0 and 255; None: each image's own minimum and maximum.
+        black, white: Values that become 0 and 255; None: each image's own minimum and maximum.
         below, above: Share of the values beyond black and white, which are clipped.
-        histogram: Of a sample of the values.
+        histogram: Histogram of a sample of the values.
     """
 
     min: float
@@ -111,13 +112,13 @@ class Values:
     """The values of the images of one type.
 
     Args:
-        type: Such as ``uint16``.
-        bits: That count, such as 12 where the files say so.
-        images: That have it.
-        channels: Each of them; transparency is none.
-        fills: Share of what ``data.sixteen_bit=full`` makes 0 to 255 of that lies between 0.1 % and 99.9 % of the
-            values.
-        is_within: Whether all values are within it; others are refused unless there is a range.
+        type: Type of the values, such as ``uint16``.
+        bits: Number of bits that count, such as 12 where the files say so.
+        images: Number of images that have the type.
+        channels: The channels; transparency is none.
+        fills: Share of the range that ``data.sixteen_bit=full`` maps to 0 to 255 which lies between the percentiles 0.1
+            and 99.9 of the values.
+        is_within: Whether all values lie within that range; others are refused unless the keys give a range.
         levels: Share of the levels 0 to 255 that nearly all values become under the keys that would be used.
     """
 
@@ -135,9 +136,9 @@ class Alike:
     """Images that are the same, or nearly.
 
     Args:
-        how: ``files``: byte by byte; ``pixels``: the same picture in different files; ``near``: nearly.
-        groups: Of images that are alike.
-        images: In these groups.
+        how: ``files`` are equal byte by byte; ``pixels`` are one picture in different files; ``near`` are nearly equal.
+        groups: Number of groups of images that are alike.
+        images: Number of images in these groups.
         examples: Names of some groups.
         across_parts: Groups that lie in more than one of train/, val/, test/…
         across_classes: Groups whose images have different labels.
@@ -156,12 +157,12 @@ class Alike:
 
 @dataclass(frozen=True)
 class Copies:
-    """What is there more than once.
+    """Images that are there more than once.
 
     Args:
         files_compared: Files whose size, and where that agrees content, was compared; 0 where the data are no folder.
         files_complete: Whether these are all.
-        found: One for each way of being alike.
+        found: The groups of each way of being alike.
     """
 
     files_compared: int
@@ -171,10 +172,10 @@ class Copies:
 
 @dataclass(frozen=True)
 class LabelsFound:
-    """What the images would be labelled by.
+    """Labels that evaluation would use.
 
     Args:
-        said: In words: how many classes, from where, and which images have none; or why there are none.
+        said: A sentence: how many classes, from where, and which images have none; or why there are none.
         notes: What was guessed.
         classes: Images of each class, the largest first.
         without: Images without a label.
@@ -190,12 +191,12 @@ class LabelsFound:
 
 @dataclass(frozen=True)
 class Cost:
-    """What reading images takes here.
+    """Cost of reading images on this machine.
 
     Args:
-        median_seconds, slowest: Of one image, with reading its file.
-        images_per_second: By one core.
-        peak_bytes: What decoding takes at most, an estimate, and of which image.
+        median_seconds, slowest: Seconds to read and decode one image: the median, and the slowest image.
+        images_per_second: Images that one core reads in a second.
+        peak_bytes: Estimated most memory that decoding takes, and the image that takes it.
     """
 
     median_seconds: float
@@ -209,10 +210,10 @@ class Pixels:
     """The pixels that training gets.
 
     Args:
-        images: That count.
-        mean, std: Per channel, on the range 0 to 1.
+        images: Number of images that were measured.
+        mean, std: Mean and standard deviation of each channel, on the range 0 to 1.
         upside_down: Whether there is no up.
-        mirrored, quarter_turns: Whether these change nothing.
+        mirrored, quarter_turns: Whether mirroring and quarter turns change nothing.
         symmetry: What was measured.
     """
 
@@ -227,7 +228,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Trouble:
-    """Something that one has to know about some of the images.
+    """A fault of some of the images, or something that a user has to know about them.
 
     Args:
         code: Stable word for it, such as ``narrow_range``.
@@ -250,12 +251,12 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Advice:
-    """A key to say.
+    """A key that the user should give.
 
     Args:
-        key, value: As on the command line.
-        reason: Why.
-        by: ``auto``: the recipe auto chooses it by itself; ``inspect``: it has to be said.
+        key, value: Key and value as on the command line.
+        reason: Why the value fits the images.
+        by: Who chooses it: ``auto``, the recipe auto by itself; or ``inspect``, so that the user has to give it.
     """
 
     key: str
@@ -271,25 +272,25 @@ class Crops:
     name: str
     size: tuple[int, int]  # height, width
     image: str
-    crops: tuple[str, ...]  # after their colours have changed: two global ones, then the local ones
+    crops: tuple[str, ...]  # two global ones, then the local ones, all after their colours have changed
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that was found; see docs/inspect.md."""
+    """Everything that an inspection found; see docs/inspect.md."""
 
     data: str
     images: int
-    bytes: int | None  # of all files; None where the data are no folder, or time was up
+    bytes: int | None  # size of all files; None where the data are no folder, or time was up
     sampling: Sampling
     ends: Mapping[str, int]  # ends of the names of all images -> how many
     kinds: Mapping[str, int]  # kinds by content -> how many of the sample
     modes: Mapping[str, int]  # kinds of pixels -> how many of the sample
     left_out: Mapping[str, int]
     unreadable: tuple[tuple[str, str], ...]  # name and reason of all of the sample
-    refused: tuple[tuple[str, str], ...]  # that can be read, and that training refuses all the same
+    refused: tuple[tuple[str, str], ...]  # name and reason of readable images that training refuses
     profiles: Mapping[str, int]  # embedded colour profiles -> how many of the sample
-    orientations: Mapping[str, int]  # of EXIF -> how many of the sample
+    orientations: Mapping[str, int]  # EXIF orientations -> how many of the sample
     sizes: Sizes | None
     values: tuple[Values, ...]
     no_data: float  # share of the values of the sample that are no data
@@ -298,7 +299,7 @@ class Inspection:
     pixels: Pixels | None
     cost: Cost | None
     troubles: tuple[Trouble, ...]
-    channels: int  # that the keys below ask for
+    channels: int  # number of channels that the keys below ask for
     advice: tuple[Advice, ...]
     command: str
     crops: tuple[Crops, ...] = field(default=(), metadata={"json": False})

@@ -40,7 +40,7 @@ IMAGES, SECONDS = 1024, 8.0
 
 _FOR_CHANNELS, _FOR_RANGE, _FOR_FILES, _FOR_CROPS = 0.05, 0.15, 0.3, 0.2  # shares of the seconds
 _HEADERS, _DEEP = 64, 64  # images that are asked for the number of channels, and for the range
-_AT_LEAST = 2  # of them, whatever the time
+_AT_LEAST = 2  # images that are read whatever the time
 _SHORT = 0.3  # seconds
 _SHEETS = 12  # images whose crops are shown
 _SHOWN = 256  # pixels along the longer side of a shown image
@@ -62,14 +62,14 @@ def inspect(
         data: As `open_source` takes it.
         labels: A table of labels; by default the names of sub-folders.
         keys: The recipe's keys, dotted.
-        images: That are looked at, at most, at least 1.
-        seconds: That looking may take, above 0; listing the names of a folder, and the image at which time is up, come
-            on top.
+        images: Most images to look at, at least 1.
+        seconds: Seconds that looking may take, above 0; listing the names of a folder, and the image at which time is
+            up, come on top.
         with_crops: Also make pictures of crops.
 
     Raises:
         DataError: The data cannot be used at all. What is wrong with some images is a finding.
-        RecipeError: Keys that cannot be.
+        RecipeError: A key is unknown, or a value is impossible.
     """
     if images < 1 or seconds <= 0:
         raise DataError(f"expected at least 1 image and more than 0 seconds, got {images} and {seconds:g}")
@@ -126,17 +126,17 @@ def inspect(
 
 @dataclass(frozen=True)
 class _Looked:
-    """What was looked at, and by which keys."""
+    """A look at a data set: its sample, and the keys that it was read by."""
 
     files: Source
     source: Source  # the same, or every plane of them
     said: Mapping[str, Any]  # the keys that are given
-    why: Channels  # that are read
-    base: Recipe  # that says how values become pixels
+    why: Channels  # the channels that are read, and why
+    base: Recipe  # the recipe that says how values become pixels
     measured: MeasuredRange | None
     same_files: list[copies.Group]  # indices of `files`
     compared: int  # files
-    bytes: int | None  # of all files
+    bytes: int | None  # size of all files
     pass_: Pass
 
 
@@ -185,7 +185,7 @@ def _facts(looked: _Looked, labels: LabelsFound, found: Copies, names: "_Names",
 def _with_range(
     said: Mapping[str, Any], source: Source, few: Callable[[Source], Source], channels: int
 ) -> tuple[Recipe, MeasuredRange | None]:
-    """How values become pixels, with the range that a run would measure where the keys give none."""
+    """The decoding of values, with the range that a run would measure where the keys give none."""
     of_values = {key: value for key, value in said.items() if key in _OF_VALUES}
     base, _ = load_recipe(auto.BASE, of_values | {"student.in_chans": channels, "data.mean": 0.5, "data.std": 0.5})
     if base.data.range is not None or base.data.sixteen_bit == "minmax":
@@ -206,7 +206,7 @@ _OF_VALUES = tuple(f"data.{key}" for key in ("range", "sixteen_bit", "nodata", "
 
 
 def _seconds_of_one(source: Source) -> float:
-    """How long it takes to read the values of an image: the shortest of some times, without imports."""
+    """Seconds to read the values of an image: the shortest of several times, so that imports do not count."""
     shortest = math.inf
     for _ in range(4):
         start = time.monotonic()
@@ -219,13 +219,13 @@ def _seconds_of_one(source: Source) -> float:
 
 
 class _Few:
-    """As many evenly spaced images of a source as can be read in time, where it would be asked for more.
+    """As many evenly spaced images of a source as can be read in the time, at most as many as asked for.
 
     Args:
         source: The images.
-        asked: Images that it would be asked for.
-        seconds: That these may take; beyond twice as much, images are as if they could not be read.
-        each: Seconds that one takes.
+        asked: Number of images that the source would be asked for.
+        seconds: Seconds for all of them; after twice as much, further images count as unreadable.
+        each: Seconds that one image takes.
     """
 
     def __init__(self, source: Source, asked: int, seconds: float, each: float) -> None:
@@ -259,7 +259,7 @@ class _Few:
 def _choices(
     pass_: Pass, said: Mapping[str, Any], channels: Channels, measured: MeasuredRange | None
 ) -> dict[str, auto.Choice]:
-    """What the recipe auto would choose; nothing where no image could be read."""
+    """The choices of the recipe auto; empty where no image could be read."""
     first = pass_.first()
     if first is None:
         return {}
@@ -281,7 +281,7 @@ def _labels(labels: str | Path | None, source: Source) -> Labels:
 
 @dataclass
 class _Names:
-    """What the names of all images say."""
+    """Facts from the names of all images."""
 
     ends: Counter[str] = field(default_factory=Counter)
     parts: Counter[str] = field(default_factory=Counter)
@@ -317,7 +317,7 @@ def _labels_found(labels: Labels, names: _Names) -> LabelsFound:
 
 
 def _copies(looked: _Looked, labels: Labels) -> Copies:
-    """What is there more than once: by files, by pixels, and nearly."""
+    """Find images that are there more than once: by files, by pixels, and nearly."""
     files, source, pass_ = looked.files, looked.source, looked.pass_
     prints = [one for _, one in pass_.fingerprints]
 
@@ -325,7 +325,7 @@ def _copies(looked: _Looked, labels: Labels) -> Copies:
         return [sorted(pass_.fingerprints[place][0] for place in group) for group in groups]
 
     pixels, near = indices(duplicates.same(prints)), indices(duplicates.groups(prints))
-    are_images = source is files  # and no stacks of them
+    are_images = source is files  # false for stacks of images
     known = looked.same_files if are_images else []
     return Copies(
         files_compared=looked.compared,

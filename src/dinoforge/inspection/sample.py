@@ -7,14 +7,14 @@ FIRST = 16
 
 
 def places(count: int, limit: int) -> list[int]:
-    """Up to `limit` of `count` places, all of them where they are no more, in the order in which to look.
+    """Up to `limit` of `count` places, all of them where there are no more, in the order in which to look.
 
     Evenly spaced, and each with its neighbour: bursts, frames of a film and tiles of a scene lie side by side. Whenever
     the look is broken off, what was looked at until then is spread over all.
 
     Args:
-        count: Images that there are, at least 1.
-        limit: At least 1.
+        count: Number of images, at least 1.
+        limit: Most places to return, at least 1.
     """
     found = dict.fromkeys(np.unique(np.linspace(0, count - 1, FIRST).round().astype(int)).tolist())
     pairs = -(-count // 2) if count <= limit else -(-limit // 2)

@@ -5,15 +5,16 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from dinoforge.data.folders import left_out_in_words
 from dinoforge.inspection.result import Channel, Extreme, Inspection, Spread, Trouble, Values
+from dinoforge.system.terminal import table
 
 _WIDTH, _INDENT = 110, 11
-_LISTED = 8  # of a list in a line
-_TYPES, _CHANNELS = 6, 13  # of tables of values
+_LISTED = 8  # items of a list in a line
+_TYPES, _CHANNELS = 6, 13  # most types and channels in tables of values
 _TROUBLES = 40
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
-def render(found: Inspection) -> str:
+def inspection_text(found: Inspection) -> str:
     """Everything in words."""
     return "\n".join(
         [
@@ -27,7 +28,7 @@ def render(found: Inspection) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in words."""
+    """A number of bytes in words."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:,.3g} {unit}"
@@ -79,7 +80,7 @@ def sampled(found: Inspection) -> str:
 
 
 def compared(found: Inspection) -> str:
-    """Where copies were looked for."""
+    """Say where copies were looked for."""
     said = f"pixels of the {found.sampling.images:,} sampled images"
     if not found.copies.files_compared:
         return f"compared {said}"
@@ -89,7 +90,7 @@ def compared(found: Inspection) -> str:
 
 
 def reading(found: Inspection) -> str:
-    """What reading takes; '' where nothing could be read."""
+    """Say what reading takes; '' where nothing could be read."""
     cost = found.cost
     if cost is None:
         return ""
@@ -119,7 +120,7 @@ HEADERS = ("channel", "min", "0.1 %", "median", "99.9 %", "max", "becomes 0", "b
 
 
 def values_said(values: Values) -> str:
-    """What values these are."""
+    """Describe the values of one type."""
     kind = f"{values.type} x{len(values.channels)}"
     if values.type != "bool" and values.bits != 8 * int("".join(filter(str.isdigit, values.type)) or 8) // 8:
         kind += f", {values.bits} bits"
@@ -177,12 +178,9 @@ def _of_values(found: Inspection) -> Iterator[str]:
     for values in found.values[:_TYPES]:
         yield ""
         yield from _row("values", values_said(values))
-        rows = [list(HEADERS), *(channel_row(i, c) for i, c in enumerate(values.channels[:_CHANNELS]))]
-        bars = ["", *(_bars(channel) for channel in values.channels[:_CHANNELS])]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(HEADERS))]
-        for row, bar in zip(rows, bars, strict=True):
-            cells = "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            yield f"{' ' * _INDENT}{cells}  {bar}".rstrip()
+        rows = [[*channel_row(i, c), _bars(c)] for i, c in enumerate(values.channels[:_CHANNELS])]
+        for line in table([[*HEADERS, ""], *rows], right=range(len(HEADERS))).splitlines():
+            yield f"{' ' * _INDENT}{line}"
         if rest := len(values.channels) - _CHANNELS:
             yield from _row("", f"and {rest:,} more channels") if rest > 0 else ()
     if rest := len(found.values[_TYPES:]):

@@ -1,4 +1,4 @@
-"""What one has to know about the images, each kind of it named once; docs/inspect.md lists the codes."""
+"""Troubles of the images, each kind named once; docs/inspect.md lists the codes."""
 
 import re
 from collections import Counter, defaultdict
@@ -26,7 +26,7 @@ Which = Callable[[Seen], bool]
 
 @dataclass(frozen=True)
 class Facts:
-    """What troubles are looked for in."""
+    """Everything in which troubles are looked for."""
 
     seen: Sequence[Seen]
     unread: Sequence[Unread]
@@ -37,16 +37,16 @@ class Facts:
     odd_names: int
     odd_examples: tuple[str, ...]
     channels: int  # wanted
-    plane: str | None  # of the recipe
+    plane: str | None  # the recipe's data.plane
     fill: int
     range: str  # the key that says it; '' where there is none
     range_by: str  # measured, or given
     is_minmax: bool
-    side: int  # of a global crop
+    side: int  # side of a global crop
 
 
 def find(facts: Facts) -> tuple[Trouble, ...]:
-    """All troubles, those that cost images or make them wrong first."""
+    """Find all troubles, those that cost images or make them wrong first."""
     found = [
         *_unreadable(facts),
         *_refused(facts),

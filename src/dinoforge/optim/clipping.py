@@ -9,7 +9,7 @@ from dinoforge.system import distributed
 
 
 def clip_gradients(networks: Mapping[str, nn.Module], max_norm: float) -> dict[str, Tensor]:
-    """Clips the gradient norm of each sub-network by itself, as the reference does; 0 only measures.
+    """Clip the gradient norm of each sub-network by itself, as the reference does; 0 only measures.
 
     Returns:
         The norm of each sub-network before clipping, on its device.

@@ -1,4 +1,4 @@
-"""How far an optimizer step moves the weights."""
+"""The distance by which an optimizer step moves the weights."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_MOST = 2**16  # elements of a parameter: a copy of a giant network stays below 200 MB
+MOST_ELEMENTS = 2**16  # copied elements of a parameter, so that a giant network's copy stays below 200 MB
 
 
 @dataclass(frozen=True)
@@ -19,23 +19,23 @@ class Sample:
 
 
 @torch.no_grad()
-def sampled(networks: Mapping[str, nn.Module]) -> dict[str, list[Sample]]:
-    """A copy of the weights of each sub-network; of large parameters, of some of them."""
+def sampled(networks: Mapping[str, nn.Module], *, most: int = MOST_ELEMENTS) -> dict[str, list[Sample]]:
+    """Copy the weights of each sub-network, at most ``most`` elements of each parameter."""
     copied: dict[str, list[Sample]] = {}
     for name, network in networks.items():
         copied[name] = []
         for parameter in network.parameters():
             # Of a sharded parameter its local part: to read all of it would wait for other ranks.
             local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            if stride := math.ceil(local.numel() / _MOST):
+            if stride := math.ceil(local.numel() / most):
                 copied[name].append(Sample(local.flatten()[::stride].clone(), stride))
     return copied
 
 
 def update_ratios(before: Mapping[str, list[Sample]], after: Mapping[str, list[Sample]]) -> dict[str, Tensor]:
-    """Per sub-network, the length of a step over the length of the weights: ``|after - before| / |before|``.
+    """The length of a step over that of the weights, ``|after - before| / |before|``, of each sub-network.
 
-    Those are left out of which this rank has nothing: with more ranks than rows, some shards are empty.
+    A sub-network of which this rank has nothing is left out: with more ranks than rows, some shards are empty.
     """
     ratios = {}
     for name, old in before.items():

@@ -1,4 +1,4 @@
-"""Which parameter gets which learning rate and weight decay."""
+"""Parameter groups: the learning rate and weight decay of each parameter."""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ UNREGULARISED = "no weight decay on biases, norms, LayerScale"
 
 @dataclass(frozen=True)
 class Rule:
-    """What a parameter's hyper-parameters are, and why."""
+    """The multipliers of a parameter's hyper-parameters, and the reason for them."""
 
     text: str
     lr_multiplier: float
@@ -34,12 +34,12 @@ def rule_of(
     """The rule for one parameter.
 
     Args:
-        name: official name inside its sub-network, such as ``blocks.3.attn.qkv.weight``.
+        name: Official name inside its sub-network, such as ``blocks.3.attn.qkv.weight``.
         depth: L, the number of blocks, of a backbone; None for a head.
-        layerwise_decay: d. Block i (from 0) has the factor d^(L - i); patch embedding, position embeddings and
-            cls, mask and register tokens have d^(L + 1); the final norm and heads have 1.
-        patch_embed_lr_mult: further factor on the patch embedding.
-        fixed_weight_decay: weight decay of regularised parameters if it does not follow the schedule.
+        layerwise_decay: The decay d. Block i (from 0) has the factor d^(L - i); patch embedding, position embeddings
+            and cls, mask and register tokens have d^(L + 1); the final norm and heads have 1.
+        patch_embed_lr_mult: Further factor on the patch embedding.
+        fixed_weight_decay: Weight decay of regularised parameters where it does not follow the schedule.
     """
     if depth is None:
         lr, text = 1.0, "head"
@@ -73,16 +73,16 @@ def parameter_groups(
     patch_embed_lr_mult: float,
     weight_decay_scope: str = "all",
 ) -> list[dict[str, Any]]:
-    """Parameter groups for AdamW: parameters of one sub-network with the same rule share a group.
+    """Make parameter groups for AdamW: parameters of one sub-network with the same rule share a group.
 
     Besides ``params``, a group carries ``names``, ``module`` (the sub-network) and the fields of ``Rule``;
     ``set_hyperparameters`` turns those into learning rate and weight decay.
 
     Args:
-        networks: the student's sub-networks: ``backbone`` and heads.
-        depth: blocks of the backbone.
-        layerwise_decay, patch_embed_lr_mult: see ``rule_of``.
-        weight_decay_scope: ``all``; or ``backbone``, where the heads keep AdamW's default of 0.01 as in
+        networks: The student's sub-networks by name: ``backbone`` and the heads.
+        depth: Number of blocks of the backbone.
+        layerwise_decay, patch_embed_lr_mult: See ``rule_of``.
+        weight_decay_scope: Either ``all`` or ``backbone``, where the heads keep AdamW's default of 0.01 as in
             implementations that schedule only the first group. For comparison only.
     """
     groups: dict[tuple[str, Rule], dict[str, Any]] = {}
@@ -112,7 +112,7 @@ def set_hyperparameters(
     weight_decay: float,
     backbone_lr_mult: float = 1.0,
 ) -> None:
-    """Writes learning rate and weight decay into every group: the only place that does."""
+    """Write learning rate and weight decay into every group; nothing else does."""
     for group in optimizer.param_groups:
         group["lr"] = (last_layer_lr if group["last_layer"] else lr) * group["lr_multiplier"]
         if group["module"] == "backbone":

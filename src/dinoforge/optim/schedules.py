@@ -22,14 +22,14 @@ def cosine(
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What one step is done with."""
+    """The hyper-parameters of one step."""
 
     lr: float
     last_layer_lr: float
     weight_decay: float
     momentum: float
     teacher_temp: float
-    last_layer_frozen: bool  # by gradient; when it is frozen by lr, last_layer_lr is 0
+    last_layer_frozen: bool  # frozen by its gradient; where it is frozen by lr, last_layer_lr is 0
     backbone_frozen: bool = False  # only heads learn
     backbone_lr_mult: float = 1.0  # on lr
 
@@ -39,17 +39,18 @@ class Schedules:
     """The hyper-parameters of a run; ``schedules(step)`` gives those of one step.
 
     Args:
-        total_steps: length of the run.
-        lr, min_lr: peak and end of the learning rate, after scaling with the batch.
-        warmup_steps: of the learning rate, from 0.
-        weight_decay, weight_decay_end: cosine from the first to the second.
-        momentum, final_momentum: of the teacher's moving average, cosine.
-        warmup_teacher_temp, teacher_temp, teacher_temp_steps: linear over the first steps, then constant.
-        freeze_last_layer_steps: steps in which the heads' last layer does not move.
-        freeze_by_gradient: whether that is done by dropping its gradient instead of by a learning rate of 0.
-        freeze_backbone_steps: steps in which only the heads learn. Then the backbone's learning rate rises from 0 to
+        total_steps: Length of the run in steps.
+        lr, min_lr: Peak and end of the learning rate, after scaling with the batch.
+        warmup_steps: Steps in which the learning rate rises from 0 to its peak.
+        weight_decay, weight_decay_end: Start and end of the weight decay's cosine.
+        momentum, final_momentum: Start and end of the cosine of the teacher's momentum.
+        warmup_teacher_temp, teacher_temp, teacher_temp_steps: The teacher's temperature goes linearly from the first to
+            the second in so many steps, then stays constant.
+        freeze_last_layer_steps: Steps in which the heads' last layer does not move.
+        freeze_by_gradient: Whether the last layer is frozen by dropping its gradient, not by a learning rate of 0.
+        freeze_backbone_steps: Steps in which only the heads learn. Then the backbone's learning rate rises from 0 to
             that of the heads, over as many steps as the warm-up.
-        frozen_momentum: of the moving average in those steps, in which it moves only the heads; None: no other.
+        frozen_momentum: The teacher's momentum in these steps, in which only its heads move; None: as in other steps.
     """
 
     total_steps: int

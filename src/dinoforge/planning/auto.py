@@ -47,13 +47,13 @@ _FLAT = 0.02  # no deviation below five levels: it would turn rounding into a pi
 
 @dataclass(frozen=True)
 class Pixels:
-    """What was measured of the pixels.
+    """Statistics of the pixels of a sample of images.
 
     Args:
-        mean, std: of each channel, on the range 0 to 1.
-        images: that were measured, at least 1.
-        kind: of images that are no photographs by what their files say, such as ``uint16 x3, GeoTIFF``; '' for none.
-        symmetry: whether there is an up.
+        mean, std: Mean and standard deviation of each channel, on the range 0 to 1.
+        images: Number of images that were measured, at least 1.
+        kind: The kind of images that are no photographs by what their files say, such as ``uint16 x3, GeoTIFF``; or ''.
+        symmetry: Whether the images have an up.
     """
 
     mean: tuple[float, ...]
@@ -65,16 +65,16 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rule knows.
+    """The facts that the rule looks at.
 
     Args:
-        images: how many there are, at least 1.
-        side: typical shorter side in pixels, at least 1.
+        images: Number of images, at least 1.
+        side: Typical shorter side in pixels, at least 1.
         channels: 1 grey, 3 colour, or any other number.
-        device: ``cpu``, ``mps``, ``cuda`` or ``cuda:N``.
-        ranks: processes that share a batch.
-        pixels: what was measured of them; None: nothing.
-        why: so many channels.
+        device: One of ``cpu``, ``mps``, ``cuda`` and ``cuda:N``.
+        ranks: Processes that share a batch.
+        pixels: What was measured of their pixels; None: nothing.
+        why: The reason for the number of channels.
     """
 
     images: int
@@ -98,7 +98,7 @@ class Choice:
 
 
 class Sizes(Protocol):
-    """Sizes and kinds of images, as of ``DataSummary``."""
+    """Sizes and kinds of images, such as a ``DataSummary`` has."""
 
     @property
     def count(self) -> int: ...
@@ -120,13 +120,13 @@ def facts_of(
     channels: Channels | None = None,
     statistics: PixelStatistics | None = None,
 ) -> Facts:
-    """What a look at some images tells the rule.
+    """Turn what a look at some images found into facts for the rule.
 
     Args:
-        data: sizes and kinds.
-        device, ranks: see ``Facts``.
-        channels: how many are read; None: as the kinds say.
-        statistics: of the pixels, where they were measured, of as many channels.
+        data: Sizes and kinds of the images.
+        device, ranks: See ``Facts``.
+        channels: How many channels are read; None: as the kinds say.
+        statistics: Statistics of the pixels, of as many channels; None where they were not measured.
     """
     if channels is None:
         have: Counter[Has] = Counter()
@@ -143,14 +143,14 @@ def facts_of(
 
 
 def choose(facts: Facts, given: Mapping[str, Any]) -> dict[str, Choice]:
-    """Keys to lay over the recipe ``small`` before what the user gave.
+    """Choose keys to lay over the recipe ``small``, beneath what the user gave.
 
     Args:
-        facts: about images and device.
-        given: the user's keys, dotted; none of them is in the result.
+        facts: What is known of images and device.
+        given: The user's values by dotted key; none of the keys is in the result.
 
     Raises:
-        RecipeError: a key or value that cannot be.
+        RecipeError: A key is unknown, or a value is impossible.
     """
     given = {key: value for key, value in given.items() if value is not None}
     said = converted(given)
@@ -371,7 +371,7 @@ def _normalisation(facts: Facts, channels: int, said: Mapping[str, Any]) -> dict
 
 
 def _far(pixels: Pixels) -> str:
-    """In what the pixels differ from ImageNet's more than photographs do; '' where they do not."""
+    """How the pixels differ from ImageNet's more than photographs do, in words; '' where they do not."""
     off = max(abs(a - b) for a, b in zip(pixels.mean, Data.mean, strict=True))
     if off > _FAR_MEAN:
         return f"ImageNet's mean is off by {off:.2f}, more than {_FAR_MEAN} in a channel"
@@ -389,7 +389,7 @@ def _may_be_photograph(kind: str) -> bool:
     return kind.startswith("uint8 x") and "TIFF" not in kind and "ImageJ" not in kind
 
 
-def render(choices: Mapping[str, Choice]) -> str:
+def choices_text(choices: Mapping[str, Choice]) -> str:
     """Every choice with its reason, as aligned lines."""
     texts = {key: _plain(choice.value) for key, choice in choices.items()}
     width = max(map(len, texts))

@@ -1,4 +1,4 @@
-"""How fast training steps and their data are, beside what the machine can multiply."""
+"""Measurements of training steps and of making their data, beside what the machine can multiply."""
 
 import math
 import statistics
@@ -36,10 +36,10 @@ from dinoforge.system.device import (
 from dinoforge.system.phases import PHASES, Stopwatch, timed_by
 from dinoforge.training.parallel import Mode, wrap
 
-Shape = tuple[int, int, int]  # of a product [m, k] @ [k, n]
+Shape = tuple[int, int, int]  # m, k, n of a product [m, k] @ [k, n]
 
 _SQUARES = (1024, 2048, 3072, 4096)
-_MOST_OVERFLOWS = 20  # of steps: then the loss scale has come down from 65,536 to 1
+_MOST_OVERFLOWS = 20  # steps after which the loss scale has come down from 65,536 to 1
 
 
 def gemm_peak(
@@ -53,11 +53,11 @@ def gemm_peak(
     """The highest rate of matrix products that is reached on a device, FLOP/s.
 
     Args:
-        device: where to multiply.
-        dtype: of both factors and the product.
-        shapes: shapes to try besides large squares.
-        seconds: time to spend on each.
-        by_linear: multiply as linear layers here do (``kernels.products``), not by ``torch.mm``.
+        device: The device that multiplies.
+        dtype: The dtype of both factors and the product.
+        shapes: Shapes to try besides large squares.
+        seconds: Time to spend on each shape.
+        by_linear: Whether to multiply as linear layers here do, and not by ``torch.mm``.
     """
     best = 0.0
     for m, k, n in [(s, s, s) for s in _SQUARES] + list(shapes):
@@ -71,7 +71,7 @@ def gemm_peak(
 
 
 def seconds_per_step(recipe: Recipe, source: Source, *, repeats: int = 6) -> float:
-    """What a step with the making of its batch costs, the quickest of several.
+    """Seconds of a step and the making of its batch, the quickest of several.
 
     On a processor it is the work that counts, so that what else runs meanwhile hardly matters: both are timed on one
     thread in processor time, and shared out over all processors at 90 %. Elsewhere, the longer of the step and the
@@ -135,9 +135,9 @@ class StepBench:
     """Production steps of a recipe on generated images, without a data pipeline.
 
     Args:
-        recipe: the run; its weights and masks come from its seed.
-        device, precision: as resolved.
-        mode: how the networks are laid over the ranks, each of which makes a bench of its own.
+        recipe: The recipe of the run; its seed decides weights and masks.
+        device, precision: Device and dtype of matrix products, as resolved.
+        mode: How the networks are laid over the ranks, each of which makes a bench of its own.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device, precision: torch.dtype, mode: Mode = "none") -> None:
@@ -229,19 +229,19 @@ class StepBench:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a run's step and data cost on a machine.
+class BenchResult:
+    """The cost of a run's step and data on a machine.
 
     Args:
-        device, precision, threads, num_workers, processors, batch_size: what was measured.
-        gemm_gflops: highest rate of matrix products, GFLOP/s.
-        gflop: work of a step, GFLOP.
-        step_s: median step without data loading, seconds.
-        phases_s: seconds of one step by part.
-        data_ms: milliseconds that one core takes for an image's crops, by setting; ``as it is`` comes first.
-        together_s: median step with data loading, seconds.
-        waited_s: median seconds of it that the step waited for data.
-        peak_memory_gib: of the device, or of this process on the CPU.
+        device, precision, threads, num_workers, processors, batch_size: The setting that was measured.
+        gemm_gflops: Highest rate of matrix products, GFLOP/s.
+        gflop: Work of a step, GFLOP.
+        step_s: Median step without data loading, seconds.
+        phases_s: Seconds of one step by part.
+        data_ms: Milliseconds that one core takes for an image's crops, by setting; ``as it is`` comes first.
+        together_s: Median step with data loading, seconds.
+        waited_s: Median seconds of such a step that went into waiting for data.
+        peak_memory_gib: Peak memory of the device, or on the CPU of this process, GiB.
     """
 
     device: str
@@ -278,7 +278,7 @@ class Report:
         }
 
     def advice(self) -> list[str]:
-        """What limits, and which keys to change, in sentences."""
+        """Say in sentences what limits the run, and which keys to change."""
         base, *others = self.data_ms.items()
         lines = []
         if self.waits:
@@ -313,16 +313,16 @@ class Report:
         return lines
 
 
-def measure(plan: Plan, source: Source, *, seconds: float = 10.0) -> Report:
+def measure(plan: Plan, source: Source, *, seconds: float = 10.0) -> BenchResult:
     """Measure a planned run: its step alone, its data alone, both together.
 
     Args:
-        plan: the run.
-        source: its images.
-        seconds: time for each of the three, roughly; each takes at least three steps or one batch.
+        plan: The plan of the run.
+        source: The images.
+        seconds: Rough time for each of the three; each takes at least three steps or one batch.
 
     Raises:
-        DataError: images that cannot be read.
+        DataError: Images cannot be read.
     """
     recipe = plan.recipe
     bench = StepBench(recipe, plan.device, plan.precision)
@@ -353,7 +353,7 @@ def measure(plan: Plan, source: Source, *, seconds: float = 10.0) -> Report:
                 break
     half = len(together) // 2  # the first ones find batches that were made ahead, or none yet
 
-    return Report(
+    return BenchResult(
         device=str(plan.device),
         precision=str(plan.precision).removeprefix("torch."),
         threads=torch.get_num_threads(),
@@ -394,20 +394,22 @@ def _data_ms(recipe: Recipe, source: Source, device: torch.device, seconds: floa
     return {name: 1e3 * statistics.median(values[1:]) / images for name, values in times.items()}
 
 
-def render(report: Report) -> str:
-    """The report as aligned lines, and advice."""
-    r = report
-    total = sum(r.phases_s.values())
+def result_text(result: BenchResult) -> str:
+    """The result as aligned lines, with advice."""
+    total = sum(result.phases_s.values())
     rows = {
-        "step alone": f"{r.step_s:.3f} s ({r.batch_size} images, {r.device}, {r.precision}, {r.threads} threads)",
-        "  its parts": ", ".join(f"{k} {v / total:.0%}" for k, v in r.phases_s.items() if v > 0.01 * total),
-        "  its work": f"{r.gflop:,.0f} GFLOP; the highest rate here is {r.gemm_gflops:,.0f} GFLOP/s",
-        "data alone": "; ".join(f"{k}: {v:.2f} ms per image and core" for k, v in r.data_ms.items()),
-        "together": (
-            f"{r.together_s:.3f} s, {r.waited_s / r.together_s:.0%} of it waiting for data "
-            f"({r.num_workers} data workers); {r.batch_size / r.together_s:,.1f} images/s"
+        "step alone": (
+            f"{result.step_s:.3f} s ({result.batch_size} images, {result.device}, {result.precision}, "
+            f"{result.threads} threads)"
         ),
-        "memory": f"{r.peak_memory_gib:.2f} GiB at most",
+        "  its parts": ", ".join(f"{k} {v / total:.0%}" for k, v in result.phases_s.items() if v > 0.01 * total),
+        "  its work": f"{result.gflop:,.0f} GFLOP; the highest rate here is {result.gemm_gflops:,.0f} GFLOP/s",
+        "data alone": "; ".join(f"{k}: {v:.2f} ms per image and core" for k, v in result.data_ms.items()),
+        "together": (
+            f"{result.together_s:.3f} s, {result.waited_s / result.together_s:.0%} of it waiting for data "
+            f"({result.num_workers} data workers); {result.batch_size / result.together_s:,.1f} images/s"
+        ),
+        "memory": f"{result.peak_memory_gib:.2f} GiB at most",
     }
     lines = [f"{name:<12} {text}" for name, text in rows.items()]
-    return "\n".join([*lines, "", *r.advice()])
+    return "\n".join([*lines, "", *result.advice()])

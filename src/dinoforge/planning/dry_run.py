@@ -1,4 +1,4 @@
-"""What would run, in words, before it does."""
+"""The plan of a run, checked and in words, before the run starts."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -48,7 +48,7 @@ class Plan:
     notes: tuple[str, ...] = ()  # what the user may not expect, and what to do
 
     def metadata(self) -> dict[str, Any]:
-        """What a backbone's file says about its run."""
+        """Facts about the run for the file of its backbone."""
         return {"recipe": asdict(self.recipe), "images": self.data.count, "total_steps": self.length.steps}
 
 
@@ -56,7 +56,7 @@ def make_plan(recipe: Recipe, data: DataSummary) -> Plan:
     """Everything that can be known, and can be wrong, before work starts. Allocates no weights.
 
     Raises:
-        RecipeError: the recipe does not fit itself, the data or the machine.
+        RecipeError: The recipe contradicts itself, or does not fit the data or the machine.
     """
     ranks = distributed.world_size()
     device = rank_device(recipe.device)
@@ -119,7 +119,7 @@ def _note_of_workers(wanted: int | None, processors: int) -> str | None:
 
 
 def _note_of_one_image(recipe: Recipe, together: int) -> str | None:
-    """What compares images and has only one to look at, of ``together`` in a step."""
+    """A note on losses that compare images but see only one of ``together`` in a step."""
     if recipe.train.batch_size_per_gpu > 1:
         return None
     d = recipe.dino
@@ -176,7 +176,7 @@ def _ways_to_read(recipe: Recipe, needed: float, reading: float, workers: int, w
 
 
 def _note_of_reading(recipe: Recipe, reading: float, device: torch.device, workers: int) -> str | None:
-    """Beside an accelerator, whose own memory is estimated apart."""
+    """A note on main memory beside an accelerator, whose own memory is estimated separately."""
     free = free_memory(torch.device("cpu"))
     if device.type == "cpu" or free is None or reading <= free:
         return None
@@ -206,7 +206,7 @@ def _count(networks: StudentTeacher) -> dict[str, int]:
     return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.student.parts.items()}
 
 
-def render(plan: Plan, *, data_path: str, out: str) -> str:
+def plan_text(plan: Plan, *, data_path: str, out: str) -> str:
     """The plan as aligned lines."""
     r, s = plan.recipe, plan.recipe.student
     embed_dim, depth, heads = vit_size(r)
@@ -249,14 +249,14 @@ def render(plan: Plan, *, data_path: str, out: str) -> str:
 
 
 def _of_device(plan: Plan) -> str:
-    """What memory the device has free, and how PyTorch was told to manage it."""
+    """The memory that the device has free, and PyTorch's settings for it, in words."""
     free = "" if plan.free is None else f" of {plan.free / 2**30:.1f} GiB that are free"
     settings = allocator_settings() if plan.device.type == "cuda" else None
     return free + (f"; allocator {settings}" if settings else "")
 
 
 def _ranks(plan: Plan) -> str:
-    """How a step is cut, if it is."""
+    """The ranks and micro-batches of a step, in words; '' where there is one of each."""
     images, accumulate = plan.recipe.train.batch_size_per_gpu, plan.recipe.train.accumulate
     ranks = plan.length.batch_size // (images * accumulate)
     cut = f"{_count_of(accumulate, 'micro-batch').replace('batchs', 'batches')} of {images} images"
@@ -265,7 +265,7 @@ def _ranks(plan: Plan) -> str:
     return f"; a step is {cut}" if accumulate > 1 else ""
 
 
-def render_schedules(plan: Plan) -> str:
+def schedules_text(plan: Plan) -> str:
     """Hyper-parameters at the steps where something changes."""
     s = plan.schedules
     last = s.total_steps - 1
@@ -299,7 +299,7 @@ def _sizes(data: DataSummary) -> str:
 
 
 def _of_images(recipe: Recipe, data: DataSummary) -> dict[str, str]:
-    """What the look at some images found that the user may not expect, by the name of the line."""
+    """Lines on what the look at some images found that the user may not expect, by their names."""
     d, seen = recipe.data, data.sampled
     lines: dict[str, str] = {}
     if data.failures:
@@ -360,6 +360,6 @@ def _of_depths(recipe: Recipe, types: dict[str, int]) -> str:
 
 
 def ways_to_train(plan: Plan) -> list[str]:
-    """What makes a run take less memory, in the order to try it."""
+    """Ways in which a run takes less memory, in the order to try them."""
     ranks = distributed.world_size()
     return ways_to_save(plan.recipe, ranks=ranks, mode=plan.mode, device=plan.device, precision=plan.precision)

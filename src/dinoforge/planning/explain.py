@@ -1,7 +1,6 @@
-"""What a recipe does to every parameter at a step, its schedules, its masks, and what a step computes."""
+"""An explanation of a recipe: what it does to every parameter at a step, its schedules, masks, work and memory."""
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +16,10 @@ from dinoforge.planning.memory import estimate
 from dinoforge.planning.work import Masks, Work, measure_masks, work_of_a_step
 from dinoforge.recipe.schema import Recipe
 from dinoforge.system.device import resolve_device, resolve_precision
+from dinoforge.system.terminal import table
 
 IMAGENET_1K = 1_281_167  # images
-_POINTS = 49  # of each schedule, in JSON
+_POINTS = 49  # points of each schedule in JSON
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ def explain(
     """Explains a recipe through the functions that training uses, on the ``meta`` device: no weights are allocated.
 
     Args:
-        recipe: the recipe.
-        images: size of the data set.
-        batch: images in a step over all processes. A multiple of ``train.batch_size_per_gpu`` means that many
+        recipe: The recipe.
+        images: Number of images in the data set.
+        batch: Images in a step over all processes. A multiple of ``train.batch_size_per_gpu`` means that many
             processes; anything else is one process with that batch.
-        step: from 0; or ``last``.
+        step: The step to explain, from 0; or ``last``.
 
     Raises:
-        RecipeError: the recipe does not fit itself or the data; the run has no such step.
+        RecipeError: The recipe contradicts itself or does not fit the data, or the run has no such step.
     """
     for name, number in (("--images", images), ("--batch", batch)):
         if number is not None and number < 1:
@@ -151,28 +151,28 @@ def _group(group: dict[str, Any], *, frozen: bool) -> Group:
     )
 
 
-def as_json(e: Explanation) -> dict[str, Any]:
+def explanation_json(explained: Explanation) -> dict[str, Any]:
     """The explanation as plain values."""
-    s, steps = e.schedules, _evenly(e.length.steps)
+    s, steps = explained.schedules, _evenly(explained.length.steps)
     values = [vars(s(step)) for step in steps]
     return {
-        "step": e.step,
-        "groups": [vars(group) for group in e.groups],
+        "step": explained.step,
+        "groups": [vars(group) for group in explained.groups],
         "schedules": {
             "total_steps": s.total_steps,
             "warmup_steps": s.warmup_steps,
             "teacher_temp_steps": s.teacher_temp_steps,
             "freeze_last_layer_steps": s.freeze_last_layer_steps,
-            "freeze_last_layer": e.recipe.optim.freeze_last_layer,
+            "freeze_last_layer": explained.recipe.optim.freeze_last_layer,
             "freeze_backbone_steps": s.freeze_backbone_steps,
-            "images": e.length.images,
-            "batch_size": e.length.batch_size,
-            "epochs": e.length.epochs,
-            "at_step": vars(s(e.step)),
+            "images": explained.length.images,
+            "batch_size": explained.length.batch_size,
+            "epochs": explained.length.epochs,
+            "at_step": vars(s(explained.step)),
             "steps": steps,
             **{name: [v[name] for v in values] for name in values[0]},
         },
-        "masks": vars(e.masks),
+        "masks": vars(explained.masks),
     }
 
 
@@ -181,66 +181,68 @@ def _evenly(total_steps: int) -> list[int]:
     return sorted({round(i * last / (_POINTS - 1)) for i in range(_POINTS)})
 
 
-def render(e: Explanation) -> str:
+def explanation_text(explained: Explanation) -> str:
     """The explanation as text."""
-    n = e.length
+    n = explained.length
     known = " (as many as ImageNet-1k; --images says yours)" if n.images == IMAGENET_1K else ""
-    per_process = e.recipe.train.batch_size_per_gpu
-    processes = "1 process" if e.processes == 1 else f"{e.processes} processes × {per_process}"
+    per_process = explained.recipe.train.batch_size_per_gpu
+    processes = "1 process" if explained.processes == 1 else f"{explained.processes} processes × {per_process}"
     head = [
-        ["step", f"{e.step:,} of {n.steps:,} (0 to {n.steps - 1:,})"],
+        ["step", f"{explained.step:,} of {n.steps:,} (0 to {n.steps - 1:,})"],
         ["images", f"{n.images:,}{known}"],
         ["batch", f"{n.batch_size:,} images, {processes}: {n.epochs:.1f} epochs"],
     ]
     parts = {
-        "PARAMETER GROUPS": "\n".join([_groups_table(e), _freeze_in_words(e), *_backbone_in_words(e)]),
-        "SCHEDULES": _schedules_table(e),
-        "MASKS, measured": _masks_table(e),
-        "WORK of a step, matrix products": _work_table(e),
-        "MEMORY, estimated": _memory_table(e),
+        "PARAMETER GROUPS": "\n".join(
+            [_groups_table(explained), _freeze_in_words(explained), *_backbone_in_words(explained)]
+        ),
+        "SCHEDULES": _schedules_table(explained),
+        "MASKS, measured": _masks_table(explained),
+        "WORK of a step, matrix products": _work_table(explained),
+        "MEMORY, estimated": _memory_table(explained),
     }
-    return "\n\n".join([_table(head), *(f"{title}\n{text}" for title, text in parts.items())])
+    return "\n\n".join([table(head), *(f"{title}\n{text}" for title, text in parts.items())])
 
 
-def _groups_table(e: Explanation) -> str:
-    return _table(_group_rows(e), right=4)
+def _groups_table(explained: Explanation) -> str:
+    return table(_group_rows(explained), right=range(3, 7))
 
 
-def _group_rows(e: Explanation) -> list[list[str]]:
+def _group_rows(explained: Explanation) -> list[list[str]]:
     rows = [["module", "rule", "of", "tensors", "values", "lr", "decay"]]
-    for group, size in zip(e.groups, e.sizes, strict=True):
+    for group, size in zip(explained.groups, explained.sizes, strict=True):
         kind = "weights" if group.wd_multiplier else "biases, norms, scales"
         numbers = [str(len(group.params)), f"{size:,}", f"{group.lr:.3e}", f"{group.weight_decay:.4g}"]
         rows.append([group.module, group.rule.replace(f"; {UNREGULARISED}", ""), kind, *numbers])
     return rows
 
 
-def _freeze_in_words(e: Explanation) -> str:
-    steps = e.schedules.freeze_last_layer_steps
+def _freeze_in_words(explained: Explanation) -> str:
+    steps = explained.schedules.freeze_last_layer_steps
     if not steps:
         return "The heads' last layer is not frozen at any step."
-    if e.schedules.freeze_by_gradient:
+    if explained.schedules.freeze_by_gradient:
         how = "dropping its gradient after clipping: AdamW's moments and step count stand still, too"
     else:
         how = "a learning rate of 0: AdamW's moments and step count move on"
-    now = "this is one of them" if e.step < steps else "this one comes after"
+    now = "this is one of them" if explained.step < steps else "this one comes after"
     return f"The heads' last layer is frozen in the first {steps:,} steps ({now}), by\n{how}."
 
 
-def _backbone_in_words(e: Explanation) -> list[str]:
-    s = e.schedules
+def _backbone_in_words(explained: Explanation) -> list[str]:
+    s = explained.schedules
     if not s.freeze_backbone_steps:
         return []
-    now = "this is one of them" if e.step < s.freeze_backbone_steps else "this one comes after"
+    now = "this is one of them" if explained.step < s.freeze_backbone_steps else "this one comes after"
     return [
         f"Only the heads learn in the first {s.freeze_backbone_steps:,} steps ({now}). Then the backbone's",
         f"learning rate rises to theirs over {s.warmup_steps:,} steps.",
     ]
 
 
-def _schedules_table(e: Explanation) -> str:
-    s = e.schedules
-    first, now, last = (s(step) for step in (0, e.step, s.total_steps - 1))
+def _schedules_table(explained: Explanation) -> str:
+    s = explained.schedules
+    first, now, last = (s(step) for step in (0, explained.step, s.total_steps - 1))
 
     def row(name: str, field: str, words: str) -> list[str]:
         return [name, *(f"{getattr(h, field):.6g}" for h in (first, now, last)), words]
@@ -251,7 +253,7 @@ def _schedules_table(e: Explanation) -> str:
     held = "" if s.frozen_momentum is None else f"{s.frozen_momentum:g} while the backbone is frozen, "
     temp = f"linear over {s.teacher_temp_steps:,} steps, then constant" if s.teacher_temp_steps else "constant"
     rows = [
-        ["", "first step", f"step {e.step:,}", "last step", ""],
+        ["", "first step", f"step {explained.step:,}", "last step", ""],
         row("learning rate", "lr", f"{warmup}cosine to {s.min_lr:g}"),
         row("of the last layer", "last_layer_lr", f"the same{frozen}"),
         *([row("of the backbone", "backbone_lr_mult", "times the same")] if s.freeze_backbone_steps else []),
@@ -259,69 +261,58 @@ def _schedules_table(e: Explanation) -> str:
         row("teacher momentum", "momentum", f"{held}cosine from {s.momentum:g} to {s.final_momentum:g}"),
         row("teacher temperature", "teacher_temp", temp),
     ]
-    return _table(rows)
+    return table(rows)
 
 
-def _masks_table(e: Explanation) -> str:
-    return _table(_mask_rows(e))
+def _masks_table(explained: Explanation) -> str:
+    return table(_mask_rows(explained))
 
 
-def _mask_rows(e: Explanation) -> list[list[str]]:
-    m = e.masks
+def _mask_rows(explained: Explanation) -> list[list[str]]:
+    m = explained.masks
     return [
         ["kind", f"{m.kind}, on {m.grid[0]} × {m.grid[1]} patches"],
         ["crops with masked patches", f"{m.masked_crops:.1%} of {m.crops:,} global crops that were drawn"],
         ["masked patches of those", f"{m.ratio_mean:.1%} on average, from {m.ratio_min:.1%} to {m.ratio_max:.1%}"],
-        ["masked patches in a step", f"{m.masked_tokens_per_batch:,.0f}, of {e.length.batch_size:,} images"],
+        ["masked patches in a step", f"{m.masked_tokens_per_batch:,.0f}, of {explained.length.batch_size:,} images"],
     ]
 
 
-def _work_table(e: Explanation) -> str:
-    total = sum(w.flops for w in e.work)
+def _work_table(explained: Explanation) -> str:
+    total = sum(w.flops for w in explained.work)
     unit, size = ("TFLOP", 1e12) if total >= 1e12 else ("GFLOP", 1e9)
     rows = [["part", "tokens", unit, "share"]]
-    rows += [[w.part, f"{w.rows:,}", f"{w.flops / size:,.3f}", f"{w.flops / total:.1%}"] for w in e.work]
+    rows += [[w.part, f"{w.rows:,}", f"{w.flops / size:,.3f}", f"{w.flops / total:.1%}"] for w in explained.work]
     rows.append(["one process", "", f"{total / size:,.3f}", ""])
-    if e.processes > 1:
-        rows.append(["all processes", "", f"{total * e.processes / size:,.3f}", ""])
+    if explained.processes > 1:
+        rows.append(["all processes", "", f"{total * explained.processes / size:,.3f}", ""])
     note = (
         "2·n for each token and weight of n values, 4·N²·D for attention among N tokens, in each block; a backward\n"
         "pass counts twice its forward pass; the teacher only goes forward; the last block computes only what is read"
     )
-    return f"{_table(rows, right=3)}\n{note}"
+    return f"{table(rows, right=range(1, 4))}\n{note}"
 
 
-def _memory_table(e: Explanation) -> str:
-    total = sum(e.memory.values())
-    rows = [[name, f"{size / 2**30:.2f} GiB"] for name, size in sorted(e.memory.items(), key=lambda part: -part[1])]
-    return _table([*rows, [f"one process ({e.compute})", f"{total / 2**30:.2f} GiB"]], right=1)
+def _memory_table(explained: Explanation) -> str:
+    total = sum(explained.memory.values())
+    rows = [
+        [name, f"{size / 2**30:.2f} GiB"] for name, size in sorted(explained.memory.items(), key=lambda part: -part[1])
+    ]
+    return table([*rows, [f"one process ({explained.compute})", f"{total / 2**30:.2f} GiB"]], right=[1])
 
 
 def tables(recipe: Recipe, *, images: int, batch: int | None) -> tuple[tuple[dict[str, str], ...], dict[str, str]]:
     """Parameter groups at the last step and masks of a run, as texts by column and by name."""
-    e = explain(recipe, images=images, batch=batch, step="last")
-    head, *groups = _group_rows(e)
-    return tuple(dict(zip(head, row, strict=True)) for row in groups), dict(_mask_rows(e))
+    explained = explain(recipe, images=images, batch=batch, step="last")
+    head, *groups = _group_rows(explained)
+    return tuple(dict(zip(head, row, strict=True)) for row in groups), dict(_mask_rows(explained))
 
 
-def _table(rows: Sequence[Sequence[str]], right: int = 0) -> str:
-    """Aligned columns, the last ``right`` of them to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    first_right = len(widths) - right
-    lines = []
-    for row in rows:
-        cells = [
-            c.rjust(w) if i >= first_right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def plot_schedules(e: Explanation, path: Path) -> None:
+def plot_schedules(explained: Explanation, path: Path) -> None:
     """Draws the schedules, one small figure for each, to a .png or .svg file.
 
     Raises:
-        DinoforgeError: another kind of file, matplotlib is missing, or the file cannot be written.
+        DinoforgeError: The file's name has another ending, matplotlib is missing, or the file cannot be written.
     """
     if path.suffix.lower() not in (".png", ".svg"):
         raise DinoforgeError(f"--plot {path}: expected a file name that ends in .png or .svg")
@@ -336,8 +327,8 @@ def plot_schedules(e: Explanation, path: Path) -> None:
         "momentum": "teacher momentum",
         "teacher_temp": "teacher temperature",
     }
-    last = e.length.steps - 1
-    s = e.schedules
+    last = explained.length.steps - 1
+    s = explained.schedules
     thawed = s.freeze_backbone_steps
     ends = (s.warmup_steps, s.freeze_last_layer_steps, s.teacher_temp_steps, thawed, thawed and thawed + s.warmup_steps)
     corners = {step for end in ends for step in (end - 1, end) if 0 <= step <= last}  # where a curve bends or jumps
@@ -346,7 +337,7 @@ def plot_schedules(e: Explanation, path: Path) -> None:
     figure = Figure(figsize=(8, 2 * len(titles)), layout="constrained")
     for axes, (field, title) in zip(figure.subplots(len(titles), sharex=True), titles.items(), strict=True):
         axes.plot(steps, [getattr(v, field) for v in values], linewidth=1.2)
-        axes.axvline(e.step, color="0.6", linewidth=0.8, linestyle=":")
+        axes.axvline(explained.step, color="0.6", linewidth=0.8, linestyle=":")
         axes.set_title(title, loc="left", fontsize=9)
     axes.set_xlabel("step")
     try:

@@ -1,4 +1,4 @@
-"""How much memory a run will take, by part, before it is started.
+"""Estimates of the memory that a run takes, by part, before it starts.
 
 A step takes most at one of three moments: when the losses are done; when the heads have their gradients and those of
 the backbone begin; when nearly all gradients are there. What is alive then follows from the sizes of network, crops and
@@ -21,10 +21,10 @@ from dinoforge.training.parallel import Mode, shard_count
 from dinoforge.training.pieces import crops_in_turn
 
 _LIBRARIES = 0.65 * 2**30  # on a CPU: the interpreter, PyTorch and the others
-_WORKER = 0.06 * 2**30  # that a process which makes batches does not share with the rank
+_WORKER = 0.06 * 2**30  # bytes that a process which makes batches does not share with the rank
 _COMPILER = 0.15 * 2**30  # PyTorch's, which its activation checkpointing, DDP and FSDP2 import
 _GAPS = 0.1  # bytes that the C library holds between blocks for each byte of tensors
-_WORTH_IT = 0.95  # of what the recipe takes: a way to save less is not told
+_WORTH_IT = 0.95  # share of the recipe's memory above which a way to save is not worth telling
 
 
 def estimate(
@@ -37,16 +37,16 @@ def estimate(
     shards: int = 1,
     reading: float = 0.0,
 ) -> dict[str, float]:
-    """Bytes per part of the peak of one rank: its tensors, and on a CPU what else the process and its workers take.
+    """Peak bytes of one rank by part: its tensors, and on a CPU what else the process and its workers take.
 
     Args:
-        recipe: the run.
-        networks: unsharded, on any device, also ``meta``.
-        precision: of matrix products.
-        device: what it would run on; need not be here.
-        mode: how the networks are laid over ranks.
-        shards: over how many of them weights are sharded.
-        reading: bytes of main memory that it takes to read images, from ``of_reading``.
+        recipe: The recipe of the run.
+        networks: The networks, unsharded, on any device, also ``meta``.
+        precision: The dtype of matrix products.
+        device: The device that it would run on, which need not be here.
+        mode: How the networks are laid over ranks.
+        shards: Number of ranks over which weights are sharded.
+        reading: Bytes of main memory that it takes to read images, from ``of_reading``.
     """
     parts = of_tensors(recipe, networks, precision=precision, device=device, mode=mode, shards=shards)
     if device.type == "cpu":
@@ -61,12 +61,12 @@ def estimate(
 
 
 def of_reading(recipe: Recipe, working_bytes: float, workers: int) -> float:
-    """Bytes of main memory that reading images takes for one rank, beside the batch that a step works on.
+    """Bytes of main memory that one rank takes to read images, beside the batch that a step works on.
 
     Args:
-        recipe: the run.
-        working_bytes: that decoding an image takes at most; see ``dinoforge.data.decoding_memory.working_bytes``.
-        workers: processes that make batches; 0: the rank itself does.
+        recipe: The recipe of the run.
+        working_bytes: Most bytes that it takes to decode an image; see ``data.decoding_memory.working_bytes``.
+        workers: Number of processes that make batches; 0: the rank itself does.
     """
     if not workers:
         return working_bytes
@@ -91,7 +91,7 @@ def of_tensors(
     mode: Mode = "none",
     shards: int = 1,
 ) -> dict[str, float]:
-    """Bytes per part of the peak of one rank's tensors, which is what accelerators count; as ``estimate``."""
+    """Peak bytes of one rank's tensors by part, which is what accelerators count; arguments as for ``estimate``."""
     weights = _Weights.of(networks)
     images = recipe.train.batch_size_per_gpu
     local = recipe.crops.local_crops_number if networks.objective.dino_local_weight > 0 else 0
@@ -143,12 +143,12 @@ def ways_to_save(
     The first costs least. What is on already is left out, and so is what would not help by the estimate.
 
     Args:
-        recipe: the run, with its batch cut for the ranks.
-        ranks: over all machines.
-        mode: how the networks are laid over them; see ``dinoforge.training.parallel.Mode``.
-        device: what it runs on; None: an accelerator.
-        precision: of matrix products.
-        reading: as for ``estimate``.
+        recipe: The recipe of the run, with its batch cut for the ranks.
+        ranks: Number of ranks over all machines.
+        mode: How the networks are laid over ranks; see ``dinoforge.training.parallel.Mode``.
+        device: The device that it runs on; None: an accelerator.
+        precision: The dtype of matrix products.
+        reading: As for ``estimate``.
     """
     device = device or torch.device("cuda")
     with torch.device("meta"):
@@ -203,8 +203,8 @@ class _Weights:
 
     all: int
     heads: int
-    last: int  # of heads: prototypes
-    block: int  # of the backbone: one of its blocks
+    last: int  # number of prototypes of the heads
+    block: int  # one block of the backbone
 
     @classmethod
     def of(cls, networks: StudentTeacher) -> "_Weights":
@@ -220,9 +220,9 @@ class _Step:
     """Bytes that one forward and backward pass of a micro-batch takes beside weights and gradients.
 
     Args:
-        recipe, networks, precision, device: as for ``estimate``.
-        counts: global and local crops that the student sees in it.
-        in_turn: whether there are others.
+        recipe, networks, precision, device: As for ``estimate``.
+        counts: Numbers of global and of local crops that the student sees in the pass.
+        in_turn: Whether the step has other passes.
     """
 
     def __init__(
@@ -239,7 +239,7 @@ class _Step:
         student = recipe.student
         tokens = sum(n * each for n, each in zip(counts, _tokens(recipe, networks), strict=True))
         rate = student.drop_path_rate if student.drop_path_uniform else student.drop_path_rate / 2
-        branch = tokens * (1 - rate)  # that a residual branch sees
+        branch = tokens * (1 - rate)  # tokens that a residual branch sees
 
         size, width = precision.itemsize, backbone.embed_dim
         on_cpu = device.type == "cpu"
@@ -277,7 +277,7 @@ class _Step:
 
     @staticmethod
     def _of_heads(recipe: Recipe, size: int) -> float:
-        """Bytes of a sample: what each GELU of the MLP reads, and the bottleneck."""
+        """Bytes of a head for one sample: what each GELU of the MLP reads, and the bottleneck."""
         d = recipe.dino
         return (d.head_nlayers - 1) * d.head_hidden_dim * size + 4 * 4 * d.head_bottleneck_dim
 
@@ -315,7 +315,7 @@ class _Step:
 
 
 def _tokens(recipe: Recipe, networks: StudentTeacher) -> tuple[int, int]:
-    """Of a global and of a local crop."""
+    """Numbers of tokens of a global and of a local crop."""
     backbone = networks.student.backbone
     sizes = (recipe.crops.global_crops_size, recipe.crops.local_crops_size)
     of_global, of_local = (backbone.tokens_of((size, size)) for size in sizes)
@@ -323,7 +323,7 @@ def _tokens(recipe: Recipe, networks: StudentTeacher) -> tuple[int, int]:
 
 
 def _masked_patches(recipe: Recipe, networks: StudentTeacher) -> float:
-    """Of a global crop, on average, where a loss reads them."""
+    """Average number of masked patches of a global crop, where a loss reads them."""
     ibot = recipe.ibot
     patches = (recipe.crops.global_crops_size // recipe.student.patch_size) ** 2
     share = ibot.mask_sample_probability * sum(ibot.mask_ratio_min_max) / 2

@@ -1,4 +1,4 @@
-"""What a run would take on machines that are not here: memory, communication, data, hours.
+"""Requirements of a run on machines that are not here: memory, communication, data, hours.
 
 Device figures are their makers' published peaks, and what of them is reached is an assumption that is printed with
 every answer. Nothing here was measured on such devices.
@@ -22,8 +22,8 @@ from dinoforge.recipe.schema import Recipe
 
 _GPUS_PER_NODE = 8
 _NODE_LINK = 50e9  # bytes per second and GPU between machines: one 400 Gbit/s port each
-_LINK_SHARE = 0.7  # of a link's peak that collectives reach
-_USABLE_MEMORY = 0.9  # of a device: the rest is the CUDA context's and lost between blocks
+_LINK_SHARE = 0.7  # share of a link's peak that collectives reach
+_USABLE_MEMORY = 0.9  # share of a device's memory; the CUDA context and gaps between blocks take the rest
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Layout:
     name: str
     memory: dict[str, float]
     sent: float
-    extra_flops: float  # of a step, computed again in the backward pass
+    extra_flops: float  # FLOPs of a step that are computed again in the backward pass
 
     @property
     def total(self) -> float:
@@ -73,11 +73,11 @@ class Requirements:
     device: Device
     utilisation: float
     parameters: dict[str, int]
-    flops: float  # of a step, of each rank
+    flops: float  # FLOPs of a step on each rank
     layouts: list[Layout]
 
     def seconds(self, layout: Layout) -> tuple[float, float]:
-        """Of a step: in products, and in communication if none of it were hidden behind them."""
+        """Seconds of a step: in products, and in communication if none of it were hidden behind them."""
         link = self.device.link if self.ranks <= _GPUS_PER_NODE else _NODE_LINK
         compute = (self.flops + layout.extra_flops) / (self.device.flops * self.utilisation)
         return compute, layout.sent / (link * _LINK_SHARE)
@@ -92,7 +92,7 @@ def parse_gpus(text: str) -> tuple[int, str]:
     """Reads ``8xH100``.
 
     Raises:
-        RecipeError: something else, or an unknown device.
+        RecipeError: The text has another form, or names an unknown device.
     """
     match = re.fullmatch(r"(\d+)\s*[x×]\s*(\S+)", text)
     names = {name.lower(): name for name in DEVICES}
@@ -102,16 +102,16 @@ def parse_gpus(text: str) -> tuple[int, str]:
 
 
 def requirements(recipe: Recipe, *, images: int, gpus: str, utilisation: float = 0.35) -> Requirements:
-    """What a run of the recipe takes. Allocates no weights.
+    """The requirements of a run of the recipe; allocates no weights.
 
     Args:
-        recipe: the recipe.
-        images: of the data.
-        gpus: such as ``8xH100``.
-        utilisation: share of the device's peak that products reach, over the whole step.
+        recipe: The recipe.
+        images: Number of images in the data set.
+        gpus: Number and kind of the GPUs, such as ``8xH100``.
+        utilisation: Share of the device's peak that products reach over the whole step, above 0 up to 1.
 
     Raises:
-        RecipeError: devices that are not known; a recipe that does not fit itself or the data.
+        RecipeError: The devices are not known, or the recipe contradicts itself or does not fit the data.
     """
     ranks, name = parse_gpus(gpus)
     if not 0 < utilisation <= 1:
@@ -160,70 +160,70 @@ def _layouts(recipe: Recipe, networks: StudentTeacher, ranks: int, *, recomputed
     return sorted(results, key=lambda layout: (layout.extra_flops, layout.sent))
 
 
-def as_json(r: Requirements) -> dict[str, Any]:
+def requirements_json(needs: Requirements) -> dict[str, Any]:
     """The answer as plain values: bytes, seconds, FLOPs."""
-    chosen = r.chosen
+    chosen = needs.chosen
     result: dict[str, Any] = {
-        "gpus": f"{r.ranks}x{r.device_name}",
-        "utilisation": r.utilisation,
-        "steps": r.length.steps,
-        "batch_size": r.length.batch_size,
-        "parameters": r.parameters,
-        "flops_per_step_and_gpu": r.flops,
+        "gpus": f"{needs.ranks}x{needs.device_name}",
+        "utilisation": needs.utilisation,
+        "steps": needs.length.steps,
+        "batch_size": needs.length.batch_size,
+        "parameters": needs.parameters,
+        "flops_per_step_and_gpu": needs.flops,
         "layouts": [
             {"name": x.name, "memory": x.memory, "sent": x.sent, "compute": compute, "sending": sending}
-            for x in r.layouts
-            for compute, sending in [r.seconds(x)]
+            for x in needs.layouts
+            for compute, sending in [needs.seconds(x)]
         ],
         "chosen": chosen and chosen.name,
     }
     if chosen:
-        seconds = max(r.seconds(chosen))
-        result |= {"hours": r.length.steps * seconds / 3600, "images_per_second": r.length.batch_size / seconds}
+        seconds = max(needs.seconds(chosen))
+        result |= {"hours": needs.length.steps * seconds / 3600, "images_per_second": needs.length.batch_size / seconds}
     return result
 
 
-def render(r: Requirements) -> str:
+def requirements_text(needs: Requirements) -> str:
     """The answer as text."""
-    embed_dim, depth, _ = vit_size(r.recipe)
-    room = r.device.memory * _USABLE_MEMORY
+    embed_dim, depth, _ = vit_size(needs.recipe)
+    room = needs.device.memory * _USABLE_MEMORY
     lines = [
         f"model      width {embed_dim}, {depth} blocks: "
-        + ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in r.parameters.items()),
-        f"run        {r.length.steps:,} steps of {r.length.batch_size:,} images = {r.length.epochs:.1f} epochs of "
-        f"{r.length.images:,} images",
-        f"work       {r.flops / 1e12:.2f} TFLOP in a step on each of {r.ranks} GPUs",
-        f"assumed    {r.device_name}: {r.device.flops / 1e12:.0f} TFLOP/s (published peak, dense bf16), of which "
-        f"{r.utilisation:.0%} are reached; {room / 1e9:.0f} of {r.device.memory / 1e9:.0f} GB usable",
+        + ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in needs.parameters.items()),
+        f"run        {needs.length.steps:,} steps of {needs.length.batch_size:,} images = {needs.length.epochs:.1f} "
+        f"epochs of {needs.length.images:,} images",
+        f"work       {needs.flops / 1e12:.2f} TFLOP in a step on each of {needs.ranks} GPUs",
+        f"assumed    {needs.device_name}: {needs.device.flops / 1e12:.0f} TFLOP/s (published peak, dense bf16), of "
+        f"which {needs.utilisation:.0%} are reached; {room / 1e9:.0f} of {needs.device.memory / 1e9:.0f} GB usable",
         "",
         f"{'GB on each GPU':<32} {'weights':>8} {'optimizer':>9} {'activations':>11} {'other':>7} {'total':>7}   "
         f"{'GB sent':>7} {'compute':>8} {'sending':>8}",
     ]
-    for x in r.layouts:
+    for x in needs.layouts:
         weights = x.memory["student and teacher"] + x.memory["gradients"]
         known = weights + x.memory["optimizer"] + x.memory["activations"]
-        compute, sending = r.seconds(x)
+        compute, sending = needs.seconds(x)
         sizes = (weights, x.memory["optimizer"], x.memory["activations"], x.total - known, x.total)
         columns = " ".join(f"{size / 1e9:{width}.1f}" for size, width in zip(sizes, (8, 9, 11, 7, 7), strict=True))
         lines.append(
             f"{x.name:<32} {columns}   {x.sent / 1e9:7.2f} {compute * 1e3:5.0f} ms {sending * 1e3:5.0f} ms"
             + ("" if x.total <= room else "   does not fit")
         )
-    chosen = r.chosen
+    chosen = needs.chosen
     if chosen is None:
         lines += [
             "",
             "Nothing fits: lower train.batch_size_per_gpu and raise train.accumulate, or take more or larger GPUs.",
         ]
         return "\n".join(lines)
-    compute, sending = r.seconds(chosen)
+    compute, sending = needs.seconds(chosen)
     limit = "communication" if sending > compute else "products"
     seconds = max(compute, sending)
     lines += [
         "",
-        f"chosen     {chosen.name}: {r.length.steps * seconds / 3600:.1f} hours, limited by {limit}, if sending is "
-        f"hidden behind products; {r.length.steps * (compute + sending) / 3600:.1f} if not",
-        f"data       {r.length.batch_size / seconds:,.0f} images per second have to be read and cropped; "
+        f"chosen     {chosen.name}: {needs.length.steps * seconds / 3600:.1f} hours, limited by {limit}, if sending is "
+        f"hidden behind products; {needs.length.steps * (compute + sending) / 3600:.1f} if not",
+        f"data       {needs.length.batch_size / seconds:,.0f} images per second have to be read and cropped; "
         "dinoforge bench says what a core makes of yours",
     ]
     return "\n".join(lines)

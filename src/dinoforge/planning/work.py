@@ -1,4 +1,4 @@
-"""What a step computes, counted."""
+"""The work of a step, counted in products."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ _MASKED_CROPS_SAMPLE = 512
 
 @dataclass(frozen=True)
 class Masks:
-    """What the recipe's generator of masks gives, measured."""
+    """Measurements of the masks that the recipe's generator draws."""
 
     kind: str
     grid: tuple[int, int]  # patches
     crops: int  # global crops that were drawn
     masked_crops: float  # share of the crops that are masked at all
-    ratio_mean: float  # of the masked crops: share of the patches that is masked
+    ratio_mean: float  # share of a masked crop's patches that is masked
     ratio_min: float
     ratio_max: float
     masked_tokens_per_batch: float
@@ -71,9 +71,9 @@ def work_of_a_step(recipe: Recipe, networks: StudentTeacher, *, masked: float) -
     attention, the last block computes only cls tokens and masked patches.
 
     Args:
-        recipe: the run.
-        networks: on any device, also ``meta``.
-        masked: masked patches of a step, in all global crops of the process.
+        recipe: The recipe of the run.
+        networks: The networks, on any device, also ``meta``.
+        masked: Number of masked patches in a step, in all global crops of the process.
     """
     o, batch = networks.objective, recipe.train.batch_size_per_gpu * recipe.train.accumulate
     c, s = recipe.crops, recipe.student

@@ -14,7 +14,7 @@ from dinoforge.recipe.schema import Recipe, differences
 
 Part = Literal["method", "augmentation", "sizes and lengths", "running"]
 
-_WIDTH = 116  # of the table
+_WIDTH = 116  # columns of the terminal for the table
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,12 @@ def _taking(key: str, recipe: Recipe, other: Recipe) -> Recipe:
     return dataclasses.replace(recipe, **{section: changed})
 
 
-def as_json(rows: Sequence[Row], names: tuple[str, str]) -> dict[str, Any]:
+def differences_json(rows: Sequence[Row], names: tuple[str, str]) -> dict[str, Any]:
     """The table as plain values."""
     return {"recipes": list(names), "differences": [vars(row) for row in rows]}
 
 
-def render(rows: Sequence[Row], names: tuple[str, str]) -> str:
+def differences_text(rows: Sequence[Row], names: tuple[str, str]) -> str:
     """The table as text."""
     if not rows:
         return f"{names[0]} and {names[1]} do the same."

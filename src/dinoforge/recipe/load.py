@@ -31,16 +31,17 @@ def load_recipe(
     """A recipe by name or file, with overrides on top.
 
     Args:
-        recipe: a name of ``recipe_names()``, a YAML file of ours or of the reference, or a recipe.
-        overrides: ``"section.key=value"`` strings, or a mapping from dotted keys to values.
-        beneath: values of the file in ``init.weights`` by dotted keys; whatever the recipe says lies over them. As long
+        recipe: A name of ``recipe_names()``, a YAML file of ours or of the reference, or a recipe.
+        overrides: Strings ``"section.key=value"``, or a mapping from dotted keys to values.
+        beneath: Values of the file in ``init.weights`` by dotted keys; whatever the recipe says wins over them. As long
             as a recipe with ``init.architecture: file`` has none, what depends on them is not checked.
 
     Returns:
         The recipe, and the keys that were given but have no meaning here, each with the reason.
 
     Raises:
-        RecipeError: an unknown recipe or key (the nearest one is named), a wrong type, a contradiction.
+        RecipeError: A recipe or key is unknown (the error names the nearest one), a type is wrong, a value is out of
+            bounds, or values contradict each other.
     """
     values = dict(beneath or {}) | (flatten(recipe) if isinstance(recipe, Recipe) else {})
     ignored: dict[str, str] = {}
@@ -57,7 +58,8 @@ def load_recipe(
 
 
 def base_of(recipe: str | Path | Recipe) -> str:
-    """Which recipe of ``recipe_names()`` a readable one is, or its file names as ``base``; without, the defaults."""
+    """Name of the recipe of ``recipe_names()`` that a recipe is, or that its file names as ``base``; else the defaults'
+    name."""
     if isinstance(recipe, Recipe):
         return "dinov2"
     if str(recipe) in recipe_names():
@@ -66,10 +68,10 @@ def base_of(recipe: str | Path | Recipe) -> str:
 
 
 def converted(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Overrides as the types of their keys, not yet held against each other.
+    """Convert overrides to the types of their keys, without checking them against each other.
 
     Raises:
-        RecipeError: an unknown key or a wrong type.
+        RecipeError: A key is unknown or a type is wrong.
     """
     values: dict[str, Any] = {}
     _merge(values, overrides)
@@ -121,7 +123,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's values: 010 is ten, 1:30, yes and 2026-11-29 are text; what is left empty is not null but text.
 
     Raises:
-        yaml.YAMLError: also for a key that stands twice.
+        yaml.YAMLError: It is no YAML, or a key stands twice.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -193,7 +195,8 @@ def _flat_layer(values: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Reads ``section.key=value``; the value is YAML, or a list as ``0.5,0.5,0.5``; a key of text takes it as it is."""
+    """Read ``section.key=value``; the value is YAML, or a list such as ``0.5,0.5,0.5``; a key of text takes it as it
+    is."""
     key, equals, value = text.partition("=")
     key, value = key.strip(), value.strip()
     if not equals or not key:
@@ -250,7 +253,7 @@ def _keys_of(section: str) -> list[str]:
 
 
 def nearest_keys(word: str) -> list[str]:
-    """Up to three keys of recipes that a word is near to."""
+    """Up to three keys of recipes whose names are close to a word."""
     return _near(word, list(TYPES))
 
 

@@ -1,4 +1,4 @@
-"""The keys of a recipe: names, types, defaults."""
+"""The keys of a recipe: names, types, defaults, bounds and meanings."""
 
 import dataclasses
 import re
@@ -7,200 +7,310 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dinoforge.errors import RecipeError
+from dinoforge.recipe.bounds import (
+    ABOVE_0,
+    ABOVE_0_IN_ORDER,
+    CROP_SCALES,
+    EACH_ABOVE_0,
+    EACH_FROM_0,
+    EACH_SHARE,
+    FINITE,
+    FROM_0,
+    FROM_1,
+    FROM_2,
+    HUE,
+    LEVEL,
+    ODD,
+    SEED,
+    SHARE,
+    SHARE_ABOVE_0,
+    SHARE_BELOW_1,
+    SHARES_IN_ORDER,
+    Bounds,
+    key,
+)
 
 Targets = Literal["centering", "sinkhorn_knopp"]
 
 
 @dataclass(frozen=True)
 class Dino:
-    loss_weight: float = 1.0  # 0 switches global and local term off
-    global_loss_weight: float = 1.0  # ours: on top of loss_weight
-    local_loss_weight: float = 1.0  # ours: on top of loss_weight
-    head_n_prototypes: int = 65536
-    head_bottleneck_dim: int = 256
-    head_nlayers: int = 3
-    head_hidden_dim: int = 2048
-    koleo_loss_weight: float = 0.1
-    targets: Targets | None = None  # ours: null takes train.centering
-    student_temp: float = 0.1  # ours: a constant of the reference's DINOLoss
-    center_momentum: float = 0.9  # ours: a constant of the reference's DINOLoss; 1: the centre stays 0
-    koleo_scope: Literal["rank", "global", "groups"] = "rank"  # ours: where neighbours are sought; see docs/running.md
-    koleo_group_size: int | None = None  # ours: consecutive images of the global batch, for koleo_scope=groups
+    """The loss on cls tokens, its head, and KoLeo."""
+
+    loss_weight: float = key(1.0, "Weight of the global and the local term; 0 switches both off.", FROM_0)
+    global_loss_weight: float = key(1.0, "Ours: weight of the global term, on top of loss_weight.", FROM_0)
+    local_loss_weight: float = key(1.0, "Ours: weight of the local term, on top of loss_weight.", FROM_0)
+    head_n_prototypes: int = key(65536, "Prototypes: outputs of the head.", FROM_1)
+    head_bottleneck_dim: int = key(256, "Width of the head's output before the prototypes.", FROM_1)
+    head_nlayers: int = key(3, "Layers of the head's MLP.", FROM_1)
+    head_hidden_dim: int = key(2048, "Width of the head's hidden layers.", FROM_1)
+    koleo_loss_weight: float = key(0.1, "Weight of the KoLeo term; 0 switches it off.", FROM_0)
+    targets: Targets | None = key(None, "Ours: how targets are made; null: as train.centering says.")
+    student_temp: float = key(0.1, "Ours: the student's temperature, a constant of the reference's DINOLoss.", ABOVE_0)
+    center_momentum: float = key(
+        0.9, "Ours: momentum of the centre, a constant of the reference's DINOLoss; 1: the centre stays 0.", SHARE
+    )
+    koleo_scope: Literal["rank", "global", "groups"] = key(
+        "rank", "Ours: the images among which KoLeo seeks nearest neighbours; see docs/running.md."
+    )
+    koleo_group_size: int | None = key(
+        None, "Ours: consecutive images of the global batch that form a group, for koleo_scope=groups.", FROM_2
+    )
 
 
 @dataclass(frozen=True)
 class Ibot:
-    loss_weight: float = 1.0
-    mask_sample_probability: float = 0.5  # share of the global crops that are masked at all
-    mask_ratio_min_max: tuple[float, float] = (0.1, 0.5)  # equal bounds: one fixed ratio
-    mask_kind: Literal["block", "bernoulli"] = "block"  # ours: the reference's generator, or each token by itself
-    mask_min_patches: int = 4  # ours: smallest block; a constant of the reference
-    mask_min_aspect: float = 0.3  # ours: blocks' aspect ratio in [a, 1/a]; a constant of the reference
-    separate_head: bool = False
-    head_n_prototypes: int = 65536
-    head_bottleneck_dim: int = 256
-    head_nlayers: int = 3
-    head_hidden_dim: int = 2048
-    targets: Targets | None = None  # ours: null takes train.centering
-    student_temp: float = 0.1  # ours: a constant of the reference's iBOTPatchLoss
-    center_momentum: float = 0.9  # ours: a constant of the reference's iBOTPatchLoss; 1: the centre stays 0
-    center_mean: Literal["ranks", "patches"] = "ranks"  # ours: mean of the ranks' means, or over all masked patches
+    """The loss on masked patch tokens, its masks, and its head."""
+
+    loss_weight: float = key(1.0, "Weight of the term; 0 switches it off.", FROM_0)
+    mask_sample_probability: float = key(0.5, "Share of the global crops that are masked at all.", SHARE)
+    mask_ratio_min_max: tuple[float, float] = key(
+        (0.1, 0.5), "Lowest and highest share of a masked crop's patches; equal: one fixed ratio.", SHARES_IN_ORDER
+    )
+    mask_kind: Literal["block", "bernoulli"] = key(
+        "block", "Ours: block: the reference's generator; bernoulli: each patch by itself."
+    )
+    mask_min_patches: int = key(4, "Ours: patches of the smallest block, a constant of the reference.", FROM_1)
+    mask_min_aspect: float = key(
+        0.3, "Ours: blocks have an aspect ratio in [a, 1/a]; a constant of the reference.", SHARE_ABOVE_0
+    )
+    separate_head: bool = key(False, "Whether iBOT has a head of its own; false: the head of section dino.")
+    head_n_prototypes: int = key(65536, "Prototypes of a separate head.", FROM_1)
+    head_bottleneck_dim: int = key(256, "Width of a separate head's output before the prototypes.", FROM_1)
+    head_nlayers: int = key(3, "Layers of a separate head's MLP.", FROM_1)
+    head_hidden_dim: int = key(2048, "Width of a separate head's hidden layers.", FROM_1)
+    targets: Targets | None = key(None, "Ours: how targets are made; null: as train.centering says.")
+    student_temp: float = key(
+        0.1, "Ours: the student's temperature, a constant of the reference's iBOTPatchLoss.", ABOVE_0
+    )
+    center_momentum: float = key(
+        0.9, "Ours: momentum of the centre, a constant of the reference's iBOTPatchLoss; 1: the centre stays 0.", SHARE
+    )
+    center_mean: Literal["ranks", "patches"] = key(
+        "ranks", "Ours: ranks: the centre is the mean of the ranks' means; patches: the mean of all masked patches."
+    )
 
 
 @dataclass(frozen=True)
 class Train:
-    batch_size_per_gpu: int = 64  # images of a rank that are computed at once
-    accumulate: int = 1  # ours: so many of these make a rank's part of a step
-    batch_size: int | None = None  # ours: images of a step over all ranks; wins over batch_size_per_gpu
-    centering: Targets = "centering"
-    OFFICIAL_EPOCH_LENGTH: int = 1250  # steps of a nominal epoch: the unit of every *_epochs key
-    seed: int = 0
-    num_workers: int | None = 10  # no more than there are processors; null: chosen for the device
-    sinkhorn_iterations: int = 3  # ours: a constant of the reference
-    steps: int | None = None  # ours: length of the run in optimizer steps
-    epochs: float | None = None  # ours: or in passes over the user's images; neither: optim.epochs nominal epochs
-    max_minutes: float | None = None  # ours: stop with a checkpoint after that long; schedules do not change
-    threads: int | None = None  # ours: compute threads; null: all processors, or on an accelerator a few
-    max_skips: int = 3  # ours: steps in a row without finite loss and gradients; then back to the last checkpoint
-    max_rollbacks: int = 3  # ours: that many times; then the run ends
+    """Batch, length, seed, and what the run does about faults."""
+
+    batch_size_per_gpu: int = key(64, "Images that a rank computes at once.", FROM_1)
+    accumulate: int = key(1, "Ours: batches of batch_size_per_gpu that make a rank's part of a step.", FROM_1)
+    batch_size: int | None = key(None, "Ours: images of a step over all ranks; wins over batch_size_per_gpu.", FROM_1)
+    centering: Targets = key("centering", "How the targets of both losses are made.")
+    OFFICIAL_EPOCH_LENGTH: int = key(1250, "Steps of a nominal epoch, the unit of every *_epochs key.", FROM_1)
+    seed: int = key(0, "Seed of the data order, augmentations, masks and initial weights.", SEED)
+    num_workers: int | None = key(
+        10, "Data workers of a rank, at most as many as processors; null: chosen for the device.", FROM_0
+    )
+    sinkhorn_iterations: int = key(3, "Ours: iterations of Sinkhorn-Knopp, a constant of the reference.", FROM_1)
+    steps: int | None = key(None, "Ours: length of the run in optimizer steps.", FROM_1)
+    epochs: float | None = key(
+        None,
+        "Ours: length of the run in passes over the user's images; without steps and epochs, optim.epochs decides.",
+        ABOVE_0,
+    )
+    max_minutes: float | None = key(
+        None, "Ours: minutes after which the run stops with a checkpoint; schedules do not change.", ABOVE_0
+    )
+    threads: int | None = key(None, "Ours: compute threads; null: all processors, or on an accelerator a few.", FROM_1)
+    max_skips: int = key(
+        3,
+        "Ours: steps in a row without finite loss and gradients; then the run returns to its last checkpoint.",
+        FROM_1,
+    )
+    max_rollbacks: int = key(3, "Ours: returns to the last checkpoint; then the run ends.", FROM_0)
 
 
 @dataclass(frozen=True)
 class Student:
-    arch: str = "vit_large"  # vit_tiny | vit_small | vit_base | vit_large | vit_giant2 | vit_custom
-    embed_dim: int | None = None  # ours: the sizes of vit_custom
-    depth: int | None = None
-    num_heads: int | None = None
-    mlp_ratio: float = 4.0  # ours: 4 in every published size
-    in_chans: int = 3  # ours: channels of the images
-    patch_size: int = 16
-    drop_path_rate: float = 0.3
-    drop_path_uniform: bool = True  # false: rising linearly with depth
-    layerscale: float = 1.0e-05  # initial value; 0: no LayerScale
-    ffn_layer: Literal["mlp", "swiglu", "swiglufused"] = "mlp"
-    qkv_bias: bool = True
-    proj_bias: bool = True
-    ffn_bias: bool = True
-    num_register_tokens: int = 0
-    interpolate_antialias: bool = False
-    interpolate_offset: float = 0.1
+    """The architecture of the backbone."""
+
+    arch: str = key("vit_large", "vit_tiny, vit_small, vit_base, vit_large, vit_giant2 or vit_custom.")
+    embed_dim: int | None = key(None, "Ours: width of vit_custom.", FROM_1)
+    depth: int | None = key(None, "Ours: blocks of vit_custom.", FROM_1)
+    num_heads: int | None = key(None, "Ours: attention heads of vit_custom.", FROM_1)
+    mlp_ratio: float = key(4.0, "Ours: hidden width of an MLP over its input's; 4 in every published size.", ABOVE_0)
+    in_chans: int = key(3, "Ours: channels of the images.", FROM_1)
+    patch_size: int = key(16, "Side of a patch in pixels.", FROM_1)
+    drop_path_rate: float = key(0.3, "Rate of stochastic depth.", SHARE_BELOW_1)
+    drop_path_uniform: bool = key(True, "Whether all blocks have the same rate; false: it rises linearly with depth.")
+    layerscale: float = key(1.0e-05, "Initial value of LayerScale; 0: no LayerScale.", FROM_0)
+    ffn_layer: Literal["mlp", "swiglu", "swiglufused"] = key(
+        "mlp", "Feed-forward layer of a block; swiglufused is swiglu under the reference's name."
+    )
+    qkv_bias: bool = key(True, "Whether the projection to query, key and value has a bias.")
+    proj_bias: bool = key(True, "Whether the projection after attention has a bias.")
+    ffn_bias: bool = key(True, "Whether feed-forward layers have biases.")
+    num_register_tokens: int = key(0, "Register tokens.", FROM_0)
+    interpolate_antialias: bool = key(False, "Whether position embeddings are smoothed when they are made smaller.")
+    interpolate_offset: float = key(0.1, "Offset of the grid to which position embeddings are resized.", SHARE_BELOW_1)
 
 
 @dataclass(frozen=True)
 class Teacher:
-    momentum_teacher: float = 0.992
-    final_momentum_teacher: float = 1.0
-    frozen_momentum_teacher: float | None = None  # ours: while the backbone is frozen; null: as at any step
-    warmup_teacher_temp: float = 0.04
-    teacher_temp: float = 0.07
-    warmup_teacher_temp_epochs: float = 30
-    warmup_teacher_temp_length: str | None = None  # ours: a length such as "30%"; wins over the epochs
+    """Momentum and temperature of the teacher."""
+
+    momentum_teacher: float = key(0.992, "Momentum at the first step.", SHARE)
+    final_momentum_teacher: float = key(1.0, "Momentum at the last step.", SHARE)
+    frozen_momentum_teacher: float | None = key(
+        None, "Ours: momentum while the backbone is frozen; null: as at any step.", SHARE
+    )
+    warmup_teacher_temp: float = key(0.04, "Temperature at the first step.", ABOVE_0)
+    teacher_temp: float = key(0.07, "Temperature after its warm-up.", ABOVE_0)
+    warmup_teacher_temp_epochs: float = key(30, "Warm-up of the temperature in nominal epochs.", FROM_0)
+    warmup_teacher_temp_length: str | None = key(
+        None, 'Ours: warm-up of the temperature as a length such as "30%"; wins over the epochs.'
+    )
 
 
 @dataclass(frozen=True)
 class Optim:
-    epochs: float = 100
-    weight_decay: float = 0.04
-    weight_decay_end: float = 0.4
-    weight_decay_scope: Literal["all", "backbone"] = "all"  # ours: backbone leaves the heads at AdamW's 0.01
-    base_lr: float = 0.004  # for a batch of 1024
-    scaling_rule: Literal["sqrt_wrt_1024", "none"] = "sqrt_wrt_1024"
-    warmup_epochs: float = 10
-    warmup_length: str | None = None  # ours: a length such as "10%" or "500 steps"; wins over the epochs
-    min_lr: float = 1.0e-06
-    clip_grad: float = 3.0  # per sub-network; 0: no clipping
-    freeze_last_layer_epochs: float = 1
-    freeze_last_layer_length: str | None = None  # ours: a length; wins over the epochs
-    freeze_last_layer: Literal["lr", "gradient"] = "lr"  # ours: lr is the reference's way
-    freeze_backbone_length: str | None = None  # ours: a length in which only heads learn; null: none
-    patch_embed_lr_mult: float = 0.2
-    layerwise_decay: float = 0.9
-    adamw_beta1: float = 0.9
-    adamw_beta2: float = 0.999
+    """AdamW, its schedules, and what stays frozen."""
+
+    epochs: float = key(100, "Length of the run in nominal epochs.", ABOVE_0)
+    weight_decay: float = key(0.04, "Weight decay at the first step.", FROM_0)
+    weight_decay_end: float = key(0.4, "Weight decay at the last step.", FROM_0)
+    weight_decay_scope: Literal["all", "backbone"] = key(
+        "all", "Ours: what the schedule is for; backbone leaves the heads at AdamW's 0.01."
+    )
+    base_lr: float = key(0.004, "Learning rate for a batch of 1024.", ABOVE_0)
+    scaling_rule: Literal["sqrt_wrt_1024", "none"] = key(
+        "sqrt_wrt_1024", "How the learning rate follows the batch: by the square root of its size over 1024, or not."
+    )
+    warmup_epochs: float = key(10, "Warm-up of the learning rate in nominal epochs.", FROM_0)
+    warmup_length: str | None = key(
+        None, 'Ours: warm-up of the learning rate as a length such as "10%" or "500 steps"; wins over the epochs.'
+    )
+    min_lr: float = key(1.0e-06, "Learning rate at the last step.", FROM_0)
+    clip_grad: float = key(3.0, "Largest gradient norm of the backbone and of each head; 0: no clipping.", FROM_0)
+    freeze_last_layer_epochs: float = key(1, "Freeze of the heads' last layers in nominal epochs.", FROM_0)
+    freeze_last_layer_length: str | None = key(
+        None, "Ours: freeze of the heads' last layers as a length; wins over the epochs."
+    )
+    freeze_last_layer: Literal["lr", "gradient"] = key(
+        "lr", "Ours: lr: the frozen layer's learning rate is 0, as in the reference; gradient: its gradient is dropped."
+    )
+    freeze_backbone_length: str | None = key(None, "Ours: a length in which only the heads learn; null: none.")
+    patch_embed_lr_mult: float = key(0.2, "Multiplier of the patch embedding's learning rate.", FROM_0)
+    layerwise_decay: float = key(0.9, "Factor between the learning rates of a block and the block after it.", ABOVE_0)
+    adamw_beta1: float = key(0.9, "Decay of AdamW's first moment.", SHARE_BELOW_1)
+    adamw_beta2: float = key(0.999, "Decay of AdamW's second moment.", SHARE_BELOW_1)
 
 
 @dataclass(frozen=True)
 class Crops:
-    global_crops_scale: tuple[float, float] = (0.32, 1.0)
-    local_crops_number: int = 8
-    local_crops_scale: tuple[float, float] = (0.05, 0.32)
-    global_crops_size: int = 224
-    local_crops_size: int = 96
-    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # ours: a default of RandomResizedCrop
+    """Number and sizes of the crops of an image."""
+
+    global_crops_scale: tuple[float, float] = key(
+        (0.32, 1.0), "Lowest and highest area of a global crop, as a share of the image.", CROP_SCALES
+    )
+    local_crops_number: int = key(8, "Local crops of an image.", FROM_0)
+    local_crops_scale: tuple[float, float] = key(
+        (0.05, 0.32), "Lowest and highest area of a local crop, as a share of the image.", CROP_SCALES
+    )
+    global_crops_size: int = key(224, "Side of a global crop in pixels.", FROM_1)
+    local_crops_size: int = key(96, "Side of a local crop in pixels.", FROM_1)
+    aspect_ratio: tuple[float, float] = key(
+        (3 / 4, 4 / 3), "Ours: lowest and highest aspect ratio, a default of RandomResizedCrop.", ABOVE_0_IN_ORDER
+    )
 
 
 @dataclass(frozen=True)
 class Augment:
     """Ours: the constants of the reference's augmentation."""
 
-    horizontal_flip: float = 0.5
-    vertical_flip: float = 0.0
-    quarter_turns: float = 0.0  # probability that a crop is turned by 90, 180 or 270 degrees, each as likely
-    jitter_probability: float = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    grayscale_probability: float = 0.2
-    blur: Literal["released", "stated"] = "released"  # a probability is inverted in the released code
-    blur_probability: tuple[float, float, float] | None = None  # first global, second global, local; null: by blur
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    blur_kernel: int = 9
-    solarize_probability: float = 0.2  # second global crop only
-    solarize_threshold: int = 128
-    device: Literal["workers", "train"] = "workers"  # where colours are changed, blurred and solarized
+    horizontal_flip: float = key(0.5, "Probability that a crop is mirrored left to right.", SHARE)
+    vertical_flip: float = key(0.0, "Probability that a crop is mirrored top to bottom.", SHARE)
+    quarter_turns: float = key(
+        0.0, "Probability that a crop is turned by 90, 180 or 270 degrees, each as likely.", SHARE
+    )
+    jitter_probability: float = key(0.8, "Probability that a crop's colours are changed.", SHARE)
+    brightness: float = key(0.4, "Largest change of the brightness, as a share.", FROM_0)
+    contrast: float = key(0.4, "Largest change of the contrast, as a share.", FROM_0)
+    saturation: float = key(0.2, "Largest change of the saturation, as a share.", FROM_0)
+    hue: float = key(0.1, "Largest change of the hue, as a share of the colour circle.", HUE)
+    grayscale_probability: float = key(0.2, "Probability that a crop loses its colours.", SHARE)
+    blur: Literal["released", "stated"] = key(
+        "released", "The released code's blur probabilities, in which one is inverted, or those that it states."
+    )
+    blur_probability: tuple[float, float, float] | None = key(
+        None, "Blur probabilities of the first global, second global and local crops; null: as blur says.", EACH_SHARE
+    )
+    blur_sigma: tuple[float, float] = key(
+        (0.1, 2.0), "Lowest and highest standard deviation of the blur in pixels.", ABOVE_0_IN_ORDER
+    )
+    blur_kernel: int = key(9, "Side of the blur's kernel in pixels.", ODD)
+    solarize_probability: float = key(0.2, "Probability that a second global crop is solarized.", SHARE)
+    solarize_threshold: int = key(128, "Level from which solarizing inverts values.", FINITE)
+    device: Literal["workers", "train"] = key(
+        "workers", "Where colours are changed, blurred and solarized: in the data workers or on the training device."
+    )
 
 
 @dataclass(frozen=True)
 class Data:
-    """Ours: how a file becomes an array, and what is borne with."""
+    """Ours: how a file becomes an array, and which faults are borne."""
 
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's, on the range 0..1; one value serves all channels
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    range: tuple[float, ...] | None = (
-        None  # low, high that become 0 and 255; or a pair for each channel; null: measured
+    mean: tuple[float, ...] = key(
+        (0.485, 0.456, 0.406), "Mean of each channel on the range 0 to 1, ImageNet's; one serves all channels.", FINITE
     )
-    sixteen_bit: Literal["full", "minmax"] = "full"  # without a range: full: value / 257; minmax: each image's own
-    nodata: float | None = None  # a value that means no data, beside the file's own
-    fill: int = 0  # level of what has no data, 0 to 255
-    plane: str | None = (
-        None  # of a file with several (z, time): a number from 0; max: the brightest; each: every one; null: the first
+    std: tuple[float, ...] = key((0.229, 0.224, 0.225), "Standard deviation of each channel, likewise.", EACH_ABOVE_0)
+    range: tuple[float, ...] | None = key(
+        None, "Values that become 0 and 255: low, high, or such a pair for each channel; null: measured.", FINITE
     )
-    max_pixels: int = 178_956_970  # larger images are refused
-    reduced_decode: bool = False  # decode a large JPEG only at the scale that its crops need
-    max_bad_share: float = 0.1  # of the images; above it the run stops
-    timeout: float = 600.0  # seconds for a batch; then a worker hangs, and the run stops
+    sixteen_bit: Literal["full", "minmax"] = key(
+        "full", "Images of 16 bits without a range: full: the value over 257; minmax: each image's own range."
+    )
+    nodata: float | None = key(None, "A value that means no data, beside the file's own.", FINITE)
+    fill: int = key(0, "Level of pixels without data.", LEVEL)
+    plane: str | None = key(
+        None,
+        "Plane of a file with several (z, time): a number from 0; max: the brightest; each: every one; "
+        "null: the first.",
+    )
+    max_pixels: int = key(178_956_970, "Pixels above which an image is refused, Pillow's limit.", FROM_1)
+    reduced_decode: bool = key(False, "Whether a large JPEG is decoded only at the scale that its crops need.")
+    max_bad_share: float = key(0.1, "Share of bad images above which the run stops.", SHARE)
+    timeout: float = key(600.0, "Seconds without a batch after which a worker is taken to hang.", ABOVE_0)
 
 
 @dataclass(frozen=True)
 class Init:
     """Ours: what student and teacher start from."""
 
-    weights: str | None = None  # a run, a file or a Hugging Face folder; null: random weights
-    in_chans: Literal["repeat", "mean", "fresh"] | None = None  # for another number of channels; null: refuse
-    architecture: Literal["recipe", "file"] = (
-        "recipe"  # file: student.*, crop sizes, mean and std not given are its own
+    weights: str | None = key(None, "A run, a file or a Hugging Face folder; null: random weights.")
+    in_chans: Literal["repeat", "mean", "fresh"] | None = key(
+        None, "How weights for another number of channels are fitted; null: refused."
     )
-    enlarge: float = 1.0  # with architecture: file, crops are so many times as large as its own
-    heads: Literal["fresh", "run"] = "fresh"  # run: heads and centres of the run's checkpoint, where weights is a run
+    architecture: Literal["recipe", "file"] = key(
+        "recipe", "file: keys of student, crop sizes, mean and std that are not given come from the file."
+    )
+    enlarge: float = key(1.0, "With architecture=file: crop sizes over the file's.", ABOVE_0)
+    heads: Literal["fresh", "run"] = key(
+        "fresh", "run: heads and centres of the run's checkpoint, where weights is a run."
+    )
 
 
 @dataclass(frozen=True)
 class Eval:
     """Ours: how an image is shown to the network for evaluation."""
 
-    size: int | None = None  # side in pixels; null: crops.global_crops_size
-    crop: bool = False  # true: the official centre crop; false: the whole image
+    size: int | None = key(None, "Side in pixels; null: crops.global_crops_size.", FROM_1)
+    crop: bool = key(False, "true: the official centre crop; false: the whole image.")
 
 
 @dataclass(frozen=True)
 class Probe:
     """Ours: how the teacher is measured while it trains, where images have labels; see docs/evaluation.md."""
 
-    every_steps: int | None = None
-    every_minutes: float | None = 10.0  # at the first logged step after so long; both null: no probes
-    max_images: int = 2000  # that are looked at
-    patience: int | None = None  # so many probes without a better k-NN end the run; null: never
+    every_steps: int | None = key(None, "Steps between probes.", FROM_1)
+    every_minutes: float | None = key(
+        10.0, "Minutes after which the next logged step has a probe; both null: no probes.", ABOVE_0
+    )
+    max_images: int = key(2000, "Images of a probe.", FROM_1)
+    patience: int | None = key(None, "Probes without a better k-NN that end the run; null: never.", FROM_1)
 
     @property
     def is_on(self) -> bool:
@@ -211,46 +321,58 @@ class Probe:
 class Checkpoint:
     """Ours: when the run is saved."""
 
-    every_steps: int | None = None
-    every_minutes: float | None = 10.0
-    keep_last: int = 2
-    keep_every: int | None = None  # additionally keep every checkpoint whose step is a multiple
-    asynchronous: bool = True  # write while training goes on; takes memory for a copy of what is written
+    every_steps: int | None = key(None, "Steps between checkpoints; null: by minutes alone.", FROM_1)
+    every_minutes: float | None = key(10.0, "Minutes between checkpoints; null: by steps alone.", ABOVE_0)
+    keep_last: int = key(2, "Latest checkpoints that are kept.", FROM_1)
+    keep_every: int | None = key(None, "Checkpoints at multiples of so many steps are kept as well.", FROM_1)
+    asynchronous: bool = key(
+        True, "Whether training goes on while a checkpoint is written; takes memory for a copy of it."
+    )
 
 
 @dataclass(frozen=True)
 class Log:
     """Ours: what is written while it runs."""
 
-    every_steps: int = 10
-    tensorboard: bool = False
+    every_steps: int = key(10, "Steps between lines of metrics.", FROM_1)
+    tensorboard: bool = key(False, "Whether TensorBoard's files are written too.")
 
 
 @dataclass(frozen=True)
 class Report:
     """Ours: the page that a run writes about itself, RUN/report.html."""
 
-    every_minutes: float | None = 5.0  # and at the end; null: only by ``dinoforge report``
-    channels: tuple[int, ...] | None = None  # shown as red, green, blue, or one as grey, from 0; null: the first three
+    every_minutes: float | None = key(
+        5.0, "Minutes between updates, with another at the end; null: only by ``dinoforge report``.", ABOVE_0
+    )
+    channels: tuple[int, ...] | None = key(
+        None, "Channels shown as red, green, blue, or one as grey, from 0; null: the first three.", EACH_FROM_0
+    )
 
 
 @dataclass(frozen=True)
 class Parallel:
     """Ours: how a run is laid over ranks; nothing here changes what is computed."""
 
-    mode: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # auto: sharded only if it would not fit
-    backend: Literal["auto", "gloo", "nccl"] = "auto"  # auto: nccl on cuda, gloo on the CPU
-    shard_ranks: int | None = None  # of a copy under hsdp; null: the ranks of a machine
-    activation_checkpointing: bool = False  # less memory, about a third more work
-    crops_in_turn: bool | None = None  # some crops at a time: less memory; null: see docs/running.md
-    timeout_minutes: float = 30.0  # after so long without a word from a rank, the others take it for gone
+    mode: Literal["auto", "ddp", "fsdp", "hsdp"] = key("auto", "auto: sharded only if it would not fit otherwise.")
+    backend: Literal["auto", "gloo", "nccl"] = key("auto", "auto: nccl on cuda, gloo on the CPU.")
+    shard_ranks: int | None = key(
+        None, "Ranks that share a copy of the weights under hsdp; null: the ranks of a machine.", FROM_1
+    )
+    activation_checkpointing: bool = key(False, "Less memory for about a third more work.")
+    crops_in_turn: bool | None = key(None, "Some crops at a time, for less memory; null: see docs/running.md.")
+    timeout_minutes: float = key(
+        30.0, "Minutes without a word from a rank after which the others take it for gone.", ABOVE_0
+    )
 
 
 @dataclass(frozen=True)
 class Recipe:
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: what the device multiplies fastest
-    allow_tf32: bool = False  # CUDA: products and convolutions of float32 may round their factors to 10 bits
-    device: str = "auto"  # auto: cuda, then mps, then cpu
+    """Every choice of a run."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = key("auto", "auto: what the device multiplies fastest.")
+    allow_tf32: bool = key(False, "CUDA: products and convolutions of float32 may round their factors to 10 bits.")
+    device: str = key("auto", "auto: cuda, then mps, then cpu.")
     dino: Dino = field(default_factory=Dino)
     ibot: Ibot = field(default_factory=Ibot)
     train: Train = field(default_factory=Train)
@@ -282,7 +404,7 @@ WITHOUT_MEANING: dict[str, str] = {
     "evaluation": "see eval",
 }
 
-# Keys that may differ between a run and its continuation. How the global batch is cut is one, what it is in all is not.
+# Keys that may differ between a run and its continuation: also how the global batch is cut, but not its size.
 FREE_KEYS = (
     "train.batch_size",  # and batch_size_per_gpu
     "train.accumulate",
@@ -314,6 +436,11 @@ SECTIONS: dict[str, type] = {
 TYPES: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Recipe) if f.name not in SECTIONS} | {
     f"{section}.{key}": hint for section, cls in SECTIONS.items() for key, hint in typing.get_type_hints(cls).items()
 }
+FIELDS: dict[str, "dataclasses.Field[Any]"] = {
+    f.name: f for f in dataclasses.fields(Recipe) if f.name not in SECTIONS
+} | {f"{section}.{f.name}": f for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+MEANINGS: dict[str, str] = {name: f.metadata["meaning"] for name, f in FIELDS.items()}
+BOUNDS: dict[str, Bounds] = {name: f.metadata["bounds"] for name, f in FIELDS.items() if f.metadata["bounds"]}
 
 
 @dataclass(frozen=True)

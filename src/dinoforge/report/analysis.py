@@ -18,11 +18,11 @@ from dinoforge.models.vit import VisionTransformer
 
 @dataclass(frozen=True)
 class Seen:
-    """What the network saw of one image at one step."""
+    """The crops and masks of one image at one step."""
 
     index: int
     image: npt.NDArray[np.uint8]  # [H, W, C] that the crops were cut from
-    boxes: list[tuple[int, int, int, int]]  # of each crop in it: top, left, height, width
+    boxes: list[tuple[int, int, int, int]]  # top, left, height, width of each crop in it
     before: list[Tensor]  # crops before their colours change, uint8 [C, h, w]: two global ones, then the local ones
     after: list[Tensor]  # the same crops as the network got them
     masks: Tensor  # [2, rows, columns] bool, of the global crops
@@ -56,12 +56,12 @@ def displayed(pixels: Tensor, channels: Sequence[int] | None = None) -> npt.NDAr
     """Turn an image into a picture for people, in false colour where it is neither grey nor RGB.
 
     Args:
-        pixels: uint8 [C, h, w].
+        pixels: An image, uint8 [C, h, w].
         channels: Which one is shown as grey, or which three as red, green and blue. None: the only channel; of two, the
             first as magenta and the second as green; the first three.
 
     Returns:
-        uint8 [h, w] or [h, w, 3].
+        The picture, uint8 [h, w] or [h, w, 3].
     """
     array: npt.NDArray[np.uint8] = pixels.permute(1, 2, 0).numpy()
     if channels is not None:
@@ -94,7 +94,7 @@ def tokens_and_attention(backbone: VisionTransformer, images: Tensor) -> tuple[T
     """Patch tokens [B, N, D], and the attention of the cls token in the last block [B, heads, 1 + R + N].
 
     Args:
-        images: normalised [B, C, H, W].
+        images: Normalised images [B, C, H, W].
     """
     block = backbone.blocks[-1]
     assert isinstance(block, Block)
@@ -137,8 +137,8 @@ def pca_colours(rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     and blue, each stretched to its 1st…99th percentile.
 
     Args:
-        rows: patch tokens of all images, [N, D].
-        sizes: how many of them each image has.
+        rows: Patch tokens of all images, [N, D].
+        sizes: Number of patch tokens of each image.
 
     Returns:
         Colours [N, 3] in 0..1, and which patches are foreground [N] bool.

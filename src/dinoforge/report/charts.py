@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Columns = Mapping[str, Sequence[float | None]]
-"""Metrics by name, one value for each logged step, None where a step has none; see ``figures.read_metrics``."""
+"""Metrics by name, one value for each logged step, None where a step has none: what ``read_metrics`` returns."""
 
-MOST_POINTS = 1000  # of a curve in the page
+MOST_POINTS = 1000  # points of a curve in the page
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,13 @@ class Chart:
     """Curves on common axes.
 
     Args:
-        title: what it shows, with its unit.
-        keys: metrics; one that ends in a point stands for all that begin with it.
-        hint: what to look for.
-        part: of the report.
-        axis: ``zero``: from zero; ``share``: from 0 to 1; ``percent``: of shares, fitted; ``log``: where all values are
-            above zero; ``fitted``: to the values.
-        exact: not to be smoothed, since it is no noisy measurement.
+        title: What the curves show, with the unit.
+        keys: Names of metrics; one that ends in a point stands for all that begin with it.
+        hint: What to look for.
+        part: The part of the report that the chart belongs to.
+        axis: ``zero`` begins at zero; ``share`` goes from 0 to 1; ``percent`` is fitted to shares; ``log`` is for
+            values above zero; ``fitted`` is fitted to the values.
+        exact: Whether the values are exact, so that smoothing would only distort them.
     """
 
     title: str

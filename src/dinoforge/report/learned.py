@@ -1,4 +1,4 @@
-"""What a network has learned, looked up on a sample of its images."""
+"""What a network has learned, found on a sample of its images."""
 
 import time
 from collections import Counter
@@ -25,7 +25,7 @@ from dinoforge.report import analysis
 from dinoforge.weights.backbone import Backbone
 
 SAMPLE = 300  # images that are looked at
-EXAMPLES = 6  # of them with maps
+EXAMPLES = 6  # images of the sample that get maps
 ENLARGED = 4  # maps are of so many times the resolution of training, in patches along a side,
 MOST_PATCHES = 32  # up to that many: attention's memory grows with their fourth power
 NEIGHBOURS = 5
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PatchMap:
-    """What the network makes of one image, patch by patch."""
+    """The network's view of one image, patch by patch."""
 
     name: str
     image: Tensor  # uint8 [C, h, w] as it was shown
@@ -57,8 +57,8 @@ class Neighbours:
 class Learned:
     """A network's features of a sample of images; row ``i`` belongs to image ``indices[i]``."""
 
-    step: int  # of the network
-    images: int  # in the data
+    step: int  # step of the network
+    images: int  # number of images in the data
     asked: int  # images of the sample, of which some may be unreadable
     indices: list[int]
     names: list[str]
@@ -97,17 +97,17 @@ def study(
     """Looks at up to ``SAMPLE`` evenly spaced images; time and memory do not grow with their number.
 
     Args:
-        backbone: the network; moved to ``device``.
-        source: the images.
-        labels: one for each image; by default those that the source gives with the images. Where most images have
-            one, the others are left out of the sample.
-        device: where to compute; by default the CPU.
-        seconds: after which no further image is read, and one that takes as long is given up; by default all of the
-            sample are read, however long that takes.
+        backbone: The backbone; its network is moved to ``device``.
+        source: The images.
+        labels: A label for each image; by default those of the source. Where most images have one, the others are left
+            out of the sample.
+        device: The device that computes; by default the CPU.
+        seconds: Seconds after which no further image is read, and one that takes as long is given up; by default the
+            whole sample is read, however long that takes.
 
     Raises:
-        DataError: no image can be read, or the storage hangs.
-        WeightsError: the backbone's features are not finite.
+        DataError: No image can be read, or the storage hangs.
+        WeightsError: The backbone's features are not finite.
     """
     device = device or torch.device("cpu")
     network, image = backbone.network.to(device), backbone.image
@@ -210,7 +210,7 @@ def within(seconds: float | None, work: Callable[[], T], what: str) -> T:
     """The result of ``work``.
 
     Raises:
-        DataError: it takes longer than ``seconds``: a read that storage never answers must not stop a run.
+        DataError: The work takes longer than ``seconds``: a read that storage never answers must not stop a run.
     """
     if seconds is None:
         return work()
@@ -233,7 +233,7 @@ def within(seconds: float | None, work: Callable[[], T], what: str) -> T:
 
 
 def bright(row: Tensor) -> Tensor:
-    """What is shown brightest of a head's attention: a few patches may get nearly all of it."""
+    """The value of a head's attention that is shown as brightest: a few patches may get nearly all of the attention."""
     return torch.quantile(row, 0.98).clamp(min=1e-12)
 
 
@@ -262,7 +262,7 @@ def _neighbours(features: Tensor, labels: Sequence[str] | None) -> tuple[list[Ne
         codes = torch.tensor([numbers[label] for label in labels])
         same = (codes[rows] == codes[:, None]).float().mean(1)  # [N]
         share = float(same.mean())
-        scores = same + values[:, 0] / 1000  # of equally good ones the closer first
+        scores = same + values[:, 0] / 1000  # among equally good ones the closer comes first
     ranked = scores.argsort(descending=True).tolist()
     shown = min(3, count // 2)
     return [

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-SHARE = 0.02  # of a run's time that reports may take
+SHARE = 0.02  # share of a run's time that reports may take
 
 
 class Live:
@@ -19,9 +19,9 @@ class Live:
     and an error is told and costs only the report.
 
     Args:
-        write: writes the report.
-        every_minutes: above 0.
-        say: tells the user.
+        write: Writes the report.
+        every_minutes: Minutes between reports, above 0.
+        say: Tells the user.
     """
 
     def __init__(self, write: Callable[[], object], *, every_minutes: float, say: Callable[[str], object]) -> None:
@@ -30,7 +30,7 @@ class Live:
         self._due = time.monotonic() + 60 * every_minutes
 
     def __call__(self, _: object) -> None:
-        """After a step: writes the report if it is time."""
+        """Write the report after a step, if it is time."""
         if time.monotonic() >= self._due:
             self.make()
 

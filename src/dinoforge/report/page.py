@@ -24,10 +24,10 @@ from dinoforge.errors import DinoforgeError
 from dinoforge.report.analysis import Seen, displayed, false_colour, resized
 from dinoforge.report.charts import charts_of, curve
 from dinoforge.report.learned import Learned, bright
-from dinoforge.report.run import Run
+from dinoforge.report.run import ReportedRun
 from dinoforge.report.verdict import Measured
 
-DIRECTIONS = 64  # of the patch features that the page keeps for similarity maps
+DIRECTIONS = 64  # leading directions of the patch features that the page keeps for similarity maps
 LISTED = 50  # skipped images
 _SHOWN = 256  # pixels along the longer side of a shown image
 _THUMBNAIL = 56
@@ -35,7 +35,7 @@ _THUMBNAIL = 56
 Json = dict[str, Any]
 
 
-def page(runs: Sequence[Run]) -> str:
+def page(runs: Sequence[ReportedRun]) -> str:
     """The HTML of one run, or of several side by side."""
     content = {
         "runs": [_content(run, alone=len(runs) == 1) for run in runs],
@@ -59,7 +59,7 @@ def page(runs: Sequence[Run]) -> str:
     return re.sub(r"@([A-Z_]+)@", lambda mark: values[mark[1]], text("page.html"))  # nothing put in is replaced again
 
 
-def _content(run: Run, *, alone: bool) -> Json:
+def _content(run: ReportedRun, *, alone: bool) -> Json:
     missing = list(run.missing)
     verdict = run.verdict
     result: Json = {
@@ -114,8 +114,8 @@ def _row(m: Measured) -> Json:
     return {name: getattr(m, name) for name in ("by", "trained", "step", "best", "best_step", "pixels", "untrained")}
 
 
-def _commands(run: Run) -> list[list[str]]:
-    """What to do next, each with its command."""
+def _commands(run: ReportedRun) -> list[list[str]]:
+    """The next things to do, each with its command."""
     name, data = (shlex.quote(printable(text)) for text in (run.name, run.info.get("data", {}).get("path", "DATA")))
     go_on = ["continue", f"dinoforge train {data} --recipe {name}/recipe.yaml --out {name}"]
     return [
@@ -198,7 +198,7 @@ def picture(pixels: Tensor, channels: Sequence[int] | None = None, side: int | N
 
     Args:
         pixels: The image.
-        channels: Those that are shown; see ``figures.displayed``.
+        channels: Those that are shown; see ``dinoforge.report.analysis.displayed``.
         side: Pixels along each side; None: as many as there are.
     """
     file = io.BytesIO()

@@ -17,7 +17,7 @@ from dinoforge.errors import DataError, DinoforgeError, WeightsError
 from dinoforge.report import analysis
 from dinoforge.report.charts import Chart, charts_of, curve, smoothed
 from dinoforge.report.learned import Learned, PatchMap, bright
-from dinoforge.report.run import Run
+from dinoforge.report.run import ReportedRun
 from dinoforge.system.files import write_atomically
 
 if TYPE_CHECKING:
@@ -28,33 +28,33 @@ COLOURS = ("#3b82c4", "#d9822b", "#3f9b5b", "#b5485d", "#8466b8", "#80756b", "#c
 _GREY = "#8a919b"
 
 
-def probes(run: Run, *, smooth: bool = True) -> Figure:
+def probes(run: ReportedRun, *, smooth: bool = True) -> Figure:
     """Probes against raw pixels and the untrained network, over time."""
     return _curves(run, "probes", smooth)
 
 
-def losses(run: Run, *, smooth: bool = True) -> Figure:
+def losses(run: ReportedRun, *, smooth: bool = True) -> Figure:
     """Every loss term and gradient norm."""
     return _curves(run, "losses", smooth)
 
 
-def health(run: Run, *, smooth: bool = True) -> Figure:
-    """What tells collapse from health: effective rank, entropies, prototype use, …"""
+def health(run: ReportedRun, *, smooth: bool = True) -> Figure:
+    """Curves that tell collapse from health: effective rank, entropies, prototype use, …"""
     return _curves(run, "health", smooth)
 
 
-def schedules(run: Run) -> Figure:
+def schedules(run: ReportedRun) -> Figure:
     """Learning rates, weight decay, momentum and temperature."""
     return _curves(run, "schedules", smooth=False)
 
 
-def speed(run: Run, *, smooth: bool = True) -> Figure:
+def speed(run: ReportedRun, *, smooth: bool = True) -> Figure:
     """Images per second, waiting for data, memory."""
     return _curves(run, "speed", smooth)
 
 
-def crops(run: Run) -> Figure:
-    """What the network saw of images of the first step: crops as cut, and as it got them, with the masked patches."""
+def crops(run: ReportedRun) -> Figure:
+    """Crops of images of the first step, as cut and as the network got them, with the masked patches."""
     seen = run.seen
     count = len(seen[0].before)
     figure = _figure(0.9 * count, 1.9 * len(seen), pictures=True)
@@ -72,7 +72,7 @@ def crops(run: Run) -> Figure:
     return figure
 
 
-def pca(run: Run) -> Figure:
+def pca(run: ReportedRun) -> Figure:
     """Images, and their patch features as colours in one common basis."""
     found = run.learned
     figure = _figure(1.6 * len(found.maps), 3.2, pictures=True)
@@ -86,7 +86,7 @@ def pca(run: Run) -> Figure:
     return figure
 
 
-def attention(run: Run) -> Figure:
+def attention(run: ReportedRun) -> Figure:
     """Attention of the cls token in the last block, per head."""
     maps = run.learned.maps
     heads = len(maps[0].attention)
@@ -98,16 +98,16 @@ def attention(run: Run) -> Figure:
     return figure
 
 
-def similarity(run: Run, image: int = 0, row: int | None = None, column: int | None = None) -> Figure:
+def similarity(run: ReportedRun, image: int = 0, row: int | None = None, column: int | None = None) -> Figure:
     """Cosine similarity of the patches of all shown images to one patch.
 
     Args:
-        run: the run.
-        image: which of the shown images.
-        row, column: of the patch; by default the middle.
+        run: The run.
+        image: Which of the shown images, from 0.
+        row, column: Row and column of the patch; by default those of the middle.
 
     Raises:
-        DataError: there is no such image or patch; see also ``Run.learned``.
+        DataError: There is no such image or patch; see also ``ReportedRun.learned``.
     """
     found = run.learned
     if not 0 <= image < len(found.maps):
@@ -128,7 +128,7 @@ def similarity(run: Run, image: int = 0, row: int | None = None, column: int | N
     return figure
 
 
-def neighbours(run: Run) -> Figure:
+def neighbours(run: ReportedRun) -> Figure:
     """Images with their nearest neighbours: good examples, then bad ones."""
     found = run.learned
     if not found.neighbours:
@@ -145,7 +145,7 @@ def neighbours(run: Run) -> Figure:
     return figure
 
 
-def embedding(run: Run) -> Figure:
+def embedding(run: ReportedRun) -> Figure:
     """The images in the plane, near where their features are alike, coloured by label."""
     found = run.learned
     if found.positions is None:
@@ -172,7 +172,7 @@ def embedding(run: Run) -> Figure:
     return figure
 
 
-FIGURES: dict[str, Callable[[Run], Figure]] = {
+FIGURES: dict[str, Callable[[ReportedRun], Figure]] = {
     "probes": probes,
     "losses": losses,
     "health": health,
@@ -187,15 +187,15 @@ FIGURES: dict[str, Callable[[Run], Figure]] = {
 }
 
 
-def write(run: Run, folder: Path) -> tuple[list[Path], list[str]]:
+def write(run: ReportedRun, folder: Path) -> tuple[list[Path], list[str]]:
     """Writes each figure as PNG and SVG.
 
     Returns:
         The files, and why others are missing.
 
     Raises:
-        DinoforgeError: matplotlib is missing.
-        RunError: a file cannot be written.
+        DinoforgeError: The package matplotlib is missing.
+        RunError: A file cannot be written.
     """
     written: list[Path] = []
     missing: list[str] = []
@@ -216,8 +216,8 @@ def _figure(width: float, height: float, *, pictures: bool = False) -> Figure:
     """An empty figure.
 
     Args:
-        width, height: inches.
-        pictures: it gets a grid of pictures, close together; else axes with labels.
+        width, height: Size in inches.
+        pictures: Whether the figure is a grid of pictures, close together, instead of axes with labels.
     """
     try:
         from matplotlib.figure import Figure
@@ -229,7 +229,7 @@ def _figure(width: float, height: float, *, pictures: bool = False) -> Figure:
     return figure
 
 
-def _curves(run: Run, part: str, smooth: bool) -> Figure:
+def _curves(run: ReportedRun, part: str, smooth: bool) -> Figure:
     charts = [chart for chart in charts_of([run.metrics]) if chart.part == part]
     if not charts:
         raise DataError(f"{run.name}: the metrics have nothing for it")
@@ -244,7 +244,7 @@ def _curves(run: Run, part: str, smooth: bool) -> Figure:
     return figure
 
 
-def _curve(axes: Axes, run: Run, chart: Chart, smooth: bool) -> None:
+def _curve(axes: Axes, run: ReportedRun, chart: Chart, smooth: bool) -> None:
     lowest = []
     for colour, key in zip(COLOURS * len(chart.keys), chart.keys, strict=False):
         steps, values = curve(run.metrics, key)

@@ -18,7 +18,7 @@ from dinoforge.weights.backbone import Backbone
 
 @dataclass(frozen=True)
 class Written:
-    """What a report has become."""
+    """The files of a report."""
 
     page: Path
     figures: list[Path]
@@ -26,28 +26,28 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a report is made from. None, or what is empty, is what the run does not have (yet).
+class ReportedRun:
+    """A run as its report needs it; what the run does not have (yet) is None or empty.
 
     Args:
-        name: its directory.
-        recipe: the flat keys.
-        base: the recipe that it was made from.
-        differences: from ``base``, by key: (there, here).
-        info: ``run.json``.
-        summary: ``summary.json``.
-        metrics: see ``figures.read_metrics``.
-        checkpoints: steps of those that are kept.
-        findings: step and sentence of each thing that is wrong.
-        groups: parameter groups at the last step: a mapping from column to value for each.
-        masks: what was measured on the masks, in words.
-        skipped: lines on images that could not be read.
-        data: the training's batches.
-        labels: of the images, where they are not in the data itself; None for those without one.
-        backbone: the EMA teacher of the newest checkpoint.
-        device: where to compute.
-        seconds: that reading images may take.
-        missing: sentences on what is not there.
+        name: Name of the run directory.
+        recipe: Values of the recipe by dotted key.
+        base: Name of the recipe that the run's was made from.
+        differences: Values in which the recipe differs from ``base``, by key: (there, here).
+        info: Content of ``run.json``.
+        summary: Content of ``summary.json``.
+        metrics: Columns of ``metrics.jsonl``, as ``runs.metrics.read_metrics`` returns them.
+        checkpoints: Steps of the checkpoints that are kept.
+        findings: Step and sentence of each thing that is wrong.
+        groups: Parameter groups at the last step, each a mapping from column to value.
+        masks: What was measured on the masks, in words.
+        skipped: A line for each image that could not be read.
+        data: Batches of the training.
+        labels: Labels of the images, where the data itself has none; None for an image without one.
+        backbone: The teacher of the newest checkpoint.
+        device: The device that computes.
+        seconds: Seconds that reading images may take.
+        missing: Sentences on what is missing.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Run:
 
     @property
     def shown_channels(self) -> tuple[int, ...] | None:
-        """The channels that pictures show; see ``figures.displayed``."""
+        """The channels that pictures show; see ``dinoforge.report.analysis.displayed``."""
         chosen = self.recipe.get("report.channels")
         return None if chosen is None else tuple(chosen)
 
@@ -83,10 +83,10 @@ class Run:
 
     @cached_property
     def seen(self) -> list[Seen]:
-        """What the network saw of the first images of its first step.
+        """Crops and masks of the first images of the run's first step.
 
         Raises:
-            DataError: the images are not there, or none of them can be read.
+            DataError: The images are not there, or none of them can be read.
         """
         data = self.data
         if data is None:
@@ -101,11 +101,11 @@ class Run:
 
     @cached_property
     def learned(self) -> Learned:
-        """What the EMA teacher makes of a sample of the images.
+        """The EMA teacher's features of a sample of the images, analysed.
 
         Raises:
-            DataError: there is no teacher yet, or the images are not there.
-            WeightsError: its features are not finite.
+            DataError: There is no teacher yet, or the images are not there.
+            WeightsError: The teacher's features are not finite.
         """
         if self.data is None or self.backbone is None:
             raise DataError(f"{self.name}: " + ("the images are not there" if self.backbone else "no checkpoint yet"))

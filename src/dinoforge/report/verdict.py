@@ -1,4 +1,4 @@
-"""Is it learning? The answer from what was measured, in words."""
+"""The answer, from what was measured, to whether a run learns."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from dinoforge.report.charts import Columns, curve
 
 Answer = Literal["yes", "partly", "no", "unknown"]
 
-NOISE = 0.01  # of an accuracy: about what runs differ by that differ in nothing but rounding
-DATA_LIMITS = 0.2  # of the time spent waiting for data, and more
+NOISE = 0.01  # difference of accuracy between runs that differ only in rounding, about
+DATA_LIMITS = 0.2  # share of the time spent waiting from which data limits a run
 _WORDS = {"knn": "k-NN", "linear": "linear probe"}
 
 
@@ -19,11 +19,11 @@ class Measured:
     """Accuracies, 0 to 1, of one way to measure, on the same images; None where it was not measured.
 
     Args:
-        by: the way, in words.
-        trained: at ``step``, the last time.
-        step: None for the evaluation of a finished network.
-        best: the largest one over time, at ``best_step``.
-        noise: a difference that means nothing.
+        by: The way to measure, in words.
+        trained: Accuracy of the trained network at ``step``, the last time.
+        step: The step of the last measurement; None for the evaluation of a finished network.
+        best: Highest accuracy so far, at ``best_step``.
+        noise: A difference that is still noise.
     """
 
     by: str
@@ -51,13 +51,13 @@ class Verdict:
 def judge(
     metrics: Columns, summary: Mapping[str, Any], *, checkpoints: Sequence[int] = (), teacher_step: int | None = None
 ) -> Verdict:
-    """Judges a run by its probes; without any, by the result of ``eval knn`` in its summary.
+    """Judge a run by its probes; without any, by the result of ``eval knn`` in its summary.
 
     Args:
-        metrics: see ``figures.read_metrics``.
-        summary: of the run.
-        checkpoints: steps of those that are kept.
-        teacher_step: of ``teacher.safetensors``.
+        metrics: Columns of ``metrics.jsonl``; see ``Columns``.
+        summary: Summary of the run.
+        checkpoints: Steps of the checkpoints that are kept.
+        teacher_step: Step of ``teacher.safetensors``.
     """
     measured = [m for m in (_probe(metrics, name, words) for name, words in _WORDS.items()) if m]
     evaluated = _evaluated(summary)
@@ -171,7 +171,7 @@ def _percent(share: float) -> str:
 
 
 def _recent(metrics: Columns, key: str, mean: Any) -> float | None:
-    """Over the second half, when things have settled."""
+    """The mean over the second half of a run, when values have settled."""
     _, values = curve(metrics, key)
     return float(mean(values[len(values) // 2 :])) if values else None
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: everything that continuing needs, in one folder per step.
+"""Checkpoints of a run: everything that it needs to continue, in a folder for each step.
 
 step_00000100/
     shard-….safetensors   every tensor, by torch.distributed.checkpoint
@@ -31,8 +31,8 @@ from dinoforge.system.files import is_stranger, order_header, sync, sync_folder,
 
 _NAME = re.compile(r"step_(\d{8,})")
 _STATE, _SUMS = "state.json", "SHA256SUMS"
-_FILE_BYTES = 2**26
-"""Tensors of one file, roughly. A file is put together in memory, so this bounds what writing takes beyond them."""
+FILE_BYTES = 2**26
+"""Rough size of a file of tensors. A file is put together in memory, so this bounds what writing takes beside them."""
 
 
 def folder_of(run: Path) -> Path:
@@ -44,23 +44,26 @@ def path_of(run: Path, step: int) -> Path:
 
 
 def steps(run: Path) -> list[int]:
-    """Steps of the checkpoints that a run has, rising."""
+    """Steps of the checkpoints that a run has, in rising order."""
     folder = folder_of(run)
     names = [m for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))] if folder.is_dir() else []
     return sorted(int(m[1]) for m in names)
 
 
-def save(run: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Path:
-    """Writes the state after ``step`` steps; it is complete or not there.
+def save(
+    run: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], *, file_bytes: int = FILE_BYTES
+) -> Path:
+    """Write the state after ``step`` steps; the checkpoint is complete or not there.
 
     Args:
-        run: the run directory.
-        step: steps done.
-        tensors: on any device.
-        values: everything else, as JSON has it.
+        run: The run directory.
+        step: Steps done so far.
+        tensors: Tensors by name, on any device.
+        values: Everything else, as JSON has it.
+        file_bytes: Rough size of a file of tensors.
 
     Raises:
-        RunError: no space, or not writable.
+        RunError: The disk is full, or the checkpoint cannot be written.
     """
     path = path_of(run, step)
     # A name of this process: what another user's process left may be in the way for good.
@@ -68,7 +71,7 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[st
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _write_tensors(aside, tensors)
+        _write_tensors(aside, tensors, file_bytes)
         for file in aside.glob("*.safetensors"):
             order_header(file)
         (aside / _STATE).write_text(json.dumps(values), encoding="utf-8")
@@ -90,18 +93,18 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[st
 
 
 def load(run: Path, step: int, tensors: Mapping[str, Tensor], *, verify: bool = True) -> dict[str, Any]:
-    """Reads the state after ``step`` steps: writes into ``tensors``, and returns the values.
+    """Read the state after ``step`` steps: fill ``tensors``, and return the values.
 
     A sharded tensor gets its shard, however the checkpoint was made: on any number of ranks, sharded or not.
 
     Args:
-        run: the run directory.
-        step: of a checkpoint.
-        tensors: what to write into.
-        verify: whether to compare the sums first; ``newest`` does it, too.
+        run: The run directory.
+        step: Step of the checkpoint.
+        tensors: The tensors to fill, by name.
+        verify: Whether to compare the sums first, as ``newest`` does.
 
     Raises:
-        WeightsError: the checkpoint is damaged (a changed byte is found by the sums), or is of other networks.
+        WeightsError: The checkpoint is damaged (the sums find any changed byte), or is of other networks.
     """
     path = path_of(run, step)
     values = _verified(path) if verify else _values(path)
@@ -129,7 +132,7 @@ def newest(run: Path) -> tuple[int | None, list[str]]:
         Its step, None if there is no checkpoint yet; and a sentence on each damaged one.
 
     Raises:
-        WeightsError: there are checkpoints, and none is whole.
+        WeightsError: There are checkpoints, and none is whole.
     """
     damage = []
     for step in reversed(steps(run)):
@@ -155,10 +158,10 @@ def newest(run: Path) -> tuple[int | None, list[str]]:
 
 
 def prune(run: Path, *, keep_last: int, keep_every: int | None) -> None:
-    """Deletes checkpoints except the newest ``keep_last`` and those at multiples of ``keep_every``.
+    """Delete all checkpoints but the newest ``keep_last`` and those at multiples of ``keep_every``.
 
     Raises:
-        RunError: one cannot be deleted.
+        RunError: A checkpoint cannot be deleted.
     """
     for step in steps(run)[:-keep_last]:
         if keep_every is None or step % keep_every:
@@ -169,7 +172,7 @@ def prune(run: Path, *, keep_last: int, keep_every: int | None) -> None:
 
 
 def clean(run: Path) -> list[str]:
-    """Deletes what writing and deleting left half-done when the process was killed.
+    """Delete what a killed process left half written or half deleted.
 
     Returns:
         A sentence on each that cannot be deleted, such as another user's; it only takes room.
@@ -193,15 +196,15 @@ def _remove(path: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)  # what stays, as a file that is open elsewhere, goes at the next start
 
 
-def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], file_bytes: int) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as write
 
     files: dict[str, int] = {}
-    room, number = _FILE_BYTES, 1
+    room, number = file_bytes, 1
     for name, tensor in tensors.items():
-        if tensor.nbytes > room < _FILE_BYTES:
-            room, number = _FILE_BYTES, number + 1
+        if tensor.nbytes > room < file_bytes:
+            room, number = file_bytes, number + 1
         files[name] = number
         room -= tensor.nbytes
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
@@ -266,11 +269,11 @@ def _sum_of(file: Path) -> str:
 
 
 def whole(tensors: Mapping[str, Tensor], *, copy: bool) -> dict[str, Tensor]:
-    """The tensors as they are now, sharded ones put together: to be saved by the first rank. Every rank has to ask.
+    """The tensors as they are now, sharded ones put together for the first rank to save; every rank has to call this.
 
     Args:
-        tensors: of this rank.
-        copy: make copies in the processor's memory, to be saved while training goes on.
+        tensors: The tensors of this rank by name.
+        copy: Whether to make copies in main memory, to be saved while training goes on.
 
     Returns:
         Nothing on other ranks than the first.

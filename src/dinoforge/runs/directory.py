@@ -1,4 +1,4 @@
-"""The run directory: what is in it, whose it is, and how a run is taken up again.
+"""The run directory: its files, the images that it belongs to, and how a run is continued.
 
 recipe.yaml           the recipe as resolved
 run.json              data, versions, device, precision, threads; a line for each time it was started
@@ -41,7 +41,7 @@ from dinoforge.version import __version__
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """Which images a run is made on."""
+    """The images that a run is made on."""
 
     path: str
     images: int
@@ -49,7 +49,7 @@ class DataIdentity:
 
 
 class RunDirectory:
-    """One run's folder."""
+    """The folder of one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,12 +71,12 @@ class RunDirectory:
         return self._recipe.is_file() and self._info.is_file()
 
     def require_free_or_same(self, recipe: Recipe, data: DataIdentity, *, batch_size: int) -> None:
-        """Raises RunError unless the folder is new, or holds the run of this recipe on these images.
+        """Raise RunError unless the folder is new, or holds the run of this recipe on these images.
 
         Args:
-            recipe: to run.
-            data: the images.
-            batch_size: images of a step over all ranks, which may differ in number from those before.
+            recipe: The recipe to run.
+            data: The images.
+            batch_size: Images of a step over all ranks; the number of ranks may differ from the one before.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file, not a folder: choose another place with --out")
@@ -119,7 +119,7 @@ class RunDirectory:
         return int(info.get("batch_size", train.batch_size_per_gpu))
 
     def ranks(self) -> int:
-        """On how many ranks it was started the last time."""
+        """The number of ranks of the last start."""
         return int(self.info()["starts"][-1].get("ranks", 1))
 
     def read_summary(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class RunDirectory:
         return _read_json(self.summary) if self.summary.exists() else {}
 
     def write_summary(self, values: dict[str, Any]) -> None:
-        """Lays values over the summary."""
+        """Update the summary with values."""
         with self._summary_lock:
             write_text(self.summary, json.dumps(self.read_summary() | values, indent=2) + "\n")
 
@@ -145,17 +145,17 @@ class RunDirectory:
         mode: str,
         batch_size: int,
     ) -> None:
-        """Writes what the run is, and that it was started now at ``step``.
+        """Record what the run is, and that it was started now at ``step``.
 
         Args:
-            recipe: as resolved.
-            data: which images.
-            base: the recipe of the package that the run's was first made from.
-            look: at some of the images.
-            device, precision: where and how precisely it computes.
-            step: steps done before.
-            ranks, mode: over how many ranks it is laid, and how.
-            batch_size: images of a step over all of them.
+            recipe: The recipe, as resolved.
+            data: The images.
+            base: The recipe of the package that the run's was first made from.
+            look: What a look at some of the images found.
+            device, precision: The device, and its dtype of matrix products.
+            step: Steps done before.
+            ranks, mode: Number of ranks, and how the networks are laid over them.
+            batch_size: Images of a step over all ranks.
         """
         start = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -188,7 +188,7 @@ class RunDirectory:
         write_text(self._recipe, dump(recipe))
 
     def compare_stamps(self, now: Mapping[str, Stamp]) -> str | None:
-        """Say which files were replaced since the run began; the first time, note what they are."""
+        """Say which files were replaced since the run began; the first time, record what they are."""
         if self.stamps.exists():
             return what_changed(from_text(self.stamps.read_text(encoding="utf-8", errors="replace")), now)
         if now:
@@ -196,7 +196,7 @@ class RunDirectory:
         return None
 
     def list_skipped(self, images: Iterable[tuple[str, str]], *, first: bool = False) -> None:
-        """Appends printable names and reasons to the list of unreadable images; ``first`` starts the list anew."""
+        """Append printable names and reasons to the list of unreadable images; ``first`` begins the list anew."""
         lines = [f"{in_table(name)}\t{in_table(printable(reason))}\n" for name, reason in images]
         try:
             if lines or (first and self.skipped.exists()):
@@ -206,7 +206,7 @@ class RunDirectory:
             raise writing_error(self.skipped, error) from error
 
     def require_space(self, needed: int) -> None:
-        """Raises RunError if the disk has less than ``needed`` bytes free."""
+        """Raise RunError if the disk has less than ``needed`` bytes free."""
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise RunError(
@@ -237,7 +237,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises RunError where a run could not write."""
+    """Raise RunError where a run could not write."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"

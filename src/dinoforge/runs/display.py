@@ -1,4 +1,4 @@
-"""What a run says in the terminal."""
+"""The lines and the bar that a run shows in the terminal."""
 
 import time
 from types import TracebackType
@@ -73,7 +73,8 @@ def describe(metrics: Metrics) -> str:
 
 
 def describe_probe(metrics: Metrics) -> str:
-    """What a probe gave, in per cent, beside raw pixels and the untrained network, and what it cost; else nothing."""
+    """The scores of a probe in per cent, beside those of raw pixels and the untrained network, and its time; ''
+    without."""
     if "probe.knn" not in metrics:
         return ""
 

@@ -16,10 +16,10 @@ from dinoforge.training.state import TrainState
 
 
 class LastStep:
-    """What the last step left, in case an error ends the next one: one process saves it.
+    """The state that the last step left, which one process saves if an error ends the next step.
 
     Args:
-        state: of the run.
+        state: State of the run.
     """
 
     def __init__(self, state: TrainState) -> None:
@@ -29,7 +29,7 @@ class LastStep:
         self._version = self._version_now()
 
     def remembered(self, prepare: Callable[[Batch], Batch]) -> Callable[[Batch], Batch]:
-        """``prepare``, with which a step begins, having noted what there is before."""
+        """Wrap ``prepare``, with which a step begins, so that it first records the state before the step."""
 
         def remember(batch: Batch) -> Batch:
             self._step, self._version = self._state.step, self._version_now()

@@ -1,4 +1,4 @@
-"""One process at a time writes a run.
+"""The lock by which only one process at a time writes a run.
 
 ``RUN/.lock`` names the process that does, and changes every few seconds as long as it lives. A second one is refused;
 a lock whose holder is gone is told and taken. No lock of the file system is needed, which network disks often lack:
@@ -23,12 +23,12 @@ from dinoforge.errors import RunError
 from dinoforge.system.files import writing_error
 
 BEAT_SECONDS = 10.0
-_SILENCE = 4 * BEAT_SECONDS  # of a holder on another machine, after which it is gone
-_TRIES = 5  # at a lock that others take and leave meanwhile
+_SILENCE = 4 * BEAT_SECONDS  # silence after which a holder on another machine is gone
+_TRIES = 5  # attempts at a lock that others take and leave meanwhile
 
 
 class LockLostError(RunError):
-    """Another process has taken the run meanwhile, so that this one must not write to it any more."""
+    """Another process has taken the run, so that this one must not write to it any more."""
 
 
 class RunLock:
@@ -171,7 +171,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _machine() -> str | None:
-    """What tells machines and containers with the same name apart; None where processes cannot be looked up."""
+    """A text that tells machines and containers of the same name apart; None where processes cannot be looked up."""
     if not sys.platform.startswith("linux"):
         return None
     try:

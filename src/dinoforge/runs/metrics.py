@@ -1,4 +1,4 @@
-"""What a run tells while it goes: the terminal, a file of JSON lines, TensorBoard."""
+"""Metrics of a run: a file of JSON lines, TensorBoard, and an alarm."""
 
 import json
 import time
@@ -23,7 +23,7 @@ Sink = Callable[[Metrics], None]
 
 
 class MetricsHook:
-    """Measures every ``every_steps`` steps, and at the last one, and hands the numbers on.
+    """Computes metrics every ``every_steps`` steps and at the last one, and hands them on.
 
     Losses and gradient norms are those of that very step, so that a continued run writes what an uninterrupted one
     does; speed and waiting are means since the last time. The display is also told of the first step, and of one at
@@ -48,7 +48,7 @@ class MetricsHook:
         self._shown = float("-inf")
 
     def is_due(self, step: int) -> bool:
-        """Whether the numbers of the step that makes it so many are handed on."""
+        """Whether the step that is done next is one whose metrics are handed on."""
         probed = self.probes is not None and self.probes.is_due(step)
         return probed or step % self.every_steps == 0 or step == self.total_steps
 
@@ -87,7 +87,7 @@ def _of_float16(state: TrainState) -> Metrics:
 
 
 class JsonLines:
-    """``metrics.jsonl``: one object per line, written through at once.
+    """The file ``metrics.jsonl``: one object on each line, written at once.
 
     Lines that the disk does not take, since it is full for a while, are kept and written with the next one.
     """
@@ -102,7 +102,7 @@ class JsonLines:
         """Cuts the lines of steps after ``step``, which are done anew.
 
         Raises:
-            RunError: it cannot be written.
+            RunError: The file cannot be written.
         """
         if self.path.exists():
             text = self.path.read_text(encoding="utf-8", errors="replace")  # a kill may have torn the last line
@@ -110,7 +110,7 @@ class JsonLines:
             write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def lines(self) -> list[Metrics]:
-        """What the file holds."""
+        """Read the metrics in the file."""
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         return [json.loads(line) for line in text.splitlines()]
 
@@ -141,12 +141,12 @@ def _step_of(line: str) -> float:
 
 
 class Alarm:
-    """Says once each what the metrics show to be wrong, in the sentences of ``dinoforge doctor``.
+    """Tells the user once of each fault that the metrics show, in the sentences of ``dinoforge doctor``.
 
     Args:
-        recipe: its dotted keys.
-        file: what was logged before; that was told then.
-        say: tells the user.
+        recipe: Values of the recipe by dotted key.
+        file: What was logged before; its findings were told then.
+        say: Tells the user.
     """
 
     def __init__(self, recipe: Mapping[str, Any], file: JsonLines, say: Callable[[str], object]) -> None:

@@ -1,4 +1,4 @@
-"""What a run does about losses and gradients that are not finite."""
+"""The policy of a run for losses and gradients that are not finite."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,14 +19,14 @@ from dinoforge.training.pieces import kept_samples
 from dinoforge.training.state import TrainState
 
 _KEPT_BATCHES = 20
-_OVERFLOWS = 8  # in a row, which lower the loss scale 256-fold
+_OVERFLOWS = 8  # overflows in a row, which lower the loss scale 256-fold
 
 
 class OverflowAlarm:
-    """Says that gradients go on overflowing in float16; now and then a step does, and at the start several.
+    """Tells the user when gradients keep overflowing in float16; now and then a step does, and at the start several.
 
     Args:
-        say: tells the user.
+        say: Tells the user.
     """
 
     def __init__(self, say: Callable[[str], object]) -> None:
@@ -44,7 +44,7 @@ class OverflowAlarm:
 
 
 class NonFinitePolicy:
-    """What happens when a step was skipped since its loss or gradients are not finite.
+    """Decides what happens after a step that was skipped because its loss or gradients are not finite.
 
     The batch is kept; after ``train.max_skips`` in a row the run goes back; after ``train.max_rollbacks`` it ends.
     """

@@ -23,7 +23,7 @@ Scores = dict[str, float]
 
 
 class Probes:
-    """Says when the teacher is measured, keeps what comes out, and the best backbone by k-NN.
+    """Decides when the teacher is measured, and keeps the scores and the best backbone by k-NN.
 
     Probes are made at every ``probe.every_steps``, at the first logged step after ``probe.every_minutes``, and at the
     last step of a run that had one. Each is listed in ``probes.json`` of the run, with the accuracies of raw pixels
@@ -33,15 +33,15 @@ class Probes:
     What goes wrong in a probe is told, and training goes on.
 
     Args:
-        run: where to.
-        state: of the run.
-        plan: of the run.
-        image: what the backbone expects of images.
-        measure: gives the scores of a backbone.
-        baselines: gives the scores of ``pixels`` and ``untrained``.
-        fingerprint: of the images and labels that are measured; baselines of others are measured anew.
-        say: tells the user.
-        duplicates: what of the measured images is there twice, once they are read.
+        run: The run directory to write to.
+        state: State of the run.
+        plan: Plan of the run.
+        image: What the backbone expects of images.
+        measure: Returns the scores of a backbone.
+        baselines: Returns the scores of ``pixels`` and ``untrained``.
+        fingerprint: Identifies the images and labels of the probe; the baselines of others are measured anew.
+        say: Tells the user.
+        duplicates: Returns which of the measured images are there twice; None until they are read.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Probes:
         self.best = best
 
     def _read_best(self) -> dict[str, Any] | None:
-        """What the header of the best backbone says, if it was measured on the same images."""
+        """The scores in the header of the best backbone, if they were measured on the same images."""
         if not self.run.best.exists():
             return None
         try:

@@ -28,11 +28,11 @@ class SavedBatch:
     """A batch as it was given to a step.
 
     Args:
-        batch: normalised crops, on the CPU.
-        step: steps done before it.
-        number: of the batch; see ``TrainState.next_batch``.
-        names: of its images.
-        terms: losses and gradient norms of the step.
+        batch: Normalised crops, on the CPU.
+        step: Steps done before it.
+        number: Number of the batch; see ``TrainState.next_batch``.
+        names: Names of its images.
+        terms: Losses and gradient norms of the step by name.
     """
 
     batch: Batch
@@ -44,10 +44,10 @@ class SavedBatch:
 
 
 def save_batch(path: Path, saved: SavedBatch) -> None:
-    """Writes a batch as safetensors.
+    """Write a batch as safetensors.
 
     Raises:
-        RunError: no space, or not writable.
+        RunError: The disk is full, or the file cannot be written.
     """
     tensors = {name: getattr(saved.batch, name).detach().cpu().contiguous() for name in _TENSORS}
     # As text, since JSON has no word for infinity.
@@ -58,10 +58,10 @@ def save_batch(path: Path, saved: SavedBatch) -> None:
 
 
 def load_batch(path: Path) -> SavedBatch:
-    """Reads what ``save_batch`` wrote.
+    """Read a batch that ``save_batch`` wrote.
 
     Raises:
-        WeightsError: no such file, damaged, or something else.
+        WeightsError: There is no such file, it is damaged, or it holds something else.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -81,16 +81,16 @@ def load_batch(path: Path) -> SavedBatch:
 
 @dataclass(frozen=True)
 class Findings:
-    """Where a step's values stop being finite, in the order in which they are computed.
+    """The places where a step's values stop being finite, in the order in which they are computed.
 
     Args:
-        weights: parameters and buffers that are not finite before the step.
-        inputs: numbers of the images, 0…B-1, with crops that are not finite.
-        module: the first module whose output is not finite; None if all are.
-        largest: the largest absolute output of any module before that, and the module's name.
-        terms: losses and gradient norms.
-        gradients: parameters with gradients that are not finite; all of them if the loss is not.
-        images: numbers of the images whose own loss, as a batch of one, is not finite.
+        weights: Names of parameters and buffers that are not finite before the step.
+        inputs: Numbers of the images, 0…B-1, with crops that are not finite.
+        module: Name of the first module whose output is not finite; None if all are.
+        largest: Largest absolute output of any module before that one, with its module's name.
+        terms: Losses and gradient norms by name.
+        gradients: Names of parameters whose gradients are not finite; all of them if the loss is not.
+        images: Numbers of the images whose own loss, as a batch of one, is not finite.
     """
 
     weights: tuple[str, ...]
@@ -116,14 +116,14 @@ def find(
     kept: Sequence[KeptSamples] | None,
     autocast: Callable[[], AbstractContextManager[None]],
 ) -> Findings:
-    """Runs the forward and backward pass of a batch, and looks at every value; changes nothing.
+    """Run the forward and backward pass of a batch, and look at every value; nothing is changed.
 
     Args:
-        student_teacher: the networks.
-        batch: normalised crops on their device.
-        hyper: of the step.
-        kept: stochastic depth of the step.
-        autocast: makes the context of the forward pass.
+        student_teacher: The networks.
+        batch: Normalised crops on the device of the networks.
+        hyper: Hyper-parameters of the step.
+        kept: Samples that stochastic depth keeps in the step.
+        autocast: Makes the context of the forward pass.
     """
     centers = [c.clone() for c in student_teacher.buffers()]
     first: list[str] = []
@@ -189,7 +189,7 @@ def _only(batch: Batch, image: int) -> Batch:
 
 
 def describe(findings: Findings, names: Sequence[str]) -> str:
-    """The findings in words, a line each."""
+    """The findings in words, one on each line."""
     f = findings
     lines = []
     if f.weights:
@@ -219,7 +219,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def describe_terms(terms: Mapping[str, float]) -> str:
-    """What is not finite: losses, or else gradient norms."""
+    """Name the terms that are not finite: losses, or else gradient norms."""
     bad = [name for name, value in terms.items() if not abs(value) < float("inf")]
     losses = [name for name in bad if not name.startswith("grad_norm.")]
     return ", ".join(f"{name} {terms[name]}" for name in losses or bad)

@@ -1,4 +1,4 @@
-"""When a run is saved, and how training goes on meanwhile."""
+"""Saving a run, while training goes on."""
 
 import time
 from collections.abc import Callable
@@ -24,7 +24,7 @@ _RETRY_SECONDS = 60.0
 
 
 class Saver:
-    """Saves the run every so many steps or minutes: checkpoint, backbone, summary.
+    """Saves checkpoint, backbone and summary of a run after a number of steps or minutes.
 
     With ``checkpoint.asynchronous`` the state is copied between two steps, and the copy is written by a thread while
     training goes on. What training waits is the copying, and the end of the writing before if that takes
@@ -37,11 +37,11 @@ class Saver:
     On several ranks all decide together when; the first writes what all have.
 
     Args:
-        run: where to.
-        state: of the run.
-        plan: of the run.
-        image: what the backbone expects of images.
-        say: tells the user.
+        run: The run directory to write to.
+        state: State of the run.
+        plan: Plan of the run.
+        image: What the backbone expects of images.
+        say: Tells the user.
     """
 
     def __init__(
@@ -81,10 +81,10 @@ class Saver:
             self.waited += time.monotonic() - started
 
     def finish(self) -> None:
-        """Saves the state now, unless that is done for this step.
+        """Save the state now, unless that is done for this step.
 
         Raises:
-            RunError: no space, or not writable; or a state that is not finite.
+            RunError: The disk is full, the run directory cannot be written, or the state is not finite.
         """
         started = time.monotonic()
         self.wait()
@@ -97,7 +97,7 @@ class Saver:
             self.run.write_summary({"checkpoint_wait_seconds": round(self.waited, 2)})
 
     def wait(self) -> None:
-        """Until nothing is being written; tells what went wrong."""
+        """Wait until nothing is being written; tell what went wrong."""
         if error := self._ended():
             self._due = min(self._due, time.monotonic() + _RETRY_SECONDS)
             self.say(f"not saved  {error}. Training goes on, and tries again within a minute.")
@@ -114,7 +114,7 @@ class Saver:
         return None
 
     def _start(self) -> None:
-        """Has the state written, or a copy of it."""
+        """Start to write the state, or a copy of it."""
         step, total, batch_size = self.state.step, self.plan.length.steps, self.plan.length.batch_size
         tensors = checkpoint.whole(self.state.tensors(), copy=self.settings.asynchronous)
         values = self.state.values()

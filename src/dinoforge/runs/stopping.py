@@ -1,4 +1,4 @@
-"""When a run is asked to stop: by signals, after a time."""
+"""Requests that a run stop: signals, and a time."""
 
 import multiprocessing
 import os
@@ -21,7 +21,7 @@ has just taken a lock, which would never be left again."""
 
 
 class StopWaitingError(BaseException):
-    """A signal came while the next batch was waited for. No ``Exception``: what reads images catches those."""
+    """A signal came during the wait for the next batch. No ``Exception``, since what reads images catches those."""
 
 
 class Stop:
@@ -31,7 +31,7 @@ class Stop:
     caller by KeyboardInterrupt. Signals that are ignored, as nohup ignores SIGHUP, stay ignored.
 
     Args:
-        minutes: After which to stop; None: never.
+        minutes: Minutes after which to stop; None: never.
         is_program: Whether this process is ours to end, as the command line's is.
     """
 
@@ -68,7 +68,7 @@ class Stop:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Have a signal raise StopWaitingError meanwhile, if the wait is long."""
+        """Make a signal raise StopWaitingError meanwhile, if the wait is long."""
         self._waits += 1
         self._is_waiting = True
         try:

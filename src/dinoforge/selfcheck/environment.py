@@ -1,4 +1,4 @@
-"""What there is to compute with, and what a run would take of it."""
+"""The machine and its software, and what a run would take of them."""
 
 import os
 import platform
@@ -23,7 +23,7 @@ from dinoforge.system.machine import free_memory
 from dinoforge.version import __version__
 
 _FLOAT32_ERROR = 1e-5  # relative, of a product's largest entry; TF32 gives 3e-4
-_HEADS, _HEAD_DIM, _TOKENS = 6, 64, 197  # of ViT-S at 224 pixels and patches of 16
+_HEADS, _HEAD_DIM, _TOKENS = 6, 64, 197  # sizes of ViT-S at 224 pixels and patches of 16
 
 
 def check(settings: Settings) -> Iterator[Line]:
@@ -68,7 +68,7 @@ def _machine() -> Line:
 
 
 def _processor_name() -> str:
-    """Of the CPU: what the system calls it."""
+    """The system's name for the CPU."""
     try:
         rows = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -91,7 +91,7 @@ def _driver() -> Line:
 
 
 def _printed(command: list[str]) -> str:
-    """What a program prints, nothing where there is no such program or it does not answer."""
+    """The output of a program; '' where there is no such program or it does not answer."""
     if shutil.which(command[0]) is None:
         return ""
     try:
@@ -161,7 +161,7 @@ def _attention(device: torch.device) -> Line:
 
 
 def _backend_name(number: int) -> str:
-    """What PyTorch's attention chose."""
+    """The backend that PyTorch's attention chose."""
     names: dict[str, Any] = getattr(torch.nn.attention.SDPBackend, "__members__", {})
     named = {int(value): name.lower().removesuffix("_attention") for name, value in names.items()}
     return named.get(number, f"number {number}")

@@ -72,14 +72,14 @@ class DeviceMismatchError(RuntimeError):
 
 @dataclass
 class Counts:
-    """What was asked of the accelerator.
+    """What was asked of the accelerator, counted.
 
     Args:
-        waits: moments at which the host waited for it: the reason and the line of the package.
-        pageable: copies to it from memory that is not page-locked: bytes and the line of the package.
-        kernels: operations that are not views.
-        traffic: bytes that these read and wrote.
-        operations: names of all operations, views too.
+        waits: Moments at which the host waited for the device: the reason, and the line of the package.
+        pageable: Copies to the device from memory that is not page-locked: bytes, and the line of the package.
+        kernels: Number of operations that are not views.
+        traffic: Bytes that these operations read and wrote.
+        operations: Names of all operations, views too.
     """
 
     waits: list[tuple[str, str]] = field(default_factory=list)
@@ -89,7 +89,7 @@ class Counts:
     operations: set[str] = field(default_factory=set)
 
     def clear(self) -> None:
-        """Starts anew."""
+        """Count from zero again."""
         self.waits.clear()
         self.pageable.clear()
         self.operations.clear()
@@ -133,7 +133,7 @@ class _Accelerator:
     """Does on main memory what is asked of the device, and counts.
 
     Args:
-        float64: whether the device has it.
+        float64: Whether the device has float64.
     """
 
     float64: bool
@@ -236,7 +236,7 @@ class _Dispatch(TorchDispatchMode):
 
 
 class _Autocasting(TorchFunctionMode):
-    """Has products of float32 tensors of the device done in half precision where autocast is on."""
+    """Multiplies float32 tensors of the device in half precision where autocast is on."""
 
     def __init__(self, accelerator: _Accelerator) -> None:
         super().__init__()
@@ -273,11 +273,11 @@ class _Autocasting(TorchFunctionMode):
 
 @contextmanager
 def fake_accelerator(*, float64: bool = True, found: bool = False) -> Iterator[Counts]:
-    """Lets tensors be put on ``DEVICE``; gives what is counted.
+    """Let tensors be put on ``DEVICE`` meanwhile; yields what is counted.
 
     Args:
-        float64: whether it has float64; MPS has not.
-        found: whether ``device=auto`` takes it.
+        float64: Whether the device has float64; MPS has not.
+        found: Whether ``device=auto`` takes the device.
     """
     accelerator = _Accelerator(float64)
     resolve = devices.resolve_device
@@ -288,7 +288,7 @@ def fake_accelerator(*, float64: bool = True, found: bool = False) -> Iterator[C
     original = torch.autocast
 
     class Autocast(original):  # type: ignore[misc, valid-type]
-        """PyTorch's, which knows the device, too."""
+        """PyTorch's autocast, which also knows the device."""
 
         def __init__(self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **more: Any):
             self._ours = device_type == DEVICE.type
@@ -338,7 +338,7 @@ def fake_accelerator(*, float64: bool = True, found: bool = False) -> Iterator[C
 
 
 def _teach_optimizers(stack: ExitStack) -> None:
-    """Has optimizers and clipping treat the device as one with fused and foreach kernels."""
+    """Make optimizers and clipping treat the device as one with fused and foreach kernels."""
     for name in ("_get_fused_kernels_supported_devices", "_get_foreach_kernels_supported_devices"):
         devices = [*getattr(_foreach_utils, name)(), DEVICE.type]
         for module in _OPTIMIZERS:

@@ -1,4 +1,4 @@
-"""Training runs in which something is made to go wrong, to see what is said and how soon all have ended.
+"""Training runs in which a fault is injected, to see what is said and how soon all processes have ended.
 
 A check starts them by ``dinoforge selfcheck --fault``, so they end as every run does that a user starts.
 """
@@ -29,14 +29,14 @@ _HUGE = 2**50  # bytes, which no memory has
 
 @dataclass(frozen=True)
 class Fault:
-    """A run, and what is to go wrong in it.
+    """A run, and the fault to inject.
 
     Args:
         kind: ``backward``, an exception in the backward pass of the last rank; ``data``, a DataError of the last rank;
-            ``hang``, a last rank that goes on no more; ``memory``, an allocation that fails, on any rank.
-        images: folder of images.
-        out: run directory. The file ``fault`` there is written just before it happens.
-        keys: of the recipe ``small``, as on the command line.
+            ``hang``, a last rank that stands still; or ``memory``, an allocation that fails, on any rank.
+        images: Folder of images.
+        out: Run directory. The file ``fault`` there is written just before the fault.
+        keys: Keys over the recipe ``small``, as on the command line.
     """
 
     kind: str
@@ -53,13 +53,13 @@ class Fault:
 
 
 def train_with(fault: Fault) -> int:
-    """Trains as ``dinoforge train`` does, until it goes wrong.
+    """Train as ``dinoforge train`` does, until the fault strikes.
 
     Raises:
-        RecipeError: an unknown kind.
-        DataError: of the kind ``data``.
-        OutOfMemoryError: of the kind ``memory``.
-        LostRankError: where it was another rank.
+        RecipeError: The kind is unknown.
+        DataError: The kind is ``data``.
+        OutOfMemoryError: The kind is ``memory``.
+        LostRankError: Another rank failed.
     """
     happen = _HAPPENINGS.get(fault.kind)
     if happen is None:
@@ -82,7 +82,7 @@ def train_with(fault: Fault) -> int:
 
 
 def _raise_in_backward(networks: torch.nn.Module) -> None:
-    """Has the backward pass fail when some gradients are there, and others are not."""
+    """Make the backward pass fail when some gradients are there, and others are not."""
 
     def fail(gradient: torch.Tensor) -> torch.Tensor:
         raise RuntimeError(MESSAGE)

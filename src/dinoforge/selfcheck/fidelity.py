@@ -84,7 +84,7 @@ _CPU = torch.device("cpu")
 _FLOAT16_SCALE = 2.0**10
 """Of the loss: the gradients of the cases neither overflow nor vanish, so no step is skipped."""
 
-_MODES: tuple[Mode, ...] = ("ddp", "fsdp")  # of several ranks
+_MODES: tuple[Mode, ...] = ("ddp", "fsdp")  # modes of several ranks
 
 Prepare = Callable[[StudentTeacher], None]
 
@@ -125,7 +125,7 @@ def recipe_of(case: dict[str, Any]) -> Recipe:
 
 
 def world_size_of(folder: Path) -> int:
-    """The number of ranks that a case is of."""
+    """The number of ranks of a case."""
     size: int = json.loads((folder / "case.json").read_text()).get("world_size", 1)
     return size
 
@@ -153,7 +153,7 @@ def read_batch(folder: Path, name: str, patches: int) -> Batch:
 def read_subsets(
     folder: Path, rank_prefix: str, step: int, depth: int, group_sizes: Sequence[int]
 ) -> list[KeptSamples] | None:
-    """What stochastic depth keeps; a branch or group that is not listed keeps all its images.
+    """The images that stochastic depth keeps; a branch or group that is not listed keeps all of them.
 
     Each rank has a file of its own, or its tensors have the rank's name in a common file.
     """
@@ -180,7 +180,7 @@ def read_subsets(
 
 
 def without_noise(name: str, tensor: Tensor) -> Tensor:
-    """Leaves out the key third of the attention bias: softmax cancels it, and AdamW turns noise into steps."""
+    """Leave out the key third of the attention bias: softmax cancels it, and AdamW turns noise into steps."""
     if not name.endswith("attn.qkv.bias"):
         return tensor
     third = len(tensor) // 3
@@ -200,14 +200,14 @@ def run_case(
     """Runs one rank of a case; on several ranks, call it on each. The errors are those of rank 0.
 
     Args:
-        folder: the case.
-        dtype: of matrix products, under autocast unless it is float32, which on a GPU is float32 only inside of
-            ``in_use``; in float16 the loss is scaled.
-        prepare: done to the networks when they have the case's weights, such as compiling them.
-        mode: how the networks are laid over ranks.
-        least_tokens: as for ``Stepper``.
-        device: where the steps run; what they are compared with stays on the CPU.
-        gradients: filled with those of the first step, before clipping, by the names of the student's parameters.
+        folder: Folder of the case.
+        dtype: The dtype of matrix products, under autocast unless it is float32, which on a GPU is float32 only inside
+            of ``in_use``; in float16 the loss is scaled.
+        prepare: Changes the networks when they have the case's weights, for example by compiling them.
+        mode: How the networks are laid over ranks.
+        least_tokens: As for ``Stepper``.
+        device: The device that runs the steps; what they are compared with stays on the CPU.
+        gradients: Receives the gradients of the first step, before clipping, by the names of the student's parameters.
     """
     case = json.loads((folder / "case.json").read_text())
     recipe = recipe_of(case)

@@ -11,13 +11,13 @@ KINDS = {"rings": (60, 90, 190), "stripes": (190, 130, 60)}
 
 
 def make_images(folder: Path, *, of_each: int, first: int = 0, side: int = 112) -> Path:
-    """Writes images of each kind into a sub-folder of its name, PNG and JPEG in turn; always the same.
+    """Write images of each kind into a sub-folder of its name, PNG and JPEG in turn; always the same.
 
     Args:
-        folder: to make.
-        of_each: images of a kind.
-        first: number of the first one; others are other images.
-        side: of an image, pixels.
+        folder: The folder to make.
+        of_each: Number of images of each kind.
+        first: Number of the first image; another number makes other images.
+        side: Side of an image in pixels.
     """
     for number, (kind, colour) in enumerate(KINDS.items()):
         (folder / kind).mkdir(parents=True)

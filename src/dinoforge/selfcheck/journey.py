@@ -1,4 +1,4 @@
-"""What a user does, by the commands that a user gives: train, continue, measure, look, take the backbone elsewhere."""
+"""The journey of a user, by the commands that a user gives: train, continue, measure, look, export the backbone."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ from dinoforge.selfcheck.processes import Ended, Program
 from dinoforge.selfcheck.settings import Settings
 from dinoforge.system.device import resolve_device
 
-IMAGES = 24  # of each kind
+IMAGES = 24  # images of each kind
 LOSS_BOUND = 0.01
 """Of a run that was killed and continued beside one that was left alone, on devices whose sums are not always the same:
 the relative difference of losses in the median step after it.
@@ -28,10 +28,10 @@ the relative difference of losses in the median step after it.
 On a CPU, bfloat16 instead of float32 gave 0.0016, other images than those that come next 0.027. How far the weights are
 apart does not tell the two from each other.
 """
-FEATURE_BOUND = 0.03  # of features beside the CPU's, as a share of their spread; bfloat16 beside float32 gave 0.004
-ACCURACY = 0.9  # of two kinds of images that differ in colour, where a half is chance
+FEATURE_BOUND = 0.03  # largest difference from the CPU's features, over their spread; bfloat16 beside float32: 0.004
+ACCURACY = 0.9  # least accuracy on two kinds of images that differ in colour, where a half is chance
 
-_SECONDS = 240.0  # of a command, on a machine that does other things too
+_SECONDS = 240.0  # time of a command on a machine that does other things too
 _AT_ONCE = 2
 _LONGEST = "eval linear"
 _FORMATS = {
@@ -48,8 +48,8 @@ class Journey:
     """The commands of one user.
 
     Args:
-        settings: of the check.
-        device: as resolved.
+        settings: Settings of the check.
+        device: The device, as resolved.
     """
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
@@ -117,7 +117,7 @@ def _timed(name: str, look: Callable[[], Line]) -> Line:
 
 
 def _uses(journey: Journey) -> dict[str, Callable[[], Line]]:
-    """What is done with a trained backbone."""
+    """Use the trained backbone by each command that takes one."""
     looks: dict[str, Callable[[], Line]] = {"probe": partial(_probe, journey), "embed": partial(_embed, journey)}
     for method in ("knn",) if journey.settings.short else ("knn", "logreg"):
         looks[f"eval {method}"] = partial(_evaluate, journey, method)
@@ -151,7 +151,7 @@ def _train(journey: Journey) -> Line:
 
 
 def _continue(journey: Journey) -> Line:
-    """The same run in another folder, killed in the middle and given again."""
+    """Run the same command in another folder, kill it in the middle, and give it again."""
     name, out = "killed, continued", journey.folder / "killed"
     over = f"its {journey.steps} steps were over before it could be killed"
     command = journey.train_command(out)

@@ -1,4 +1,4 @@
-"""The lines of a self-check: what was looked at, how it is, and the numbers."""
+"""The lines of a self-check: what was looked at, the outcome, and the numbers."""
 
 import math
 import textwrap
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 Status = Literal["ok", "FAIL", "not here"]
 
-_NAME_COLUMN = 18  # of the text of a line: after the status and the seconds
+_NAME_COLUMN = 18  # where a line's name begins, after the status and the seconds
 _TEXT_COLUMN = 46
 _WIDTH = 120
 _MODULE = Path(__file__).parents[1]
@@ -18,15 +18,15 @@ _MODULE = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Line:
-    """One finding.
+    """A finding of a self-check.
 
     Args:
-        name: what was looked at.
-        status: ``not here`` if it cannot be looked at on this machine; the text has the reason.
-        text: the numbers, or the reason, in a sentence or less.
-        values: the same for programs; what JSON can hold.
-        details: further lines, such as the last ones that a command printed.
-        seconds: how long it took; None if that says nothing.
+        name: What was looked at.
+        status: The outcome; ``not here`` where this machine cannot show it, for the reason in ``text``.
+        text: The numbers, or the reason, in a sentence or less.
+        values: The numbers for programs, as JSON can hold them.
+        details: Further lines, such as the last ones that a command printed.
+        seconds: Seconds that it took; None if they say nothing.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Line:
 
     @classmethod
     def from_json(cls, read: dict[str, Any]) -> "Line":
-        """What ``as_json`` gave."""
+        """Read what ``as_json`` returned."""
         return cls(**(read | {"details": tuple(read["details"])}))
 
     def after(self, seconds: float) -> "Line":
@@ -71,7 +71,7 @@ def not_here(name: str, reason: str, **values: Any) -> Line:
 
 
 def judged(passed: bool, name: str, text: str, details: tuple[str, ...] = (), **values: Any) -> Line:
-    """``ok`` if it passed, else ``FAIL``."""
+    """A line that is ``ok`` if ``passed``, else ``FAIL``."""
     return Line(name, "ok" if passed else "FAIL", text, values, details)
 
 
@@ -85,7 +85,7 @@ def failure_of(name: str, error: BaseException) -> Line:
 
 
 def guarded(name: str, look: Callable[[], Line]) -> Line:
-    """What ``look`` finds; an exception in it is a failure."""
+    """Call ``look`` for a line; an exception in it becomes a failure."""
     try:
         return look()
     except Exception as error:
@@ -93,14 +93,14 @@ def guarded(name: str, look: Callable[[], Line]) -> Line:
 
 
 def all_guarded(name: str, lines: Callable[[], Iterator[Line]]) -> Iterator[Line]:
-    """The lines that come; an exception ends them with a failure."""
+    """Yield the lines that come; an exception ends them with a failure."""
     try:
         yield from lines()
     except Exception as error:
         yield failure_of(name, error)
 
 
-def render(line: Line) -> str:
+def line_text(line: Line) -> str:
     """The line for people: status, seconds, name and text in columns."""
     seconds = "" if line.seconds is None else f"{line.seconds:.1f} s"
     head = f"{line.status:<8} {seconds:>8}".ljust(_NAME_COLUMN) + line.name.ljust(_TEXT_COLUMN - _NAME_COLUMN - 1) + " "

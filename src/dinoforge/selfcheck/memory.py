@@ -1,4 +1,4 @@
-"""How much memory steps take beside what was estimated, and what a run says that has none left."""
+"""The memory that steps take beside its estimate, and the message of a run that has none left."""
 
 import json
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ from dinoforge.selfcheck.processes import Program
 from dinoforge.selfcheck.settings import Settings
 from dinoforge.system.device import in_use, peak_memory_gib, resolve_device, resolve_precision
 
-PROCESS_BOUND = 0.35  # of a process on a CPU, relative: systems differ by 0.15 in what they count
-TENSORS_BOUND = 0.25  # of the tensors on a GPU; counted on a CPU, they were within 0.08
-RESERVED_BOUND = 0.5  # of what PyTorch keeps on a GPU, which has gaps; more than the tensors' estimate
+PROCESS_BOUND = 0.35  # relative, for a process on a CPU: systems differ by 0.15 in what they count
+TENSORS_BOUND = 0.25  # relative, for the tensors on a GPU; counted on a CPU, they were within 0.08
+RESERVED_BOUND = 0.5  # share above the tensors' estimate that PyTorch may keep on a GPU, where memory has gaps
 
 _STEPS = 3
 _SECONDS = 180.0

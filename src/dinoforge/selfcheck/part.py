@@ -54,13 +54,13 @@ def command(name: str, settings: Settings) -> list[str]:
 
 
 def read(output: str) -> list[Line]:
-    """The findings in what a part has printed; of one that is just being printed, nothing."""
+    """The findings in the output of a part; a line that is still being printed is left out."""
     whole = output[: output.rfind("\n") + 1].splitlines()
     return [Line.from_json(json.loads(row.removeprefix(PREFIX))) for row in whole if row.startswith(PREFIX)]
 
 
 def other_output(output: str) -> str:
-    """What a part has printed beside its findings."""
+    """The output of a part apart from its findings."""
     return "\n".join(row for row in output.splitlines() if not row.startswith(PREFIX))
 
 

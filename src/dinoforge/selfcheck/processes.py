@@ -1,4 +1,4 @@
-"""Programs that a check starts: each with a deadline, its output in a file, and an end that is sure."""
+"""Programs that a check starts: each has a deadline, its output in a file, and a certain end."""
 
 import contextlib
 import os
@@ -22,12 +22,12 @@ _OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 @dataclass(frozen=True)
 class Ended:
-    """How a program ended.
+    """A program that has ended.
 
     Args:
-        code: its exit code, negative for a signal; None if it had to be ended at its deadline.
-        output: what it printed.
-        seconds: how long it ran.
+        code: Exit code, negative for a signal; None for a program that had to be ended at its deadline.
+        output: What the program printed.
+        seconds: Seconds that the program ran.
     """
 
     code: int | None
@@ -35,13 +35,13 @@ class Ended:
     seconds: float
 
     def tail(self, lines: int = 8) -> tuple[str, ...]:
-        """The last lines that it printed."""
+        """The last lines of the output."""
         printed = [line.rstrip() for line in self.output.splitlines() if line.strip()]
         return tuple(printed[-lines:]) or ("(it printed nothing)",)
 
     @property
     def told(self) -> str:
-        """How it ended, in words."""
+        """How the program ended, in words."""
         if self.code is None:
             return f"had not ended after {self.seconds:.0f} s"
         if self.code < 0:
@@ -50,13 +50,13 @@ class Ended:
 
 
 class Program:
-    """A Python module that runs as a program of its own; whatever is left of it ends with the context.
+    """A Python module that runs as a program; whatever is left of it ends with the context.
 
     Args:
-        arguments: the module, and its arguments.
-        folder: where its output goes.
-        seconds: its deadline, from now.
-        environment: added to this program's, which it has but for what says that this is a rank.
+        arguments: The module, and its arguments.
+        folder: The folder for the output.
+        seconds: Seconds from now to the deadline.
+        environment: Variables to add to those of this program, of which those that make a rank are left out.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Program:
 
     @property
     def output(self) -> str:
-        """What it has printed so far."""
+        """The output of the program so far."""
         return self._path.read_text(encoding="utf-8", errors="replace")
 
     @property
@@ -103,7 +103,7 @@ class Program:
         return time.monotonic() - self.started > self.seconds
 
     def wait(self) -> Ended:
-        """Until it has ended, by itself or at its deadline."""
+        """Wait until the program has ended, by itself or at its deadline."""
         code: int | None = None
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self.process.wait(max(0.0, self.started + self.seconds - time.monotonic()))
@@ -112,7 +112,7 @@ class Program:
         return Ended(code, self.output, seconds)
 
     def kill(self) -> None:
-        """Ends it by SIGKILL (on Windows, TerminateProcess), with all that it has started."""
+        """End the program by SIGKILL (on Windows, TerminateProcess), with all that it has started."""
         end(self.mark, self.process.pid if self.running else None)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(10)
@@ -130,7 +130,7 @@ class Program:
 
 
 def run(arguments: Sequence[str], folder: Path, *, seconds: float) -> Ended:
-    """Runs a Python module to its end, or until its deadline."""
+    """Run a Python module to its end, or until its deadline."""
     with Program(arguments, folder, seconds=seconds) as program:
         return program.wait()
 
@@ -159,7 +159,7 @@ def _has_proc() -> bool:
 
 
 def _marked(mark: str) -> dict[int, dict[str, str]]:
-    """Of each living process with the mark, its environment."""
+    """The environment of each living process with the mark."""
     found = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdecimal() or int(folder.name) == os.getpid():
@@ -183,14 +183,14 @@ def _parent(pid: int) -> int | None:
 
 
 def _table() -> dict[int, tuple[int, str]]:
-    """Of each process of this machine, its parent and its command."""
+    """Parent and command of each process of this machine."""
     rows = subprocess.run(["ps", "-axo", "pid=,ppid=,command="], capture_output=True, text=True, check=False).stdout
     split = [row.split(None, 2) for row in rows.splitlines()]
     return {int(row[0]): (int(row[1]), row[2]) for row in split if len(row) == 3}
 
 
 def _descendants(pid: int) -> list[int]:
-    """Those that a process has started, and so on; the last ones first."""
+    """The processes that a process has started, those that they have started, and so on; the last ones first."""
     children: dict[int, list[int]] = {}
     for each, (parent, _) in _table().items():
         children.setdefault(parent, []).append(each)

@@ -28,8 +28,8 @@ On a CPU, 2 and 4 ranks gave 1.5e-7 and 1e-4.
 END_SECONDS = 60.0
 """Until all ranks have ended after one has failed; on an idle machine it takes at most 20."""
 
-_SECONDS = 300.0  # of a run, on a machine that does other things too
-_FAULT_SECONDS = 60.0  # until the fault happens: the ranks start and find each other
+_SECONDS = 300.0  # time of a run on a machine that does other things too
+START_SECONDS = 60.0  # until the fault happens: the ranks start and find each other
 _PER_RANK = 4  # images of a step
 
 
@@ -37,9 +37,9 @@ class Ranks:
     """Runs on several ranks, by the commands of a user.
 
     Args:
-        settings: of the check.
-        device: type of the ranks' devices.
-        number: of ranks.
+        settings: Settings of the check.
+        device: Type of the ranks' devices.
+        number: Number of ranks.
     """
 
     def __init__(self, settings: Settings, device: str, number: int) -> None:
@@ -188,30 +188,42 @@ def _kill(ranks: Ranks, name: str) -> Line:
     return ranks.beside_one(name, out, told, waited=waited, killed_at=killed_at)
 
 
-def _fail(ranks: Ranks, kind: str, code: int, name: str) -> Line:
+def _fail(ranks: Ranks, kind: str, code: int, name: str, *, end_seconds: float = END_SECONDS) -> Line:
     """One rank fails while the others wait for it."""
     out = ranks.folder / f"fails-{kind}"
     fault = Fault(kind, str(ranks.images), str(out), tuple(ranks.keys(**{"parallel.mode": "ddp"})))
     options = ("--nproc", str(ranks.number), "--fault", json.dumps(fault.as_json()))
-    return ended_by_fault(["dinoforge", "selfcheck", *options], ranks.folder, out, name, code)
+    command = ["dinoforge", "selfcheck", *options]
+    return ended_by_fault(command, ranks.folder, out, name, code, end_seconds=end_seconds)
 
 
-def ended_by_fault(command: Sequence[str], folder: Path, out: Path, name: str, code: int) -> Line:
+def ended_by_fault(
+    command: Sequence[str],
+    folder: Path,
+    out: Path,
+    name: str,
+    code: int,
+    *,
+    start_seconds: float = START_SECONDS,
+    end_seconds: float = END_SECONDS,
+) -> Line:
     """Runs ranks of which one fails, and says how soon all have ended and what they said.
 
     Args:
-        command: starts them.
-        folder: for the output.
-        out: run directory, where the file ``fault`` says when it happened.
-        name: of the line.
-        code: that they are to end with.
+        command: The command that starts the ranks.
+        folder: The folder for the output.
+        out: The run directory, where the file ``fault`` says when the fault happened.
+        name: Name of the line.
+        code: The exit code to expect.
+        start_seconds: Seconds in which the fault has to happen.
+        end_seconds: Seconds after the fault in which all ranks have to end.
     """
     file = out / "fault"
-    with Program(command, folder, seconds=_FAULT_SECONDS) as program:
+    with Program(command, folder, seconds=start_seconds) as program:
         while program.running and not program.late and not file.exists():
             time.sleep(0.02)
         if file.exists():
-            program.seconds = time.monotonic() - program.started + END_SECONDS
+            program.seconds = time.monotonic() - program.started + end_seconds
         ended = program.wait()
         happened = float(file.read_text() or "nan") if file.exists() else float("nan")
         seconds = time.time() - happened
@@ -219,10 +231,10 @@ def ended_by_fault(command: Sequence[str], folder: Path, out: Path, name: str, c
         return fail(name, f"the ranks {ended.told}, before one could fail in step {AT_CALL}", ended.tail())
     if ended.code is None:
         return fail(
-            name, f"ranks were still there {END_SECONDS:.0f} s after one had failed", ended.tail(), seconds=None
+            name, f"ranks were still there {end_seconds:.0f} s after one had failed", ended.tail(), seconds=None
         )
     said = ended.output.count(MESSAGE)
-    text = f"all had ended {seconds:.1f} s later (bound {END_SECONDS:.0f}), with exit code {ended.code}, saying why"
+    text = f"all had ended {seconds:.1f} s later (bound {end_seconds:.0f}), with exit code {ended.code}, saying why"
     if ended.code != code or not said:
         text = f"all had ended {seconds:.1f} s later, with exit code {ended.code} (expected {code})"
         text += "" if said else ", without saying why"

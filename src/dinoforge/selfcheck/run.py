@@ -26,8 +26,8 @@ _ONE_THREAD = ("placement", "memory")
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a self-check found."""
+class SelfcheckResult:
+    """The lines of a self-check, and its verdict."""
 
     lines: tuple[Line, ...]
     settings: Settings
@@ -68,15 +68,15 @@ def selfcheck(
     short: bool = False,
     only: Sequence[str] = (),
     on_line: Callable[[Line], object] = lambda line: None,
-) -> Report:
+) -> SelfcheckResult:
     """Looks at everything that a user of this machine will meet.
 
     Args:
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-        nproc: ranks to start, or ``auto`` for one for each GPU; None: what needs ranks is left out.
-        short: leave out what takes long on a CPU.
-        only: names of ``PARTS``; empty for all.
-        on_line: given each line as soon as it is there.
+        device: One of ``auto``, ``cpu``, ``cuda``, ``cuda:N`` and ``mps``.
+        nproc: Number of ranks to start, or ``auto`` for one on each GPU; None leaves out what needs ranks.
+        short: Whether to leave out what takes long on a CPU.
+        only: Names of ``PARTS``; empty for all.
+        on_line: Receives each line as soon as it is there.
     """
     started = time.monotonic()
     found: list[Line] = []
@@ -100,14 +100,14 @@ def selfcheck(
                 usable &= not (name == "environment" and line.name == "device" and line.status == "FAIL")
                 found.append(line)
                 on_line(line)
-    return Report(tuple(found), settings, time.monotonic() - started)
+    return SelfcheckResult(tuple(found), settings, time.monotonic() - started)
 
 
 class _Parts:
     """Parts that run in processes of their own; whatever is left of them ends with the context.
 
     Args:
-        settings: of the check.
+        settings: Settings of the check.
     """
 
     def __init__(self, settings: Settings) -> None:

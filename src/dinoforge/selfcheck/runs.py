@@ -1,4 +1,4 @@
-"""What runs leave behind, and how far two of them are apart."""
+"""The files that runs leave behind, and how far two runs are apart."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def step_of(run: Path) -> int:
 
 
 def saved_steps(run: Path) -> list[int]:
-    """Of the checkpoints that are whole."""
+    """The steps of the checkpoints that are whole."""
     return sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
 
 
@@ -49,14 +49,14 @@ def copy_as_of(run: Path, to: Path, step: int) -> None:
 
 @dataclass(frozen=True)
 class Apart:
-    """How far two runs are apart.
+    """The distance between two runs.
 
     Args:
-        same: whether every tensor of the last checkpoint and every logged loss is bitwise the same.
-        loss: largest relative difference of a logged loss.
-        typical: the same of the median step after ``after``.
+        same: Whether every tensor of the last checkpoint and every logged loss is bitwise the same.
+        loss: Largest relative difference of a logged loss.
+        typical: Relative difference of the logged loss at the median step after ``after``.
         weights: ‖a − b‖ of the student's weights, as a share of how far b has moved them since an earlier checkpoint.
-        steps: what was logged; empty if it is the same steps.
+        steps: What was logged, in words; empty if both logged the same steps.
     """
 
     same: bool
@@ -79,11 +79,11 @@ def apart(ours: Path, theirs: Path, *, step: int, since: int, after: int = 0) ->
     """Compares two runs of the same recipe.
 
     Args:
-        ours: a run.
-        theirs: one that was left alone.
-        step: the last one, of which both have a checkpoint.
-        since: an earlier one, of which ``theirs`` has a checkpoint.
-        after: the one from which ``ours`` went on, if it was disturbed.
+        ours: The directory of a run.
+        theirs: The directory of a run that was left alone.
+        step: The last step, of which both have a checkpoint.
+        since: An earlier step, of which ``theirs`` has a checkpoint.
+        after: The step from which ``ours`` went on, if it was disturbed.
     """
     a, b = lines_of(ours), lines_of(theirs)
     logged = [[line["step"] for line in lines] for lines in (a, b)]

@@ -1,4 +1,4 @@
-"""What a self-check is asked to look at."""
+"""The settings of a self-check."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,10 +9,10 @@ from typing import Any
 class Settings:
     """
     Args:
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-        nproc: ranks to start, ``auto`` for one for each GPU, or None for no ranks.
-        short: leave out what takes long on a CPU.
-        folder: for images, runs and output; emptied by whoever made it.
+        device: One of ``auto``, ``cpu``, ``cuda``, ``cuda:N`` and ``mps``.
+        nproc: Number of ranks to start, ``auto`` for one on each GPU, or None for no ranks.
+        short: Whether to leave out what takes long on a CPU.
+        folder: A folder for images, runs and output, which whoever made it empties.
     """
 
     device: str

@@ -1,4 +1,4 @@
-"""How fast steps are, beside what the device multiplies at best, and whether images come as fast."""
+"""The speed of steps, beside what the device multiplies at best, and the speed of reading images."""
 
 import statistics
 import time
@@ -24,7 +24,7 @@ from dinoforge.selfcheck.settings import Settings
 from dinoforge.system.device import in_use, loader_workers, resolve_device, resolve_precision, usable_processors
 
 NETWORKS = {"ViT-S": "vit_small", "ViT-B": "vit_base", "ViT-L": "vit_large"}
-_IMAGES = 32  # of a step, fewer where they do not fit
+_IMAGES = 32  # images of a step; fewer where they do not fit
 _LEAST_IMAGES = 4
 _LOADER_SECONDS, _LOADER_STEPS = 5.0, 200
 _LARGE = {
@@ -37,11 +37,11 @@ _LARGE = {
 
 @dataclass(frozen=True)
 class Profile:
-    """What a GPU did in a step.
+    """A profile of a GPU's step.
 
     Args:
-        kernels: that it ran.
-        idle: share of the time between the first and the last of them in which it ran none.
+        kernels: Number of kernels that the GPU ran.
+        idle: Share of the time between the first and the last kernel in which none ran.
     """
 
     kernels: int
@@ -56,7 +56,7 @@ def check(settings: Settings) -> Iterator[Line]:
 
         def measured() -> Line:
             nonlocal peak
-            seconds = 0.05 if settings.short else 0.4  # for each size
+            seconds = 0.05 if settings.short else 0.4  # time for each size
             peak = gemm_peak(device, precision, seconds=seconds, by_linear=device.type == "cpu")
             dtype = str(precision).removeprefix("torch.")
             return ok("speed: products", f"{peak / 1e12:.3g} TFLOP/s in {dtype} at best", flops=peak)
@@ -120,7 +120,7 @@ def of_times(times: list[tuple[float, float]]) -> Profile:
     """Counts kernels and the time between them.
 
     Args:
-        times: start and end of each, in any order; they may overlap.
+        times: Start and end of each kernel, in any order; kernels may overlap.
     """
     if not times:
         return Profile(0, 1.0)
@@ -133,7 +133,7 @@ def of_times(times: list[tuple[float, float]]) -> Profile:
 
 
 def _loader(settings: Settings, device: torch.device) -> Line:
-    """What the data workers of a run of recipe ``small`` deliver."""
+    """Measure what the data workers of a run of recipe ``small`` deliver."""
     recipe, _ = load_recipe("small", {"train.batch_size_per_gpu": 32})
     source = open_source(make_images(settings.folder / "images", of_each=24, side=256))
     workers = loader_workers(device, usable_processors(), recipe.train.num_workers)

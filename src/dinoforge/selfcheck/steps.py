@@ -28,7 +28,7 @@ What was measured on a CPU: 3e-6 between its own paths and those that accelerato
 0.0025 in float16. TF32 would be at about 1e-3.
 """
 
-_SCALE = 1024.0  # of the loss in float16
+_SCALE = 1024.0  # scale of the loss in float16
 _VIT_SMALL = {
     "student.arch": "vit_small",
     "student.patch_size": 16,

@@ -1,4 +1,4 @@
-"""How often a step makes the host wait for a GPU, by CUDA's own account."""
+"""The number of times that a step makes the host wait for a GPU, by CUDA's own count."""
 
 import warnings
 from collections.abc import Iterator
@@ -51,8 +51,8 @@ def of_warnings(told: list[warnings.WarningMessage], most: int) -> Line:
     """The line of what CUDA warned of in a step.
 
     Args:
-        told: all warnings.
-        most: so many synchronisations may be.
+        told: All warnings.
+        most: Number of synchronisations that may be.
     """
     where = [
         f"{Path(warning.filename).name}:{warning.lineno}"

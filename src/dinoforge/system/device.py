@@ -1,4 +1,4 @@
-"""Where and how precisely to compute."""
+"""The device and precision of a computation, and what a process takes of its machine."""
 
 import ctypes
 import os
@@ -16,7 +16,7 @@ import torch
 from dinoforge.errors import RecipeError
 from dinoforge.system import distributed, machine
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants of malloc.h
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -25,7 +25,7 @@ _MOST_WORKERS, _MOST_THREADS = 32, 4  # on an accelerator; each worker keeps bat
 
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 _EXPANDABLE_SEGMENTS = "expandable_segments:True"
-_CU_ATTRIBUTES = (102, 103)  # of cuda.h: memory is mapped by the program, and its handles are file descriptors
+_CU_ATTRIBUTES = (102, 103)  # constants of cuda.h: programs can map memory, and share it by file descriptors
 
 _INSTALLING = "https://pytorch.org/get-started/locally"
 _ROOT = Path("/")
@@ -37,7 +37,7 @@ def resolve_device(name: str) -> torch.device:
     """The device of that name; ``auto`` takes CUDA, then MPS, then the CPU.
 
     Raises:
-        RecipeError: unknown, or not on this machine, with the reason.
+        RecipeError: The device is unknown, or not on this machine; the error says why.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -66,12 +66,12 @@ def rank_device(name: str) -> torch.device:
     A rank that sees a single GPU takes that one: Slurm shows each task its own with ``--gpus-per-task``.
 
     Raises:
-        RecipeError: as ``resolve_device``; ranks that would share one GPU, as far as this one can tell.
+        RecipeError: As ``resolve_device``; or ranks would share one GPU, as far as this one can tell.
     """
     device = resolve_device(name)
     if device.type not in ("cuda", "mps") or distributed.launched_world_size() == 1:
         return device
-    ranks = max(distributed.local_world_size(), distributed.local_rank() + 1)  # of this machine
+    ranks = max(distributed.local_world_size(), distributed.local_rank() + 1)  # ranks of this machine
     if device.type == "mps":
         raise RecipeError(
             f"device={name}: a Mac has one GPU, which ranks cannot share: start one process, or set device=cpu"
@@ -94,11 +94,11 @@ def rank_device(name: str) -> torch.device:
 
 
 def note_of_fallback(name: str, device: torch.device) -> str | None:
-    """Says that ``auto`` took the CPU where a GPU was to be expected, and why; None where nothing is to be said.
+    """A note that ``auto`` took the CPU where a GPU was to be expected, and why; None where there is nothing to say.
 
     Args:
-        name: the recipe's.
-        device: what it was resolved to.
+        name: The name in the recipe.
+        device: The device that the name was resolved to.
     """
     if name != "auto" or device.type != "cpu":
         return None
@@ -113,11 +113,11 @@ def note_of_fallback(name: str, device: torch.device) -> str | None:
 
 
 def note_of_idle_gpus(name: str, device: torch.device) -> str | None:
-    """Says that GPUs of this machine are not used, unless the user chose one; None if all are.
+    """A note that GPUs of this machine stay idle, unless the user chose one; None if all are used.
 
     Args:
-        name: the recipe's.
-        device: this rank's.
+        name: The name in the recipe.
+        device: The device of this rank.
     """
     if device.type != "cuda" or name not in ("auto", "cuda"):
         return None
@@ -133,7 +133,7 @@ def has_gpu(root: Path = _ROOT) -> bool:
     """Whether Linux knows of a GPU that some build of PyTorch computes on: NVIDIA's, or AMD's if this is that build.
 
     Args:
-        root: of the file system.
+        root: The root of the file system.
     """
     drivers = [
         "proc/driver/nvidia/version",
@@ -153,7 +153,7 @@ def has_gpu(root: Path = _ROOT) -> bool:
 
 
 def _gpu_build() -> str | None:
-    """What GPUs this PyTorch is built for, beside those of a Mac."""
+    """The kind of GPUs that this PyTorch is built for, other than a Mac's."""
     if torch.version.hip:
         return f"ROCm {torch.version.hip}"
     return f"CUDA {torch.version.cuda}" if torch.version.cuda else None
@@ -201,12 +201,12 @@ def resolve_precision(name: str, device: torch.device, *, sharded: bool = False)
     and nothing of it has been measured.
 
     Args:
-        name: the recipe's.
-        device: of this rank.
-        sharded: whether weights are sharded over ranks, which the scaling of float16's losses does not allow.
+        name: The name in the recipe.
+        device: The device of this rank.
+        sharded: Whether weights are sharded over ranks, which the scaling of float16's losses does not allow.
 
     Raises:
-        RecipeError: float16 was asked for, and cannot be.
+        RecipeError: The recipe asks for float16, which is impossible here.
     """
     if sharded and name == "fp16":
         raise RecipeError("precision=fp16 cannot be sharded: set precision=bf16, or parallel.mode=ddp")
@@ -234,15 +234,15 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 @contextmanager
 def in_use(device: torch.device, *, allow_tf32: bool = False) -> Iterator[None]:
-    """A context for work on a device; on others than CUDA it changes nothing.
+    """A context for work on a device; it changes nothing except on CUDA.
 
     The GPU is the current one, so that nothing, page-locked memory included, makes a context on the first of them
     instead. Products and convolutions of float32 are those of float32, unless TF32 is allowed, which rounds their
     factors to 10 bits: PyTorch allows it to cuDNN by default.
 
     Args:
-        device: ``cuda`` without an index is the current one.
-        allow_tf32: for both, products and convolutions.
+        device: The device; ``cuda`` without an index is the current GPU.
+        allow_tf32: Whether products and convolutions may use TF32.
     """
     if device.type != "cuda":
         yield
@@ -260,7 +260,7 @@ def _tf32(allow: bool) -> Iterator[None]:
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that the first set may go one day
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch warns that the older settings may go one day
         ours = _newer([matmul, getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None)])
         newer = [*ours, *_newer([getattr(torch.backends.mkldnn, "matmul", None)])]  # which the first set writes, too
         products, convolutions = _readable(torch.get_float32_matmul_precision), _readable(lambda: cudnn.allow_tf32)
@@ -288,7 +288,7 @@ def _tf32(allow: bool) -> Iterator[None]:
 
 
 def _newer(kinds: Sequence[Any]) -> list[Any]:
-    """Those kinds of work whose precision this PyTorch sets by the second set."""
+    """The kinds of work whose precision this PyTorch sets by its newer settings."""
     return [kind for kind in kinds if hasattr(kind, "fp32_precision")]
 
 
@@ -301,7 +301,7 @@ def _readable(get: Callable[[], T]) -> T | None:
 
 
 def use_expandable_segments(device: torch.device) -> None:
-    """Has PyTorch's allocator grow its blocks on a GPU, before it has made any; what the user has set for it stays.
+    """Make PyTorch's allocator grow its blocks on a GPU, before it has made any; a setting of the user stays.
 
     The number of masked patches, and with it the sizes of tensors, is another in each step: freed blocks of one size
     would lie idle while new ones are made for the next. The setting is the process's and stays. Drivers that cannot
@@ -316,7 +316,7 @@ def use_expandable_segments(device: torch.device) -> None:
 
 
 def allocator_settings() -> str | None:
-    """What the environment tells PyTorch's allocator of GPU memory."""
+    """The settings of PyTorch's allocator of GPU memory in the environment."""
     return next((os.environ[variable] for variable in _ALLOCATOR_VARIABLES if os.environ.get(variable)), None)
 
 
@@ -338,7 +338,7 @@ def _maps_memory(device: torch.device) -> bool:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Has the C library keep the memory of freed tensors for the next ones, on a CPU under Linux with glibc.
+    """Make the C library keep the memory of freed tensors for the next ones, on a CPU under Linux with glibc.
 
     It hands large blocks back to the system at once and gets them back page by page, cleared, in every step: on the
     machine of docs/performance.md an eighth of the step's time, or more. The setting is the process's and stays.
@@ -354,20 +354,20 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def usable_processors() -> int:
-    """Of this process: ranks that share a machine share its processors."""
+    """The number of processors for this process: ranks that share a machine share its processors."""
     return max(1, machine.processors() // distributed.local_world_size())
 
 
 def loader_workers(device: torch.device, processors: int, wanted: int | None) -> int:
-    """How many processes make batches: as wanted, but no more than there are processors.
+    """The number of processes that make batches: as wanted, but no more than there are processors.
 
     Where the recipe does not say: on a CPU half of the processors, the others being for the step, and at most 8. On an
     accelerator all but one, which launches its work, and at most 32.
 
     Args:
-        device: of the step.
-        processors: of this rank.
-        wanted: by the recipe; None: not said.
+        device: The device that computes the step.
+        processors: Processors that this rank may use.
+        wanted: The number in the recipe; None where it has none.
     """
     if wanted is not None:
         return min(wanted, processors)
@@ -377,14 +377,14 @@ def loader_workers(device: torch.device, processors: int, wanted: int | None) ->
 
 
 def compute_threads(device: torch.device, processors: int, wanted: int | None) -> int:
-    """How many threads compute on the host: as wanted.
+    """The number of threads that compute on the host: as wanted.
 
     Where the recipe does not say: on a CPU one for each processor. On an accelerator one for each processor that the
     workers would leave if their number was not said either, at most 4: there is little to compute, and threads that
     wait take time from the workers. The number of workers itself has no say, so that it changes no sum's rounding.
 
     Args:
-        device, processors, wanted: as for ``loader_workers``.
+        device, processors, wanted: As for ``loader_workers``.
     """
     if wanted is not None:
         return wanted
@@ -394,7 +394,7 @@ def compute_threads(device: torch.device, processors: int, wanted: int | None) -
 
 
 def free_memory(device: torch.device) -> float | None:
-    """Bytes that this rank can still take on a device; of main memory its share, on the CPU. None: unknown."""
+    """Bytes that this rank can still take on a device, on the CPU its share of main memory; None: unknown."""
     if device.type == "cuda":
         try:
             on_device, _ = torch.cuda.mem_get_info(device)
@@ -409,7 +409,7 @@ def free_memory(device: torch.device) -> float | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory used so far: of the device, or of this process on the CPU."""
+    """Peak memory of the device, or on the CPU of this process, GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if device.type == "mps":
@@ -424,10 +424,10 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def number_of_ranks(text: str) -> int:
-    """What ``--nproc`` says: a number, or ``auto``: one for each GPU.
+    """Read ``--nproc``: a number, or ``auto`` for one on each GPU.
 
     Raises:
-        RecipeError: neither.
+        RecipeError: The text is neither.
     """
     if text == "auto":
         return max(1, torch.cuda.device_count())
@@ -438,7 +438,7 @@ def number_of_ranks(text: str) -> int:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Compute with so many threads meanwhile."""
+    """Compute with a number of threads meanwhile."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

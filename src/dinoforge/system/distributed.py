@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
-_PATIENCE = timedelta(minutes=30)  # of ranks with each other, where nothing else is said: as gloo has it
-_LOOK_SECONDS = 1.0  # between two looks at the other ranks
-_GRACE_SECONDS = 5.0  # in which a rank may end by itself after another has failed, and for farewells
+_PATIENCE = timedelta(minutes=30)  # default time that ranks wait for each other, as gloo has it
+_LOOK_SECONDS = 1.0  # time between two looks at the other ranks
+_GRACE_SECONDS = 5.0  # time in which a rank may end by itself after another has failed, and for farewells
 
 
 @contextmanager
 def process_group(device: torch.device, backend: str = "auto", timeout: timedelta | None = None) -> Iterator[None]:
-    """The ranks that torchrun, ``dinoforge train --nproc`` or Slurm started beside this one, for as long as needed.
+    """Join the ranks that torchrun, ``dinoforge train --nproc`` or Slurm started beside this one, meanwhile.
 
     The only place that sets a process group up or takes it down. Nothing to do where this process was started alone,
     or where the caller has a group already.
@@ -45,14 +45,14 @@ def process_group(device: torch.device, backend: str = "auto", timeout: timedelt
     they may be in a kernel that waits for ever. So they do when a rank of their machine was killed.
 
     Args:
-        device: this rank's.
-        backend: ``gloo``, ``nccl`` or ``auto``: gloo for what is on the CPU, nccl for what is on a GPU. What ranks tell
-            each other about the run itself is always on the CPU.
-        timeout: how long a rank waits for the others before it fails; None: as long as PyTorch does.
+        device: The device of this rank.
+        backend: One of ``gloo``, ``nccl`` and ``auto``: gloo for tensors on the CPU, nccl for those on a GPU. What
+            ranks tell each other about the run itself is always on the CPU.
+        timeout: The time that a rank waits for the others before it fails; None: PyTorch's default.
 
     Raises:
-        RecipeError: a backend or device that several ranks cannot use, or a GPU that two of them share.
-        LostRankError: ranks that do not come together.
+        RecipeError: Several ranks cannot use the backend or the device, or two of them share a GPU.
+        LostRankError: The ranks did not come together.
     """
     if launched_world_size() == 1 or dist.is_initialized():
         yield
@@ -98,7 +98,7 @@ def process_group(device: torch.device, backend: str = "auto", timeout: timedelt
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a rank runs."""
+    """The machine, process and GPU of a rank."""
 
     host: str
     machine: str  # equal for processes that can see each other, and for no others
@@ -121,7 +121,7 @@ class _Place:
 
 
 def _places(store: Store, rank: int, world_size: int, device: torch.device) -> list[_Place]:
-    """Where each rank runs; waits for all of them."""
+    """The place of each rank; waits for all of them."""
     store.set(f"place of {rank}", json.dumps(asdict(_Place.here(device))))
     told = store.multi_get([f"place of {other}" for other in range(world_size)])
     return [_Place(**json.loads(text)) for text in told]
@@ -143,10 +143,10 @@ class _Others(threading.Thread):
     """Looks every second whether the other ranks are well, and ends this process if one is gone and it does not.
 
     Args:
-        store: that all ranks share, and that no earlier ranks have used.
-        rank: this one.
-        places: of all ranks.
-        patience: how long to wait for the others when this one is done.
+        store: A store that all ranks share, and that no earlier ranks have used.
+        rank: The number of this rank.
+        places: Where each rank runs.
+        patience: The time to wait for the others when this rank is done.
     """
 
     def __init__(self, store: Store, rank: int, places: Sequence[_Place], patience: timedelta) -> None:
@@ -171,7 +171,7 @@ class _Others(threading.Thread):
         leave_process(error.exit_code)
 
     def _look(self) -> str | None:
-        """What happened to another rank, if something did."""
+        """Look whether something happened to another rank; None if not."""
         store = self._own_store
         try:
             if store.check(["failed"]):
@@ -184,13 +184,13 @@ class _Others(threading.Thread):
         return None
 
     def warn(self, error: BaseException) -> None:
-        """Tells the other ranks that this one fails."""
+        """Tell the other ranks that this one fails."""
         told = f"rank {self._rank} failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         _within_grace(lambda: self._store.compare_set("failed", "", told))
         self._done.set()
 
     def leave(self) -> None:
-        """Waits until all ranks are done: who ends first has the others ended by whatever started them."""
+        """Wait until all ranks are done: when one process ends, its launcher may end the others."""
         with suppress(RuntimeError):  # nothing is lost any more, so who is not well may end as it will
             self._store.set(f"{self._rank} is done", "")
             self._store.wait([f"{rank} is done" for rank in range(self._world_size)], self._patience)
@@ -233,7 +233,7 @@ def _within_grace(call: Callable[[], object]) -> None:
 
 
 def leave_process(code: int) -> NoReturn:
-    """Ends this process, and its data-loading workers, as it stands: nothing that waits is waited for."""
+    """End this process and its data workers at once, without waiting for anything."""
     for worker in multiprocessing.active_children():
         worker.kill()
     sys.stdout.flush()
@@ -249,7 +249,7 @@ def _agreed_name(store: Store, rank: int, world_size: int, patience: timedelta) 
     says something new, until the first one has answered it.
 
     Raises:
-        TimeoutError: not all came.
+        TimeoutError: Not all ranks came.
     """
     deadline = time.monotonic() + patience.total_seconds()
     mine = uuid.uuid4().hex
@@ -274,7 +274,7 @@ def _agreed_name(store: Store, rank: int, world_size: int, patience: timedelta) 
 
 
 def launched_world_size() -> int:
-    """How many ranks were started, before they know each other."""
+    """The number of ranks that a launcher started, before they know each other."""
     return _from_launcher("WORLD_SIZE", 1)
 
 
@@ -289,7 +289,7 @@ def local_rank() -> int:
 
 
 def local_world_size() -> int:
-    """How many ranks share this machine."""
+    """The number of ranks that share this machine."""
     return _from_launcher("LOCAL_WORLD_SIZE", 1) if launched_world_size() > 1 else 1
 
 
@@ -305,7 +305,7 @@ def _from_launcher(name: str, default: int) -> int:
 
 
 def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """Sets how long the ranks of a group wait for each other in what they do from now on."""
+    """Set how long the ranks of a group wait for each other from now on."""
     # Versions of PyTorch differ in the name.
     change = getattr(distributed_c10d, "set_timeout", None) or getattr(distributed_c10d, "_set_pg_timeout", None)
     if change is not None:
@@ -353,7 +353,7 @@ def is_first() -> bool:
 
 
 def any_over_ranks(flag: bool) -> bool:
-    """Whether ``flag`` is true on any rank: how all agree to stop, to save, to skip."""
+    """Whether ``flag`` is true on any rank, so that all agree to stop, to save, to skip."""
     if not is_active():
         return flag
     flags = torch.tensor(int(flag))
@@ -362,7 +362,7 @@ def any_over_ranks(flag: bool) -> bool:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What ``make`` gives on the first rank, which alone calls it, on every rank; or the error that it raises."""
+    """Call ``make`` on the first rank alone; every rank gets its result, or the error that it raises."""
     if not is_active():
         return make()
     box: list[Any] = [None, None]
@@ -378,7 +378,7 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def all_ranks(value: T) -> list[T]:
-    """Every rank's ``value``, in the order of ranks; small ones only."""
+    """The ``value`` of every rank, in the order of ranks; for small values only."""
     if not is_active():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -387,7 +387,7 @@ def all_ranks(value: T) -> list[T]:
 
 
 def rows_of_all_ranks(x: Tensor) -> Tensor:
-    """``x`` [n, …] of every rank one below the other [W·n, …]; n is the same everywhere; outside of autograd."""
+    """The rows ``x`` [n, …] of all ranks, one rank below the other [W·n, …]; n is equal on all; outside of autograd."""
     x = x.detach().contiguous()
     if not is_active():
         return x
@@ -397,7 +397,7 @@ def rows_of_all_ranks(x: Tensor) -> Tensor:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """``x`` summed over ranks; a new tensor, outside of autograd."""
+    """The sum of ``x`` over ranks; a new tensor, outside of autograd."""
     x = x.detach().clone()
     if is_active():
         dist.all_reduce(x)
@@ -405,7 +405,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """``x`` averaged over ranks; a new tensor, outside of autograd."""
+    """The mean of ``x`` over ranks; a new tensor, outside of autograd."""
     return sum_over_ranks(x) / world_size()
 
 
@@ -425,12 +425,12 @@ def logsumexp_over_ranks(x: Tensor) -> Tensor:
 
 
 def shards(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """This rank's part of each tensor that is sharded; the others as they are. They share their memory."""
+    """This rank's part of each sharded tensor, and the other tensors as they are; memory is shared with them."""
     return [t.to_local() if _is_sharded(t) else t for t in tensors]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, on every rank, so every rank has to ask; another as it is."""
+    """A sharded tensor, put together on every rank, so that every rank has to call this; another tensor as it is."""
     return tensor.full_tensor() if _is_sharded(tensor) else tensor
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Writing files so that each is whole or not there."""
 
 import errno
 import json
@@ -67,15 +67,15 @@ _NO_FOLDER_SYNC = {
 
 
 def is_stranger(name: str) -> bool:
-    """Whether a name is that of a file or folder that systems put beside those of users."""
+    """Whether a name belongs to a file or folder that systems put beside those of users."""
     return name.lower() in _STRANGERS or name.lower().startswith(_STRANGE_BEGINNINGS)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets ``write`` make a file beside ``path``, brings it to disk, and only then gives it its name.
+    """Write a file beside ``path``, sync it to disk, and only then give it its name.
 
     Raises:
-        RunError: no space, or not writable; whatever was at ``path`` before is still there.
+        RunError: The disk is full or the file cannot be written; whatever was at ``path`` before is still there.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
@@ -97,12 +97,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Gives a place for a file or folder of this name, and puts what is there at ``path`` if nothing was raised.
+    """Yield a place for a file or folder, and move what is there to ``path`` unless an error was raised.
 
     Files that are written beside it, such as the weights of a large ONNX file, come along. So does nothing else.
 
     Raises:
-        RunError: something is at ``path``; no space, or not writable.
+        RunError: Something is at ``path`` already, the disk is full, or the file cannot be written.
     """
     aside = path.with_name(f".{path.name}.partial")
     if path.exists():
@@ -130,12 +130,12 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """``write_atomically`` for a text."""
+    """Write a text by ``write_atomically``."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def writing_error(path: Path, error: Exception) -> RunError:
-    """What to tell a user whose disk does not take a file."""
+    """The error for a user whose disk does not take a file."""
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT) or (number is None and _is_full(path.parent)):
         return RunError(f"no space left to write {path}: free some, then run the same command again to continue")
@@ -160,13 +160,13 @@ def _set_mode(file: Path, mode: int) -> None:
 
 
 def sync(file: Path) -> None:
-    """Brings a file's content to disk."""
+    """Sync a file's content to disk."""
     with file.open("r+b") as stream:  # Windows syncs what may be written alone
         os.fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Brings a folder's names to disk, where the file system does that when asked.
+    """Sync a folder's names to disk, where the file system does that when asked.
 
     Raises:
         OSError: The disk failed.
@@ -185,15 +185,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def save_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file of which the same contents always make the same bytes.
+    """Write a safetensors file; the same contents always make the same bytes.
 
     Args:
-        tensors: on the CPU, contiguous.
-        path: the file.
-        metadata: of its header.
+        tensors: Contiguous tensors on the CPU by name.
+        path: The file to write.
+        metadata: Texts for its header.
 
     Raises:
-        SafetensorError, OSError: it cannot be written.
+        SafetensorError, OSError: The file cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -202,7 +202,7 @@ def save_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: Mapping[
 
 
 def order_header(path: Path) -> None:
-    """Puts the metadata of a safetensors file's header in order: the library writes them in a random one."""
+    """Sort the metadata in a safetensors file's header, which the library writes in random order."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

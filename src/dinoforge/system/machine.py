@@ -1,4 +1,4 @@
-"""What this process may take of its machine: processors and main memory, within the limits of its control groups."""
+"""Processors and main memory that this process may take, within the limits of its control groups."""
 
 import math
 import os
@@ -10,10 +10,10 @@ _ROOT = Path("/")
 
 
 def processors(root: Path = _ROOT) -> int:
-    """How many this process may use: those it is bound to, or fewer if its control group has less of their time.
+    """The number of processors for this process: those it is bound to, or fewer if its control group has less time.
 
     Args:
-        root: of the file system.
+        root: The root of the file system.
     """
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(bound, _processor_time(root))))
@@ -23,7 +23,7 @@ def free_memory(root: Path = _ROOT) -> float | None:
     """Bytes of main memory that this process can still take; None where the system does not say.
 
     Args:
-        root: of the file system.
+        root: The root of the file system.
     """
     try:
         meminfo = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -50,7 +50,7 @@ def _processor_time(root: Path) -> float:
 
 
 def _left_in_groups(root: Path) -> Iterator[float]:
-    """Bytes that each control group with a limit has left; files that the system can let go of do not count."""
+    """Bytes that each control group with a limit has left; files that the system can drop do not count."""
     names = (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1

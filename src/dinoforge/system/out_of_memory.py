@@ -1,4 +1,4 @@
-"""What running out of memory is told as."""
+"""Errors for a user whose memory has run out."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ from dinoforge.errors import OutOfMemoryError
 from dinoforge.system.device import free_memory
 
 _SIGNS = (
-    "out of memory",  # of CUDA where it is no OutOfMemoryError, of MPS, of NCCL
+    "out of memory",  # CUDA where it raises no OutOfMemoryError, MPS, NCCL
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -27,14 +27,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def out_of_memory_in_words(device: torch.device, ways: Callable[[], Sequence[str]]) -> Iterator[None]:
-    """Has what runs out of memory meanwhile end with what there was, what was asked for, and what helps.
+    """Turn an error for lack of memory into one that says what there was, what was asked for, and what helps.
 
     Args:
-        device: that is computed on.
-        ways: gives what would take less memory, in the order to try it.
+        device: The device that computes.
+        ways: Returns what would take less memory, in the order to try it.
 
     Raises:
-        OutOfMemoryError: memory ran out.
+        OutOfMemoryError: Memory ran out.
     """
     try:
         yield
@@ -47,9 +47,9 @@ def out_of_memory_in_words(device: torch.device, ways: Callable[[], Sequence[str
 
 
 def _what_happened(error: BaseException, device: torch.device) -> str:
-    """What was asked for and what there was, as the library says it, without its own advice."""
+    """The amount asked for and the amount there was, as the library says them, without the library's own advice."""
     text = str(error).strip().partition("\n")[0]
-    if asked := re.search(r"you tried to allocate (\d+) bytes", text):  # of main memory
+    if asked := re.search(r"you tried to allocate (\d+) bytes", text):  # an error about main memory
         free = free_memory(torch.device("cpu"))
         left = "" if free is None else f", and {free / 2**30:.1f} GiB are free"
         return f"{int(asked[1]) / 2**30:.1f} GiB of main memory were asked for{left}"

@@ -1,4 +1,4 @@
-"""The parts of a step by name: in a profile, and timed for whoever asks.
+"""Names for the parts of a step, for profiles and for stopwatches.
 
 On an accelerator the host only queues work, and PyTorch runs the backward pass in a thread of its own, so neither the
 host's clock nor a profile of the calling thread says how long a part took. There the device stamps the time itself, at
@@ -21,7 +21,7 @@ class Stopwatch:
     """Times parts on one device.
 
     Args:
-        device: where the work is done.
+        device: The device that does the work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class Stopwatch:
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
-        """Times what is done meanwhile as a part of that name."""
+        """Time the work done meanwhile as a part of that name."""
         event = {"cuda": torch.cuda.Event, "mps": torch.mps.Event}.get(self._device.type)
         if event is None:
             started = time.perf_counter()
@@ -45,7 +45,7 @@ class Stopwatch:
         self._parts.append((name, lambda: first.elapsed_time(last) / 1e3))
 
     def seconds(self) -> dict[str, float]:
-        """Of all parts by name; the device must be done with them."""
+        """Seconds of all parts by name; the device must have finished them."""
         total: dict[str, float] = {}
         for name, seconds in self._parts:
             total[name] = total.get(name, 0.0) + seconds()
@@ -57,7 +57,7 @@ _running: ContextVar[Stopwatch | None] = ContextVar("_running", default=None)
 
 @contextmanager
 def timed_by(stopwatch: Stopwatch) -> Iterator[None]:
-    """Has the stopwatch time every phase of this thread meanwhile."""
+    """Let the stopwatch time every phase of this thread meanwhile."""
     before = _running.set(stopwatch)
     try:
         yield
@@ -67,7 +67,7 @@ def timed_by(stopwatch: Stopwatch) -> Iterator[None]:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Names what is done meanwhile in a profile, and times it if a stopwatch runs."""
+    """Name the work done meanwhile in a profile, and time it if a stopwatch runs."""
     stopwatch = _running.get()
     with record_function(name):
         if stopwatch is None:

@@ -1,9 +1,12 @@
-"""Standard output and error that stop nothing: not when nobody reads them any more, nor for a letter that they lack."""
+"""Text for the terminal: streams whose faults stop nothing, and tables.
+
+A write fails where nobody reads the output any more, and where the encoding lacks a letter; neither may end a run.
+"""
 
 import io
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
@@ -12,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Patient(io.TextIOBase):
-    """A text stream that never raises: what cannot be written is left out.
+    """A text stream that never raises, and leaves out what cannot be written.
 
     After a pipe is closed, a terminal is gone or a disk is full, later lines are tried again, since a disk may have
     room by then. Letters that the encoding lacks become ``?``.
@@ -83,7 +86,7 @@ def be_patient() -> None:
 
 @contextmanager
 def patient(console: "Console") -> Iterator[None]:
-    """Have a console write patiently meanwhile."""
+    """Make a console write patiently meanwhile."""
     before = console.file
     console.file = cast(IO[str], Patient(cast(TextIO, before)))
     try:
@@ -92,8 +95,23 @@ def patient(console: "Console") -> Iterator[None]:
         console.file = before
 
 
+def table(rows: Sequence[Sequence[str]], *, right: Container[int] = ()) -> str:
+    """Lay out a table as text, with two spaces between columns.
+
+    Args:
+        rows: Cells, as many in each row; at least one row.
+        right: Columns that are aligned to the right, from 0; the others are aligned to the left.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        lines.append("  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(cells)).rstrip())
+    return "\n".join(lines)
+
+
 def leave(code: int) -> NoReturn:
-    """End the program at once with an exit code: no handler of the interpreter's end can print a traceback then."""
+    """End the program at once with an exit code, so that no handler at the interpreter's end prints a traceback."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Copies to a device that nobody waits for."""
+"""Copies to a device for which nobody waits."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,14 @@ PAGE_LOCKED = {"cuda", "xpu"}  # types of devices that copy from page-locked mem
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copies a tensor that was made on the host; the host goes on meanwhile.
+    """Copy a tensor from the host to a device while the host goes on.
 
     From ordinary memory a copy of more than 64 KiB would be waited for, so the tensor is first copied to page-locked
     memory, where the device can use such memory.
 
     Args:
-        x: on the CPU, or on the device already.
-        device: where to.
+        x: A tensor on the CPU, or on the device already.
+        device: The device that gets the copy.
     """
     if device.type in PAGE_LOCKED and x.device.type == "cpu":
         x = x.pin_memory()
