@@ -16,7 +16,7 @@ FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin
 """Names of weights in a Hugging Face folder; transformers takes the first that is there."""
 
 INDICES = FILES[1::2]
-"""Those of weights in several files."""
+"""The names among these of weights in several files."""
 
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
 
