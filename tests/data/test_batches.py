@@ -181,6 +181,7 @@ def test_unreadable_images_are_replaced_by_others() -> None:
     assert all(name == f"item {index}" and "not an image" in reason for index, name, reason in skipped)
 
 
+@pytest.mark.processes
 def test_batch_without_readable_images_is_a_failure() -> None:
     data = training_data(images(20, bad=tuple(range(20))))
     failure = data[0]
@@ -203,7 +204,9 @@ def test_real_images(solar_cells: Path) -> None:
 # --- the stream ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize(
+    "num_workers", [0, pytest.param(1, marks=pytest.mark.processes), pytest.param(2, marks=pytest.mark.processes)]
+)
 @pytest.mark.parametrize("start_step", [0, 3])
 def test_stream_is_the_same_for_any_workers_and_start(num_workers: int, start_step: int) -> None:
     data = training_data(images(20, bad=(4,)))
@@ -229,7 +232,7 @@ def test_large_crops_do_not_depend_on_threads() -> None:
     assert_equal(here[0], there[0])
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.processes)])
 def test_global_generators_are_left_alone(num_workers: int) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     for _ in make_loader(training_data(), start_step=0, end_step=2, num_workers=num_workers):
@@ -238,6 +241,7 @@ def test_global_generators_are_left_alone(num_workers: int) -> None:
     assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())
 
 
+@pytest.mark.processes
 def test_empty_range_is_an_empty_stream() -> None:
     for workers in (0, 1):
         assert list(make_loader(training_data(), start_step=4, end_step=4, num_workers=workers)) == []
@@ -414,7 +418,7 @@ def test_photometry_that_is_left_to_the_device_gives_the_same_crops() -> None:
         assert torch.equal(getattr(made, name), getattr(left, name))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.processes)])
 def test_photometry_travels_from_workers(num_workers: int) -> None:
     data = training_data(photometry=False)
     for step, batch in enumerate(make_loader(data, start_step=0, end_step=3, num_workers=num_workers)):

@@ -510,6 +510,7 @@ def test_a_run_keeps_what_it_began_with(tmp_path, monkeypatch, capsys):
     assert "as the run began" in capsys.readouterr().out
 
 
+@pytest.mark.processes
 def test_a_run_with_quarter_turns_has_one_stream(tmp_path):
     """Whatever worker makes a batch and wherever the run starts, it is the same; and the report shows it as it is."""
     rng = np.random.default_rng(0)
