@@ -18,6 +18,7 @@ from dinoforge.models.head import DINOHead
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.optim.param_groups import parameter_groups
 from dinoforge.recipe.load import load_recipe
+from dinoforge.selfcheck.fidelity import world_size_of
 from plain_losses import centering, dino_loss, ibot_loss, sinkhorn_knopp, updated_center
 
 DATA = Path(__file__).parent / "data"
@@ -31,6 +32,14 @@ def test_all_cases_are_here():
 @pytest.mark.parametrize("name", CASES)
 def test_steps_agree_with_the_reference(name, capsys):
     assert check.main([str(check.CASES / name)]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("least", [None, 1])
+@pytest.mark.parametrize("name", [name for name in CASES if world_size_of(check.CASES / name) == 1])
+def test_plain_steps_agree_with_the_reference(name, least):
+    """Those of two ranks are in tests/accelerator/test_fidelity.py."""
+    errors = check.run_case(check.CASES / name, turn_tokens=least, kernels="plain")
+    assert errors.within_bounds, errors.worst
 
 
 @pytest.mark.parametrize(

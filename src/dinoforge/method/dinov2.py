@@ -11,9 +11,15 @@ from torch import Tensor, nn
 
 from dinoforge.data.batch import Batch
 from dinoforge.health.numbers import Diagnostics
-from dinoforge.kernels.cross_entropy import LastLayer, cross_entropy
-from dinoforge.kernels.targets import centering, sinkhorn_knopp, teacher_logits
-from dinoforge.kernels.tiles import Scratch, largest_logit
+from dinoforge.kernels.ops import (
+    LastLayer,
+    Scratch,
+    centering,
+    cross_entropy,
+    largest_logit,
+    sinkhorn_knopp,
+    teacher_logits,
+)
 from dinoforge.kernels.types import Targets, Term
 from dinoforge.method.dino import dino_terms
 from dinoforge.method.ibot import ibot_term, patch_weights

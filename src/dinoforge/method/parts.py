@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dinoforge.kernels.targets import centering, teacher_logits
-from dinoforge.kernels.tiles import Scratch
+from dinoforge.kernels.ops import Scratch, centering, teacher_logits
 from dinoforge.kernels.types import Targets
 from dinoforge.system import distributed
 

@@ -20,6 +20,7 @@ from dinoforge.data.batches import Failure, make_loader
 from dinoforge.data.order import sample_rng
 from dinoforge.data.sources import Source
 from dinoforge.errors import DataError
+from dinoforge.kernels import ops
 from dinoforge.kernels.products import linear
 from dinoforge.method.dinov2 import StudentTeacher
 from dinoforge.planning.dry_run import Plan
@@ -189,18 +190,19 @@ class StepBench:
         prepared = prepare(batch, device=self._device, mean=r.data.mean, std=r.data.std)
         rates = build_drop_path_rates(r)
         kept = kept_samples(networks, prepared, rates, seed=r.train.seed, number=self._step, parts=r.train.accumulate)
-        result = train_step(
-            networks,
-            self._state.optimizer,
-            prepared,
-            self._schedules(self._step),
-            clip_grad=r.optim.clip_grad,
-            kept=kept,
-            autocast=autocast(self._device, self._precision),
-            scaler=self._state.scaler,
-            parallel=self.parallel,
-            turn_tokens=turn_tokens(r.parallel, self._device, self.parallel.mode),
-        )
+        with ops.using(r.parallel.kernels):
+            result = train_step(
+                networks,
+                self._state.optimizer,
+                prepared,
+                self._schedules(self._step),
+                clip_grad=r.optim.clip_grad,
+                kept=kept,
+                autocast=autocast(self._device, self._precision),
+                scaler=self._state.scaler,
+                parallel=self.parallel,
+                turn_tokens=turn_tokens(r.parallel, self._device, self.parallel.mode),
+            )
         self._step += 1
         return not result.overflowed
 

@@ -236,13 +236,14 @@ class Report:
 
 @dataclass(frozen=True)
 class Parallel:
-    """Ours: how a run is laid over ranks; nothing here changes what is computed."""
+    """Ours: how a run is laid over ranks and computed; nothing here changes what is computed."""
 
     mode: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # auto: sharded only if it would not fit
     backend: Literal["auto", "gloo", "nccl"] = "auto"  # auto: nccl on cuda, gloo on the CPU
     shard_ranks: int | None = None  # of a copy under hsdp; null: the ranks of a machine
     activation_checkpointing: bool = False  # less memory, about a third more work
     crops_in_turn: bool | None = None  # some crops at a time: less memory; null: see docs/running.md
+    kernels: Literal["auto", "fast", "plain"] = "auto"  # auto: the fast ones on a CPU, else PyTorch's own
     timeout_minutes: float = 30.0  # after so long without a word from a rank, the others take it for gone
 
 

@@ -20,6 +20,7 @@ from torch.multiprocessing.spawn import spawn
 
 from dinoforge.builders.networks import build_optimizer, build_student_teacher
 from dinoforge.data.batch import Batch, masked_patches
+from dinoforge.kernels import ops
 from dinoforge.kernels.types import Kept
 from dinoforge.method.dinov2 import StudentTeacher
 from dinoforge.models.stochastic_depth import KeptSamples
@@ -192,6 +193,7 @@ def run_case(
     turn_tokens: int | None = None,
     device: torch.device = _CPU,
     gradients: dict[str, Tensor] | None = None,
+    kernels: ops.Kernels = "auto",
 ) -> Errors:
     """Runs one rank of a case; on several ranks, call it on each. The errors are those of rank 0.
 
@@ -204,6 +206,7 @@ def run_case(
         turn_tokens: as for ``train_step``.
         device: where the steps run; what they are compared with stays on the CPU.
         gradients: filled with those of the first step, before clipping, by the names of the student's parameters.
+        kernels: what computes the steps.
     """
     case = json.loads((folder / "case.json").read_text())
     recipe = recipe_of(case)
@@ -233,18 +236,19 @@ def run_case(
         handle = (
             optimizer.register_step_pre_hook(lambda *_: _keep_gradients(student_teacher, clipped)) if i == 0 else None
         )
-        result = train_step(
-            student_teacher,
-            optimizer,
-            batch,
-            hyper,
-            clip_grad=recipe.optim.clip_grad,
-            kept=[read_subsets(folder, prefix, i, case["vit"]["depth"], groups)],
-            autocast=autocast(device, dtype),
-            scaler=scaler,
-            parallel=parallel,
-            turn_tokens=turn_tokens,
-        )
+        with ops.using(kernels):
+            result = train_step(
+                student_teacher,
+                optimizer,
+                batch,
+                hyper,
+                clip_grad=recipe.optim.clip_grad,
+                kept=[read_subsets(folder, prefix, i, case["vit"]["depth"], groups)],
+                autocast=autocast(device, dtype),
+                scaler=scaler,
+                parallel=parallel,
+                turn_tokens=turn_tokens,
+            )
         if handle is not None:
             handle.remove()
             limit = recipe.optim.clip_grad or float("inf")
