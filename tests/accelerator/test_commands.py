@@ -25,7 +25,7 @@ from dinoforge.planning.bench import StepBench
 from dinoforge.runs import replay
 from dinoforge.runs.directory import RunDirectory
 from dinoforge.selfcheck.fake import DEVICE, Counts, fake_accelerator
-from dinoforge.system.device import resolve_device
+from dinoforge.system import device as devices
 from tiny import TINY
 
 KEYS = TINY | {"train.steps": 6, "optim.warmup_length": "20%", "report.every_minutes": None}
@@ -47,7 +47,7 @@ def accelerator() -> Iterator[Counts]:
 
 
 def test_auto_finds_it(accelerator):
-    assert resolve_device("auto") == DEVICE
+    assert devices.resolve_device("auto") == DEVICE
 
 
 def test_features_are_those_of_the_cpu(run, classes, accelerator, tmp_path):

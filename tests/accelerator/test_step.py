@@ -19,6 +19,7 @@ from tiny import TINY
 from variants import VARIANTS, bench
 
 WAITS = 1  # of the host for the device in a step: whether its loss and gradients are finite
+HALF = ["sinkhorn", "separate_heads", "swiglu_registers", "accumulated", "stochastic_depth", "recomputed"]
 PAGEABLE = 2**16  # bytes: a larger copy from ordinary memory is waited for
 
 
@@ -52,7 +53,7 @@ def test_a_step_is_that_of_the_cpu_and_waits_once(name, counts):
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["sinkhorn", "separate_heads", "swiglu_registers", "accumulated", "stochastic_depth"])
+@pytest.mark.parametrize("name", HALF)
 def test_a_step_in_half_precision_waits_once(name, precision):
     # PyTorch's scaler computes in float64 but on MPS.
     with fake_accelerator(float64=precision is torch.float16) as counts:

@@ -31,6 +31,7 @@ GATED = {"student.ffn_layer": "swiglufused", "student.num_register_tokens": 4, "
 FEW_IMAGES = {"student.depth": 12, "student.embed_dim": 256, "train.batch_size_per_gpu": 2}  # weights are most of it
 ENOUGH_FOR_TURNS = {"train.batch_size_per_gpu": 48, "ibot.separate_head": True}  # 3,120 tokens in each global crop
 MANY_PROTOTYPES = {"dino.head_n_prototypes": 16384}
+PLAIN = {"parallel.kernels": "plain"}  # what accelerators take
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,12 @@ MANY_PROTOTYPES = {"dino.head_n_prototypes": 16384}
         ("fp32", False, FEW_IMAGES),
         ("fp32", False, ENOUGH_FOR_TURNS),
         ("bf16", False, MANY_PROTOTYPES),
+        ("fp32", False, PLAIN),
+        ("bf16", True, PLAIN | MANY_PROTOTYPES),
+        ("bf16", False, PLAIN | STOCHASTIC),
+        ("fp32", True, PLAIN | STOCHASTIC),
+        ("fp32", False, PLAIN | FEW_IMAGES),
+        ("bf16", False, PLAIN | GATED | {"dino.head_n_prototypes": 4096, "ibot.head_n_prototypes": 4096}),
     ],
 )
 def test_the_estimate_is_within_a_tenth(benchmark, one_thread, monkeypatch, precision, checkpointed, keys):

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 
 import dinoforge
 from dinoforge.commands.train import train
 from dinoforge.errors import DataError, RecipeError, RunError, WeightsError
+from dinoforge.kernels import plain
 from tiny import TINY
 
 TERMS = ("total", "dino_local", "dino_global", "ibot", "koleo")
@@ -306,6 +308,16 @@ def test_memory_estimate_is_near_the_measurement(images, tmp_path, precision):
     estimated = float(done.stdout.split("memory   about ")[1].split(" GiB")[0])
     measured = metrics_of(run)[-1]["memory_gib"]
     assert estimated == pytest.approx(measured, rel=0.3)
+
+
+@pytest.mark.parametrize("asked", ["auto", "plain"])
+def test_a_run_computes_by_the_kernels_that_it_asks_for(images, tmp_path, monkeypatch, asked):
+    calls = []
+    attention = plain.attention
+    monkeypatch.setattr(plain, "attention", lambda *arguments: calls.append(1) or attention(*arguments))
+    keys = TINY | {"train.steps": 1, "parallel.kernels": asked, "optim.warmup_length": "0%"}
+    assert train(images, out=tmp_path / "run", console=Console(quiet=True), **keys).finished
+    assert bool(calls) == (asked == "plain")
 
 
 def test_python_data_and_nested_keys(tmp_path):

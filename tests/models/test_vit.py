@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dinoforge.kernels import ops
 from dinoforge.kernels.attention import AttentionOnCpu, HalfAttentionOnCpu
 from dinoforge.kernels.ops import norm_linear, scaled_linear
 from dinoforge.kernels.types import Kept
@@ -324,11 +325,15 @@ def test_rate_zero_is_no_stochastic_depth():
         assert_equal_tokens(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("of_accelerators", [False, True])
+@pytest.fixture(params=["fast", "plain"])
+def kernels(request):
+    with ops.using(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_group_of_which_nothing_is_kept(dtype, of_accelerators, monkeypatch):
-    # Where a graph is exported, code runs that accelerators run, too.
-    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: of_accelerators)
+def test_a_group_of_which_nothing_is_kept(dtype):
     network = make_vit()
     nothing, second = Kept(torch.tensor([], dtype=torch.int64), 3.0), Kept(torch.tensor([1]), 3.0)
     for kept in ([nothing], [nothing, second]):

@@ -272,6 +272,13 @@ def test_float16_that_was_given_is_not_sharded(machine):
         plan_of(parallel__mode="fsdp", precision="fp16")
 
 
+def test_kernels_for_cpus_are_refused_on_a_gpu(machine):
+    machine()
+    with pytest.raises(RecipeError, match=r"kernels=fast is for CPUs, and this run computes on cuda: set .*=auto"):
+        plan_of(parallel__kernels="fast")
+    assert plan_of(parallel__kernels="fast", device="cpu").device.type == "cpu"
+
+
 def test_the_state_has_a_scaler_where_the_plan_computes_in_float16(machine):
     """Whatever the recipe alone would mean here."""
     machine(gpus=0)

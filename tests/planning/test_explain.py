@@ -14,8 +14,7 @@ from dinoforge.builders.networks import build_drop_path_rates, build_optimizer, 
 from dinoforge.cli.main import main
 from dinoforge.data.batch import Batch, masked_patches
 from dinoforge.errors import DinoforgeError, RecipeError
-from dinoforge.kernels import cross_entropy, products, targets
-from dinoforge.models import head
+from dinoforge.kernels import cross_entropy, ops, products, targets
 from dinoforge.models.stochastic_depth import draw_kept_samples
 from dinoforge.optim.param_groups import set_hyperparameters
 from dinoforge.planning.explain import IMAGENET_1K, explain, explanation_json, explanation_text, plot_schedules
@@ -243,7 +242,7 @@ def test_masks_are_measured():
 )
 def test_the_work_is_what_a_step_computes(monkeypatch, changes):
     """Against PyTorch's counter of the products that a real forward and backward pass runs, without what is padded."""
-    for module in (head, targets, cross_entropy):
+    for module in (ops, targets, cross_entropy):
         monkeypatch.setattr(module, "padded", lambda count, multiple=32: count)
     recipe = small(**changes)
     c, b = recipe.crops, recipe.train.batch_size_per_gpu

@@ -10,6 +10,7 @@ from dinoforge.builders.lengths import build_schedules, run_length
 from dinoforge.builders.networks import build_drop_path_rates, build_state
 from dinoforge.commands.start import take_weights
 from dinoforge.errors import RunError, WeightsError
+from dinoforge.kernels import ops
 from dinoforge.recipe.schema import Recipe
 from dinoforge.runs import checkpoint
 from dinoforge.runs import replay as replays
@@ -69,13 +70,14 @@ def _replay(
     (kept,) = kept_samples(
         state.student_teacher, saved.batch, rates, seed=recipe.train.seed, number=saved.number, rank=saved.rank
     )
-    findings = replays.find(
-        state.student_teacher,
-        saved.batch.to(device),
-        schedules(min(saved.step, length.steps - 1)),
-        kept=kept,
-        autocast=partial(devices.autocast, device, dtype),
-    )
+    with ops.using(recipe.parallel.kernels):
+        findings = replays.find(
+            state.student_teacher,
+            saved.batch.to(device),
+            schedules(min(saved.step, length.steps - 1)),
+            kept=kept,
+            autocast=partial(devices.autocast, device, dtype),
+        )
     return findings, saved, steps[-1] if steps else 0
 
 

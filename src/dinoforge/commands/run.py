@@ -23,6 +23,7 @@ from dinoforge.data.stamps import stamps_of
 from dinoforge.errors import DataError
 from dinoforge.evaluation.probe import Probe
 from dinoforge.features import extract
+from dinoforge.kernels import ops
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.planning.dry_run import Plan
 from dinoforge.recipe.schema import Recipe, flatten
@@ -108,6 +109,7 @@ def run_training(
         stop,
         Display(console, total_steps=plan.length.steps, first_step=first_step) as display,
         Saver(run, state, plan, image, say) as saver,
+        ops.using(recipe.parallel.kernels),
     ):
         probes = _probes(run, state, plan, image, source, labels, say)
         metrics_hook = MetricsHook(

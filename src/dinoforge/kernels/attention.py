@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dinoforge.kernels import private
 from dinoforge.kernels.products import pieces
 from dinoforge.kernels.types import Groups
 
@@ -32,13 +33,15 @@ class AttentionOnCpu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, groups: Groups, num_heads: int) -> Tensor:
+        flash = private.flash_attention()
+        assert flash is not None
         out = qkv.new_empty(len(qkv), qkv.shape[1] // 3)  # [T, D]
         sums: list[Tensor] = []  # logarithms of the softmaxes' sums
         for part, into, (images, tokens) in zip(
             split_heads(qkv, groups), split_heads(out, groups), groups, strict=True
         ):
             q, k, v = heads_of(part, images, tokens, num_heads)
-            attended, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+            attended, log_sums = flash(q, k, v)
             into.view(images, tokens, num_heads, q.shape[-1]).copy_(attended.transpose(1, 2))
             sums.append(log_sums)
         ctx.save_for_backward(qkv, out, *sums)
@@ -48,6 +51,8 @@ class AttentionOnCpu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        flash_backward = private.flash_attention_backward()
+        assert flash_backward is not None
         qkv, out, *sums = ctx.saved_tensors
         grad = torch.empty_like(qkv)
         parts = zip(
@@ -56,7 +61,7 @@ class AttentionOnCpu(torch.autograd.Function):
         for qkv_part, out_part, grad_out, into, log_sums, (images, tokens) in parts:
             shape = (images, tokens, ctx.num_heads, out.shape[1] // ctx.num_heads)
             given, attended = (x.view(shape).transpose(1, 2) for x in (grad_out, out_part))
-            gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            gradients = flash_backward(
                 given, *heads_of(qkv_part, images, tokens, ctx.num_heads), attended, log_sums, 0.0, False
             )
             for to, gradient in zip(heads_of(into, images, tokens, ctx.num_heads), gradients, strict=True):
@@ -87,13 +92,15 @@ class HalfAttentionOnCpu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        of_softmax = private.softmax_backward()
+        assert of_softmax is not None
         (qkv,) = ctx.saved_tensors
         grad = torch.empty_like(qkv)
         for rows, shape in _few_images(ctx.groups, ctx.num_heads):
             q, k, v = _stacked_heads(qkv[rows], 3, *shape)
             (given,) = _stacked_heads(grad_outputs[0][rows], 1, *shape)
             p = _scores(q, k)
-            grad_scores = torch._softmax_backward_data(given @ v.mT, p, -1, p.dtype).mul_(q.shape[-1] ** -0.5)
+            grad_scores = of_softmax(given @ v.mT, p, -1, p.dtype).mul_(q.shape[-1] ** -0.5)
             of_heads = (grad_scores @ k, grad_scores.mT @ q, p.mT @ given)
             into = grad[rows].view(-1, shape[1], 3, shape[2], q.shape[-1])
             for number, gradient in enumerate(of_heads):

@@ -1,4 +1,4 @@
-"""Cross-entropy between teacher targets and student logits without ever holding all logits."""
+"""Cross-entropy between teacher targets and student logits on a CPU, without ever holding all logits."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dinoforge.kernels.precision import last_layer_dtype
 from dinoforge.kernels.products import linear, padded
 from dinoforge.kernels.tiles import (
     Scratch,
@@ -17,7 +18,6 @@ from dinoforge.kernels.tiles import (
     columns_at_once,
     effective_weight,
     largest_logit,
-    product_dtype,
     tiles,
 )
 from dinoforge.kernels.types import Term
@@ -156,7 +156,7 @@ class _CrossEntropy(torch.autograd.Function):
             torch.zeros_like(z) if n else None for z, n in zip(embeddings, ctx.needs_input_grad[6:], strict=True)
         ]
         largest = largest_logit(weight_g, min(term.temp for term in terms))
-        most = columns_at_once(len(w), dtype, w.device)
+        most = columns_at_once(len(w), dtype)
         # Fewer and wider products are faster; in float32, crops of one kind by themselves round as in the reference.
         numbered = list(enumerate(terms))
         kinds = [list(g) for _, g in groupby(numbered, _kind)] if dtype is torch.float32 else [numbered]
@@ -195,23 +195,9 @@ class _CrossEntropy(torch.autograd.Function):
 def cross_entropy(
     terms: Sequence[Term], weight_g: Tensor, weight_v: Tensor, scratch: Scratch, layer: LastLayer | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Weighted cross-entropies of student logits against teacher targets.
-
-    Logits exist for a few samples at a time; the gradient is computed on the way, so memory does not grow with the
-    number of samples times K. Under autocast to bfloat16 the products run in it; sums, softmax and loss are float32.
-
-    Args:
-        terms: what is held against what; at least one.
-        weight_g, weight_v: of the student's weight-normed last layer [K, 1], [K, d].
-        scratch: keeps memory between calls.
-        layer: what this call has in common with others of the step, whose sums get the same gradient; the weights get
-            theirs from the last one.
-
-    Returns:
-        The sum of the terms, and each term [len(terms)] without a gradient.
-    """
+    """As ``ops.cross_entropy``; the gradient is computed on the way, and the weights get theirs from the last call."""
     embeddings = [term.embeddings for term in terms]
-    dtype = product_dtype(embeddings[0])
+    dtype = last_layer_dtype(embeddings[0])
     with torch.autocast(weight_v.device.type, enabled=False):
         total, each = _CrossEntropy.apply(weight_g, weight_v, terms, dtype, scratch, layer or LastLayer(), *embeddings)
     return total, each

@@ -1,4 +1,4 @@
-"""A norm or a scale and a linear layer in one, without keeping what lies between."""
+"""A norm or a scale and a linear layer in one on a CPU, without keeping what lies between."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dinoforge.kernels import private
 from dinoforge.kernels.rows import added, few_rows, gradient_of_weight, linear_rows, product
 
 
@@ -26,14 +27,15 @@ class NormLinear(torch.autograd.Function):
     ) -> Tensor:
         w = weight.to(dtype)
         b = None if bias is None else bias.to(dtype)
-        out = x.new_empty(x.shape[0], len(w), dtype=dtype)  # len(x) would be a constant in an exported graph
+        out = x.new_empty(len(x), len(w), dtype=dtype)
         moments: list[tuple[Tensor, Tensor]] = []
         for rows in few_rows(x, dtype):
             normed, mean, rstd = torch.native_layer_norm(x[rows], x.shape[-1:], norm_weight, norm_bias, eps)
             moments.append((mean, rstd))
             linear_rows(normed.to(dtype), w, b, out=out[rows])
         mean, rstd = (torch.cat(parts) for parts in zip(*moments, strict=True))
-        ctx.save_for_backward(x.to(dtype), mean, rstd, norm_weight, norm_bias, weight, bias)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(x.to(dtype), mean, rstd, norm_weight, norm_bias, weight, bias)
         return out
 
     @staticmethod
@@ -41,6 +43,8 @@ class NormLinear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         x, mean, rstd, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
+        of_layer_norm = private.layer_norm_backward()
+        assert of_layer_norm is not None
         w = weight.to(grad.dtype)
         grad_x = torch.empty_like(x, dtype=norm_weight.dtype)
         sums: list[Tensor | None] = [None] * 4  # gradients of both weights and both biases
@@ -48,7 +52,7 @@ class NormLinear(torch.autograd.Function):
             x_rows, g = x[rows].to(norm_weight.dtype), grad[rows]
             normed = ((x_rows - mean[rows]) * rstd[rows]).mul_(norm_weight).add_(norm_bias).to(g.dtype)
             grad_normed = product(g, w).to(norm_weight.dtype)
-            grad_x[rows], *of_norm = torch.ops.aten.native_layer_norm_backward(
+            grad_x[rows], *of_norm = of_layer_norm(
                 grad_normed, x_rows, x.shape[-1:], mean[rows], rstd[rows], norm_weight, norm_bias, [True, True, True]
             )
             of_weight = gradient_of_weight(g, normed).to(weight.dtype)
@@ -74,7 +78,7 @@ class ScaledLinear(torch.autograd.Function):
         folded = scale if factors is None else None
         w = (weight if folded is None else weight * folded[:, None]).to(x.dtype)
         b = None if bias is None else (bias if folded is None else bias * folded).to(x.dtype)
-        out = x.new_empty(x.shape[0], len(w))  # as above
+        out = x.new_empty(len(x), len(w))
         for rows in few_rows(x, x.dtype):
             linear_rows(F.gelu(x[rows]) if gelu else x[rows], w, b, out=out[rows])
             if factors is not None:
@@ -86,6 +90,7 @@ class ScaledLinear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         x, weight, bias, scale = ctx.saved_tensors
+        of_gelu = private.gelu_backward() if ctx.gelu else None
         w = (weight if scale is None else weight * scale[:, None]).to(grad.dtype)
         grad_x = torch.empty_like(x)
         sums: list[Tensor | None] = [None] * 2  # of the scaled weight [D, D'] and bias
@@ -94,8 +99,8 @@ class ScaledLinear(torch.autograd.Function):
             y = F.gelu(x_rows) if ctx.gelu else x_rows
             of_bias = None if bias is None else g.sum(dim=0, dtype=weight.dtype)
             sums = added(sums, [gradient_of_weight(g, y).to(weight.dtype), of_bias])
-            if ctx.gelu:
-                torch.ops.aten.gelu_backward(product(g, w), x_rows, grad_input=grad_x[rows])
+            if of_gelu is not None:
+                of_gelu(product(g, w), x_rows, grad_input=grad_x[rows])
             else:
                 linear_rows(g, w.T, None, out=grad_x[rows])
         grad_weight, grad_bias = sums

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dinoforge.kernels import private
+
 # PyTorch multiplies float32 by MKL on x86, which on AMD's processors is 10 to 20 % slower than oneDNN. The operator
-# here is what its compiler makes of a linear layer; under the compiler it is left to do so itself.
+# here is what its compiler makes of a linear layer.
 _BY_ONEDNN = platform.machine().lower() in {"x86_64", "amd64"} and torch.backends.mkldnn.is_available()
 _ONEDNN_ROWS = 128  # and multiples; other numbers, which may be new in every step, are MKL's, which keeps nothing
 
@@ -29,9 +31,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, place: Tens
     Returns:
         [N, D'].
     """
-    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if _BY_ONEDNN and on_cpu and x.dtype is torch.float32 and x.numel() and x.shape[0] % _ONEDNN_ROWS == 0:
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    fits = x.device.type == "cpu" and x.dtype is torch.float32 and x.numel() and x.shape[0] % _ONEDNN_ROWS == 0
+    if _BY_ONEDNN and fits and (by_onednn := private.linear_pointwise()) is not None:
+        result: Tensor = by_onednn(x, weight, bias, "none", [], "")
         return result
     if bias is None:
         return torch.mm(x, weight.T, out=place)

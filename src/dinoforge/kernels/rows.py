@@ -1,4 +1,4 @@
-"""Linear layers by rows: which precision, and how many rows at a time."""
+"""Linear layers by rows: how many at a time, so that they stay in a CPU's cache between two operations."""
 
 from collections.abc import Iterator
 
@@ -9,28 +9,15 @@ from torch import Tensor
 from dinoforge.kernels.products import linear as multiply
 from dinoforge.kernels.products import padded, pieces
 
-# The fewest (but for the last) and the most tokens that a CPU works on at a time: many for the speed of products, which
+# The fewest (but for the last) and the most tokens to work on at a time: many for the speed of products, which
 # gain less in half precision, and few for the cache and for memory.
 _ROWS = (512, 2048)
 _HALF_ROWS = (128, 1024)
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """In which precision a linear layer multiplies ``x``."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def on_cpu(x: Tensor) -> bool:
-    """Whether a CPU works on ``x``: not a GPU, nor a graph for any number of images that is being exported."""
-    return x.device.type == "cpu" and not torch.compiler.is_exporting()
-
-
 def few_rows(x: Tensor, dtype: torch.dtype) -> Iterator[slice]:
-    """Rows to work on at a time, by products in ``dtype``; on CPUs few, to stay in the cache between two operations."""
-    if not on_cpu(x):
-        yield slice(None)
-    elif len(x):
+    """Rows to work on at a time, by products in ``dtype``."""
+    if len(x):
         least, most = _HALF_ROWS if dtype.itemsize == 2 else _ROWS
         for rows, _ in pieces(len(x), most, least):
             yield rows
@@ -39,8 +26,8 @@ def few_rows(x: Tensor, dtype: torch.dtype) -> Iterator[slice]:
 
 
 def _more_rows(x: Tensor) -> Tensor:
-    """A piece of ``_few_rows``, in half precision with rows of zeros up to the size of such pieces."""
-    if not on_cpu(x) or x.dtype.itemsize != 2:
+    """A piece of ``few_rows``, in half precision with rows of zeros up to the size of such pieces."""
+    if x.dtype.itemsize != 2:
         return x
     more = padded(len(x), _HALF_ROWS[0]) - len(x)
     return F.pad(x, (0, 0, 0, more)) if more else x

@@ -1,4 +1,4 @@
-"""Teacher logits to targets: centering and Sinkhorn-Knopp.
+"""Teacher logits to targets on a CPU: centering and Sinkhorn-Knopp.
 
 Both give probabilities of the form ``exp(logits / temp) · u[prototype] · v[sample]``. The exponentials take the place
 of the logits, which is the only matrix that is kept; the probabilities are made where they are read, a tile at a time.
@@ -7,8 +7,9 @@ of the logits, which is the only matrix that is kept; the probabilities are made
 import torch
 from torch import Tensor
 
+from dinoforge.kernels.precision import exact, last_layer_dtype
 from dinoforge.kernels.products import padded
-from dinoforge.kernels.tiles import Scratch, effective_weight, product_dtype, tiles
+from dinoforge.kernels.tiles import Scratch, effective_weight, tiles
 from dinoforge.kernels.types import Targets
 from dinoforge.system import distributed
 
@@ -19,16 +20,8 @@ _SAFE_RANGE = 70.0  # sums of exponentials this far apart neither overflow nor u
 def teacher_logits(
     embeddings: Tensor, weight_g: Tensor, weight_v: Tensor, temp: float, *, scratch: Scratch, name: str = "teacher"
 ) -> Tensor:
-    """Logits over temperature, prototypes first [K, N], in the precision of the product.
-
-    Args:
-        embeddings: normalised teacher bottlenecks [N, d].
-        weight_g, weight_v: of the teacher's last layer [K, 1], [K, d].
-        temp: the teacher's temperature.
-        scratch: whose memory ``name`` the logits take.
-        name: of logits that are not needed beside others of this name.
-    """
-    dtype = product_dtype(embeddings)
+    """As ``ops.teacher_logits``; they take the memory ``name``."""
+    dtype = last_layer_dtype(embeddings)
     w, _ = effective_weight(weight_g, weight_v, dtype, scratch)
     count = padded(len(embeddings))
     z = w.new_zeros(w.shape[1], count)
@@ -42,61 +35,39 @@ def teacher_logits(
 
 @torch.no_grad()
 def centering(logits: Tensor, center: Tensor, temp: float) -> Targets:
-    """``softmax((logits - center) / temp)``; the targets take the memory of the logits.
-
-    Args:
-        logits: of the teacher, over temperature [K, N], see ``teacher_logits``; overwritten.
-        center: running mean of earlier logits [K].
-        temp: the teacher's temperature, for the centre.
-
-    Source: DINO (arXiv 2104.14294), section 3.1.
-    """
+    """As ``ops.centering``; the targets take the memory of the logits."""
     per_sample = _exponentiate(logits, -center / temp)
     return Targets(logits, torch.ones_like(center), per_sample)
 
 
 @torch.no_grad()
 def sinkhorn_knopp(logits: Tensor, iterations: int = 3, largest: float | None = None) -> Targets:
-    """Balanced assignment of the samples of all ranks to prototypes; the targets take the memory of the logits.
+    """As ``ops.sinkhorn_knopp``; the targets take the memory of the logits.
 
-    Each iteration scales the matrix ``exp(logits)`` so that all prototypes have equal mass, then so that all samples
-    have; the last word is the samples', so each sample's probabilities sum to one. As pseudocode, with N samples on
-    all ranks:
-
-        for i in range(iterations):
-            for k in range(K): u[k] = 1 / sum(exp(logits[k, n]) * v[n] for n in range(N))
-            for n in range(N): v[n] = 1 / sum(exp(logits[k, n]) * u[k] for k in range(K))
-
-    The constant masses 1/K and 1/N cancel. Exponentials are taken once, over each sample's largest, and scaled by two
-    vectors from there on. Where logits are so far apart that this could underflow, the first iteration works on
-    logarithms instead; after it, each sample's largest entry can be 1, and then each prototype has one of at least 1/N.
-
-    Args:
-        logits: of the teacher, over temperature [K, n], the samples of this rank, see ``teacher_logits``; n may be 0
-            on some; overwritten.
-        iterations: 3 in SwAV (arXiv 2006.09882, section 3.1) and DINOv2 (arXiv 2304.07193, section 4).
-        largest: what no logit of any rank exceeds in size, the same on all ranks; None if that is not known.
+    Exponentials are taken once, over each sample's largest, and scaled by two vectors from there on. Where logits are
+    so far apart that this could underflow, the first iteration works on logarithms instead; after it, each sample's
+    largest entry can be 1, and then each prototype has one of at least 1/N.
     """
     k, n = logits.shape
     every = list(tiles(k, n, logits.device))
     if largest is not None and 2 * largest < _SAFE_RANGE:
         v = (_exponentiate_over_largest(logits) - largest).exp_()
     else:
-        log_mass = torch.cat([torch.logsumexp(_float32(logits[tile]), dim=1) for tile in every])
+        log_mass = torch.cat([torch.logsumexp(exact(logits[tile]), dim=1) for tile in every])
         v = _exponentiate(logits, -distributed.logsumexp_over_ranks(log_mass))
         iterations -= 1
     u = v.new_ones(k)
     for _ in range(iterations):
         # One of the vectors is kept in range; the other takes it back. On one rank, each tile is visited once.
         if distributed.is_active():
-            u = torch.cat([torch.mv(_float32(logits[tile]), v) for tile in every])
+            u = torch.cat([torch.mv(exact(logits[tile]), v) for tile in every])
             u = distributed.sum_over_ranks(u).reciprocal_()
             u /= u.amax()
         elif n:
             v /= v.amax()
         mass = torch.zeros_like(v)
         for tile in every:
-            part = _float32(logits[tile])
+            part = exact(logits[tile])
             if not distributed.is_active():
                 u[tile] = torch.mv(part, v).reciprocal_()
             mass.addmv_(part.T, u[tile])
@@ -117,7 +88,7 @@ def _exponentiate(logits: Tensor, shift: Tensor) -> Tensor:
     mass = torch.zeros_like(top)
     for tile in tiles(k, n, logits.device):
         # Logits in half precision are shifted in float32, which a second rounding would undo.
-        part = _float32(logits[tile]).add_(shift[tile, None]).sub_(top).exp_()
+        part = exact(logits[tile]).add_(shift[tile, None]).sub_(top).exp_()
         if part.dtype != logits.dtype:
             part = logits[tile].copy_(part)
         mass += part.sum(dim=0, dtype=mass.dtype)  # of what is kept, so that each sample does sum to one
@@ -136,8 +107,3 @@ def _exponentiate_over_largest(logits: Tensor) -> Tensor:
         else:
             logits[tile] = (logits[tile] - top).exp_()
     return top
-
-
-def _float32(tile: Tensor) -> Tensor:
-    """The tile itself, or a copy if it is of half precision."""
-    return tile.float() if tile.dtype is torch.bfloat16 else tile

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _ON_CPU = (1 << 20, 1 << 25)  # elements of a tile (4 MiB, a share of the last-level cache), and bytes of a chunk
-_ON_ACCELERATOR = (1 << 25, 1 << 28)  # large enough to keep the device busy, and still bounded
+_ON_ACCELERATOR = 1 << 25  # elements of a tile: large enough to keep the device busy, and still bounded
 _MOST_COLUMNS = 1024
 SPARE = 1 / 8  # room that scratch memory has left, so that a few more samples find a place
 
@@ -37,30 +37,20 @@ class Scratch:
         return self._kept[key][:size].view(shape)
 
 
-def columns_at_once(prototypes: int, dtype: torch.dtype, device: torch.device) -> int:
+def columns_at_once(prototypes: int, dtype: torch.dtype) -> int:
     """How many columns (samples) of [K, N] to work on at a time."""
-    _, size = _ON_CPU if device.type == "cpu" else _ON_ACCELERATOR
-    if device.type == "cpu" and dtype.itemsize == 2:
+    _, size = _ON_CPU
+    if dtype.itemsize == 2:
         size *= 3  # its products lose more by having few columns
     return max(1, min(_MOST_COLUMNS, size // dtype.itemsize // prototypes))
 
 
 def tiles(prototypes: int, columns: int, device: torch.device) -> Iterator[slice]:
     """Slices of the prototypes of a matrix [prototypes, columns]."""
-    elements, _ = _ON_CPU if device.type == "cpu" else _ON_ACCELERATOR
+    elements = _ON_CPU[0] if device.type == "cpu" else _ON_ACCELERATOR
     size = 1 << max(0, (elements // max(columns, 1)).bit_length() - 1)  # a power of two: few shapes of products
     for start in range(0, prototypes, size):
         yield slice(start, min(start + size, prototypes))
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """In which precision to multiply: bfloat16 under autocast to it, else that of ``x``.
-
-    float16 has too little range for the gradients before they are scaled, so there it is float32.
-    """
-    device = x.device.type
-    bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.bfloat16
-    return torch.bfloat16 if bf16 else x.dtype
 
 
 def effective_weight(

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoforge.kernels.ops import scaled_linear
-from dinoforge.kernels.products import padded
+from dinoforge.kernels.ops import even_rows, scaled_linear
 
 
 class Prototypes(nn.Module):
@@ -73,8 +72,7 @@ class DINOHead(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """The normalised bottleneck [N, d] that the last layer reads."""
-        unused = padded(len(x)) - len(x)
-        bottleneck = self.mlp(F.pad(x, (0, 0, 0, unused)))[: len(x)]
+        bottleneck = self.mlp(even_rows(x))[: len(x)]
         return F.normalize(bottleneck.float(), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:

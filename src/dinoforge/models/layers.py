@@ -9,10 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoforge.kernels.attention import AttentionOnCpu, HalfAttentionOnCpu, heads_of, split_heads
-from dinoforge.kernels.ops import norm_linear, scaled_linear
-from dinoforge.kernels.residual import AddTo, Take
-from dinoforge.kernels.rows import on_cpu
+from dinoforge.kernels.ops import add_rows, attention, norm_linear, scaled_linear, take_rows
 from dinoforge.kernels.types import Groups, Subset
 from dinoforge.models.wanted import Narrowing
 
@@ -40,16 +37,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm, groups: Groups) -> Tensor:
         """What each token of ``norm(x)`` [T, D] gathers from its image, before the last layer [T, D]."""
-        qkv = norm_linear(x, norm, self.qkv)  # [T, 3D]
-        if on_cpu(qkv):
-            kind = HalfAttentionOnCpu if qkv.dtype.itemsize == 2 else AttentionOnCpu
-            attended: Tensor = kind.apply(qkv, groups, self.num_heads)
-            return attended
-        parts = []
-        for part, (images, tokens) in zip(split_heads(qkv, groups), groups, strict=True):
-            out = F.scaled_dot_product_attention(*heads_of(part, images, tokens, self.num_heads))
-            parts.append(out.transpose(1, 2).reshape(part.shape[0], qkv.shape[1] // 3))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return attention(norm_linear(x, norm, self.qkv), groups, self.num_heads)
 
     def project(self, x: Tensor, scale: Tensor | None) -> Tensor:
         return scaled_linear(x, self.proj, scale)
@@ -126,13 +114,12 @@ class Block(nn.Module):
         if keep_attn is None:
             x = x + self._project(self._attend(x, groups))
         else:
-            x, taken = Take.apply(x, keep_attn.rows)
-            x = AddTo.apply(x, self._project(self._attend(taken, keep_attn.groups)), keep_attn)
+            x, taken = take_rows(x, keep_attn.rows)
+            x = add_rows(x, self._project(self._attend(taken, keep_attn.groups)), keep_attn)
         if keep_ffn is None:
             return x + self._feed_forward(x)
-        x, taken = Take.apply(x, keep_ffn.rows)
-        added: Tensor = AddTo.apply(x, self._feed_forward(taken), keep_ffn)
-        return added
+        x, taken = take_rows(x, keep_ffn.rows)
+        return add_rows(x, self._feed_forward(taken), keep_ffn)
 
     def _narrowed(self, x: Tensor, groups: Groups, narrowing: "Narrowing", keep_attn: Subset | None) -> Tensor:
         """Only what is wanted is computed after attention."""

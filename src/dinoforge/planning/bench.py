@@ -19,6 +19,7 @@ from dinoforge.data.batches import Failure, make_loader
 from dinoforge.data.order import sample_rng
 from dinoforge.data.sources import Source
 from dinoforge.errors import DataError
+from dinoforge.kernels import ops
 from dinoforge.kernels.products import linear
 from dinoforge.method.dinov2 import StudentTeacher
 from dinoforge.planning.dry_run import Plan
@@ -184,7 +185,8 @@ class StepBench:
         """
         r = self._recipe
         prepared = prepare(batch, device=self._device, mean=r.data.mean, std=r.data.std)
-        result = self._stepper(self._state, prepared, self._schedules(self._state.step))
+        with ops.using(r.parallel.kernels):
+            result = self._stepper(self._state, prepared, self._schedules(self._state.step))
         self._state.step += 1
         return result.finite and not result.overflowed
 

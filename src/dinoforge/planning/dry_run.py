@@ -10,6 +10,7 @@ from dinoforge.builders.networks import build_student_teacher, vit_size
 from dinoforge.builders.resolved import mode_here, note_of_mode
 from dinoforge.data.folders import left_out_in_words
 from dinoforge.data.summary import DataSummary
+from dinoforge.errors import RecipeError
 from dinoforge.method.dinov2 import StudentTeacher
 from dinoforge.optim.schedules import Schedules
 from dinoforge.planning.memory import estimate, of_reading, ways_to_save
@@ -60,6 +61,10 @@ def make_plan(recipe: Recipe, data: DataSummary) -> Plan:
     """
     ranks = distributed.world_size()
     device = rank_device(recipe.device)
+    if recipe.parallel.kernels == "fast" and device.type != "cpu":
+        raise RecipeError(
+            f"parallel.kernels=fast is for CPUs, and this run computes on {device.type}: set parallel.kernels=auto"
+        )
     length = run_length(recipe, images=data.count, world_size=ranks)
     schedules = build_schedules(recipe, length)
     with torch.device("meta"):

@@ -1,18 +1,21 @@
 """Estimates of the memory that a run takes, by part, before it starts.
 
-A step takes most at one of three moments: when the losses are done; when the heads have their gradients and those of
-the backbone begin; when nearly all gradients are there. What is alive then follows from the sizes of network, crops and
-batch, and the estimate is that of the largest. docs/running.md compares it with measured runs.
+A step takes most at one of four moments: when the teacher makes its targets; when the losses are done; when the heads
+have their gradients and those of the backbone begin; when nearly all gradients are there. What is alive then follows
+from the sizes of network, crops and batch, and from what the kernels keep, and the estimate is that of the largest.
+docs/running.md compares it with measured runs.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 
 from dinoforge.builders.networks import build_student_teacher
 from dinoforge.builders.resolved import turn_tokens
 from dinoforge.data.batches import PREFETCH
+from dinoforge.kernels import plain
 from dinoforge.kernels.tiles import SPARE, columns_at_once
 from dinoforge.method.dinov2 import StudentTeacher
 from dinoforge.models.layers import Block, Mlp, SwiGLU
@@ -100,14 +103,14 @@ def of_tensors(
     passes = [(images * len(c.views), images * c.local_number) for c in turns]
     in_turn = len(passes) > 1
 
-    def moment(step: _Step, activations: float, gradients: int) -> dict[str, float]:
+    def moment(step: "_Step", activations: float, gradients: int, losses: float) -> dict[str, float]:
         parts = {
             "student and teacher": 8 * weights.all / shards,
             "optimizer": 8 * weights.all / shards,
             # DDP makes room for all of them at once, in the buckets that it sends; those of a first pass are beside it.
             "gradients": 4 * ((1 + in_turn) * weights.all if mode == "ddp" else gradients) / shards,
             "activations": activations,
-            "losses": step.losses,
+            "losses": losses,
             "batch": step.batch,
         }
         if mode in ("fsdp", "hsdp"):
@@ -120,11 +123,12 @@ def of_tensors(
     for number, counts in enumerate(passes):
         step = _Step(recipe, networks, precision, device, counts, in_turn=in_turn)
         # The others find the gradients of the first.
-        last, heads = (weights.all, weights.all) if number else (weights.last, weights.heads)
+        none, last, heads = (weights.all,) * 3 if number else (0, weights.last, weights.heads)
         moments += [
-            moment(step, step.activations, last),
-            moment(step, step.activations + step.working, heads),
-            moment(step, step.one_block + step.working, weights.all),
+            moment(step, 0.0, none, step.teacher),
+            moment(step, step.activations, last, step.losses),
+            moment(step, step.activations + step.working, heads, step.after_losses),
+            moment(step, step.one_block + step.working, weights.all, step.after_losses),
         ]
     return max(moments, key=lambda parts: sum(parts.values()))
 
@@ -241,77 +245,151 @@ class _Step:
         rate = student.drop_path_rate if student.drop_path_uniform else student.drop_path_rate / 2
         branch = tokens * (1 - rate)  # tokens that a residual branch sees
 
-        size, width = precision.itemsize, backbone.embed_dim
-        on_cpu = device.type == "cpu"
+        size, width, depth = precision.itemsize, backbone.embed_dim, len(backbone.blocks)
+        fast = device.type == "cpu" and recipe.parallel.kernels != "plain"
         block = cast(Block, backbone.blocks[0])
-        hidden = _hidden(block.mlp)
-        # What both LayerNorms read, queries, keys and values, and what attention gave; on accelerators that twice,
-        # since it is put together from the crops of each size.
-        attended = width if on_cpu or not all(counts) else 2 * width
-        # In float16 also what LayerScale multiplies, twice, and what the GELU gave: see models.layers.scaled_linear.
-        gelu = hidden if isinstance(block.mlp, Mlp) else 0
-        unscaled = 2 * width + gelu if precision is torch.float16 and student.layerscale else 0
-        of_a_block = branch * size * (2 * width + 3 * width + attended + hidden + unscaled)
+        kept = _kept_by_fast(block, precision) if fast else _kept_by_plain(block, precision, groups=2 - (0 in counts))
+        of_a_block = branch * kept.by_token + kept.by_block
         stream = tokens * width * 4
-        masked = counts[0] * _masked_patches(recipe, networks)
-        wanted = sum(counts) + masked
-        keeps_attended = on_cpu and size == 2  # only what came in is kept there
-        of_the_last = branch * size * (4 * width + (0 if keeps_attended else attended))
-        of_the_last += wanted * (1 - rate) * size * (2 * width + hidden + unscaled)
-        heads = wanted * self._of_heads(recipe, size)
-        depth = len(backbone.blocks)
+        wanted = sum(counts) + counts[0] * _masked_patches(recipe, networks)
+        of_the_last = branch * kept.by_token_before + wanted * (1 - rate) * kept.by_token_after + kept.by_block
+        heads = wanted * self._of_heads(recipe, size, fast)
         if recipe.parallel.activation_checkpointing:
             # The inputs of all blocks but the last, which is done; one block made again, and the gradient in it.
-            kept = float((depth - 1) * stream)
+            inputs = float((depth - 1) * stream)
             self.one_block: float = stream
             shared = stream if size == 4 and branch == tokens else 0.0  # what its LayerNorm reads is the input itself
-            self.working = of_a_block - shared + branch * size * hidden + stream
+            self.working = of_a_block - shared + branch * size * _hidden(block.mlp) + stream
         else:
-            kept = (depth - 1) * of_a_block + of_the_last
+            inputs = (depth - 1) * of_a_block + of_the_last
             self.one_block = of_a_block
             self.working = branch * size * 3 * width + stream
-        self.activations = kept + heads
-        self.losses = self._scratch(recipe, networks, precision, device, sum(counts) + masked, in_turn)
+        if not fast and branch < tokens:
+            self.working += stream  # the gradient of the rows that a branch takes, laid among zeros
+        self.activations = inputs + heads
+        if fast:
+            self.losses = self._scratch(recipe, networks, precision, wanted, in_turn)
+            self.teacher = self.after_losses = self.losses
+        else:
+            self.teacher, self.losses, self.after_losses = self._plain_losses(
+                recipe, networks, precision, counts, in_turn
+            )
         # As uint8, as float32, and in half precision for the patch embedding.
         self.batch = _values_of_batch(recipe) * (5 + (2 if size == 2 else 0))
 
     @staticmethod
-    def _of_heads(recipe: Recipe, size: int) -> float:
-        """Bytes of a head for one sample: what each GELU of the MLP reads, and the bottleneck."""
+    def _of_heads(recipe: Recipe, size: int, fast: bool) -> float:
+        """Bytes of a sample: what each GELU of the MLP reads, or gives as well, and the bottleneck."""
         d = recipe.dino
-        return (d.head_nlayers - 1) * d.head_hidden_dim * size + 4 * 4 * d.head_bottleneck_dim
+        return (d.head_nlayers - 1) * d.head_hidden_dim * size * (1 if fast else 2) + 4 * 4 * d.head_bottleneck_dim
 
     @staticmethod
-    def _scratch(
-        recipe: Recipe,
-        networks: StudentTeacher,
-        precision: torch.dtype,
-        device: torch.device,
-        seen: float,
-        in_turn: bool,
-    ) -> float:
+    def _scratch(recipe: Recipe, networks: StudentTeacher, precision: torch.dtype, seen: float, in_turn: bool) -> float:
         """The memory that the losses keep: targets, an effective weight, a chunk of the student's logits.
 
         Between turns, each head's weight is kept.
         """
-        size = precision.itemsize if precision is not torch.float16 else 4
-        targets = 0.0
-        weights: list[float] = []
-        chunks: list[float] = []
-        crops = 2.0 * recipe.train.batch_size_per_gpu
-        masked = crops * _masked_patches(recipe, networks)
-        of_heads = {"dino_head": crops, networks.student.patch_head_name: masked}
-        if networks.student.patch_head_name == "dino_head":
-            of_heads = {"dino_head": crops + masked}
-        for name, samples in of_heads.items():
-            if name not in networks.student.heads:
-                continue
-            prototypes, width = networks.student.heads[name].last_layer.weight_v.shape
+        size = _last_layer_size(precision)
+        targets, weights, chunks = 0.0, [0.0], [0.0]
+        for prototypes, width, samples in _last_layers(recipe, networks):
             targets += prototypes * samples * size
             weights.append(prototypes * width * size)
-            chunks.append(prototypes * min(seen, columns_at_once(prototypes, precision, device)) * size)
-        kept = sum(weights) if in_turn else max(weights, default=0.0)
-        return (1 + SPARE) * (targets + kept + max(chunks, default=0.0))
+            chunks.append(prototypes * min(seen, columns_at_once(prototypes, precision)) * size)
+        kept = sum(weights) if in_turn else max(weights)
+        return (1 + SPARE) * (targets + kept + max(chunks))
+
+    @staticmethod
+    def _plain_losses(
+        recipe: Recipe, networks: StudentTeacher, precision: torch.dtype, counts: tuple[int, int], in_turn: bool
+    ) -> tuple[float, float, float]:
+        """What the losses take when the teacher has made its targets, in their backward pass, and after it."""
+        size = _last_layer_size(precision)
+        targets, making, weights, chunks = 0.0, [0.0], 0.0, [0.0]
+        for prototypes, width, samples in _last_layers(recipe, networks):
+            targets += prototypes * samples * size
+            # The logits in float32, and what is computed of them; of the targets, only they themselves are left.
+            making.append(prototypes * samples * 8)
+            weights += prototypes * width * 4
+            # A chunk has samples of one term, whose logits, their softmax, targets and gradient are float32.
+            columns = min(max(*counts, counts[0] * _masked_patches(recipe, networks)), plain.LOGITS / prototypes)
+            chunks.append(prototypes * (columns * (3 * 4 + size) + width * (4 + size)))  # the weight's gradient, a copy
+        return targets + max(making), targets + weights + max(chunks), targets if in_turn else 0.0
+
+
+class _Kept(NamedTuple):
+    """Bytes that blocks keep for their backward pass.
+
+    by_token: of each token that a block's branches see.
+    by_token_before, by_token_after: the same of the last block, before and after attention, where it is narrowed.
+    by_block: copies of its weights.
+    """
+
+    by_token: float
+    by_token_before: float
+    by_token_after: float
+    by_block: float
+
+
+def _kept_by_fast(block: Block, precision: torch.dtype) -> _Kept:
+    """What the fast twins keep: what both LayerNorms read, queries, keys and values, and what attention gave."""
+    size, width, hidden = precision.itemsize, block.attn.qkv.in_features, _hidden(block.mlp)
+    keeps_attended = size == 4  # in half precision attention keeps only what came in
+    unscaled = _unscaled(block, precision)
+    return _Kept(
+        by_token=size * (2 * width + 3 * width + width + hidden) + unscaled,
+        by_token_before=size * (4 * width + (width if keeps_attended else 0)),
+        by_token_after=size * (2 * width + hidden) + unscaled,
+        by_block=0.0,
+    )
+
+
+def _kept_by_plain(block: Block, precision: torch.dtype, groups: int) -> _Kept:
+    """What the plain definitions keep, not compiled: more of each token, and copies of weights.
+
+    Of each LayerNorm what it reads, in float32, and what it gives; queries, keys and values; what attention gave, twice
+    if it is put together from the crops of each size; what the GELU reads and what it gives.
+    """
+    size, width, hidden = precision.itemsize, block.attn.qkv.in_features, _hidden(block.mlp)
+    if isinstance(block.mlp, Mlp):
+        hidden *= 2
+    unscaled = 2 * width * size if precision is torch.float16 and block.ls1 is not None else 0
+    norm = 4 * width + size * width
+    weights = 0.0
+    for name, parameter in block.named_parameters():
+        if name.endswith(".weight") and parameter.dim() == 2:
+            is_scaled = name.startswith(("attn.proj", "mlp.fc2", "mlp.w3")) and block.ls1 is not None
+            weights += parameter.numel() * size * (size == 2 or is_scaled)
+    return _Kept(
+        by_token=2 * norm + size * (3 * width + groups * width + hidden) + unscaled,
+        by_token_before=norm + size * (3 * width + width),
+        by_token_after=norm + size * (width + hidden) + 2 * 4 * width + unscaled,
+        by_block=weights,
+    )
+
+
+def _unscaled(block: Block, precision: torch.dtype) -> float:
+    """Bytes of a token that LayerScale multiplies in float16, and what the GELU gave: see ``kernels.ops``."""
+    if precision is not torch.float16 or block.ls1 is None:
+        return 0.0
+    gelu = block.mlp.fc1.out_features if isinstance(block.mlp, Mlp) else 0
+    return precision.itemsize * (2 * block.attn.qkv.in_features + gelu)
+
+
+def _last_layers(recipe: Recipe, networks: StudentTeacher) -> Iterator[tuple[int, int, float]]:
+    """Of each head: prototypes, width of the bottleneck, and samples of the teacher."""
+    crops = 2.0 * recipe.train.batch_size_per_gpu
+    masked = crops * _masked_patches(recipe, networks)
+    samples = {"dino_head": crops, networks.student.patch_head_name: masked}
+    if networks.student.patch_head_name == "dino_head":
+        samples = {"dino_head": crops + masked}
+    for name, head in networks.student.heads.items():
+        prototypes, width = head.last_layer.weight_v.shape
+        yield prototypes, width, samples[name]
+
+
+def _last_layer_size(precision: torch.dtype) -> int:
+    """Bytes of a logit; in float16, last layers compute in float32."""
+    return 4 if precision is torch.float16 else precision.itemsize
 
 
 def _tokens(recipe: Recipe, networks: StudentTeacher) -> tuple[int, int]:
@@ -334,4 +412,4 @@ def _hidden(mlp: Mlp | SwiGLU) -> float:
     """Values of a token that the feed-forward network keeps."""
     if isinstance(mlp, SwiGLU):
         return 4 * mlp.w3.in_features  # gate and value, the gate's SiLU, their product
-    return mlp.fc1.out_features  # the GELU is made again
+    return mlp.fc1.out_features

@@ -352,7 +352,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Parallel:
-    """Ours: how a run is laid over ranks; nothing here changes what is computed."""
+    """Ours: how a run is laid over ranks and computed; nothing here changes what is computed."""
 
     mode: Literal["auto", "ddp", "fsdp", "hsdp"] = key("auto", "auto: sharded only if it would not fit otherwise.")
     backend: Literal["auto", "gloo", "nccl"] = key("auto", "auto: nccl on cuda, gloo on the CPU.")
@@ -361,6 +361,9 @@ class Parallel:
     )
     activation_checkpointing: bool = key(False, "Less memory for about a third more work.")
     crops_in_turn: bool | None = key(None, "Some crops at a time, for less memory; null: see docs/running.md.")
+    kernels: Literal["auto", "fast", "plain"] = key(
+        "auto", "The arithmetic: auto: the fast kernels on a CPU, elsewhere PyTorch's own operations (plain)."
+    )
     timeout_minutes: float = key(
         30.0, "Minutes without a word from a rank after which the others take it for gone.", ABOVE_0
     )

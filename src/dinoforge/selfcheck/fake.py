@@ -279,6 +279,7 @@ def fake_accelerator(*, float64: bool = True, found: bool = False) -> Iterator[C
         float64: Whether the device has float64; MPS has not.
         found: Whether ``device=auto`` takes the device.
     """
+    import_module("torch._dynamo")  # which recomputing imports, and which would take what is patched here for PyTorch's
     accelerator = _Accelerator(float64)
     resolve = devices.resolve_device
 
@@ -294,17 +295,24 @@ def fake_accelerator(*, float64: bool = True, found: bool = False) -> Iterator[C
             self._ours = device_type == DEVICE.type
             if self._ours:
                 self._half = (dtype or torch.bfloat16) if enabled else None
+                # In a backward pass, where what was not kept is computed again, PyTorch has left the others.
+                self._casting = _Autocasting(accelerator)
             else:
                 super().__init__(device_type, dtype, enabled, **more)
 
         def __enter__(self) -> Self:
             if self._ours:
                 accelerator.half.append(self._half)
+                self._casting.__enter__()  # type: ignore[no-untyped-call]
                 return self
             return cast(Self, super().__enter__())
 
         def __exit__(self, *error: Any) -> Any:
-            return accelerator.half.pop() and None if self._ours else super().__exit__(*error)
+            if not self._ours:
+                return super().__exit__(*error)
+            self._casting.__exit__(*error)  # type: ignore[no-untyped-call]
+            accelerator.half.pop()
+            return None
 
     is_enabled, dtype_of = torch.is_autocast_enabled, torch.get_autocast_dtype
     is_available = torch.amp.is_autocast_available

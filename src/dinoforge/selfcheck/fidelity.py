@@ -22,6 +22,7 @@ from torch.multiprocessing.spawn import spawn
 from dinoforge.builders.networks import build_optimizer, build_student_teacher
 from dinoforge.data.bad_images import BadImages
 from dinoforge.data.batch import Batch, masked_patches
+from dinoforge.kernels import ops
 from dinoforge.kernels.types import Kept
 from dinoforge.method.dinov2 import StudentTeacher
 from dinoforge.models.stochastic_depth import KeptSamples
@@ -196,6 +197,7 @@ def run_case(
     least_tokens: int | None = None,
     device: torch.device = _CPU,
     gradients: dict[str, Tensor] | None = None,
+    kernels: ops.Kernels = "auto",
 ) -> Errors:
     """Runs one rank of a case; on several ranks, call it on each. The errors are those of rank 0.
 
@@ -208,6 +210,7 @@ def run_case(
         least_tokens: As for ``Stepper``.
         device: The device that runs the steps; what they are compared with stays on the CPU.
         gradients: Receives the gradients of the first step, before clipping, by the names of the student's parameters.
+        kernels: The kernels that compute the steps.
     """
     case = json.loads((folder / "case.json").read_text())
     recipe = recipe_of(case)
@@ -244,7 +247,8 @@ def run_case(
         handle = (
             optimizer.register_step_pre_hook(lambda *_: _keep_gradients(student_teacher, clipped)) if i == 0 else None
         )
-        result = stepper(state, batch, hyper, kept=[read_subsets(folder, prefix, i, case["vit"]["depth"], groups)])
+        with ops.using(kernels):
+            result = stepper(state, batch, hyper, kept=[read_subsets(folder, prefix, i, case["vit"]["depth"], groups)])
         if handle is not None:
             handle.remove()
             limit = recipe.optim.clip_grad or float("inf")
