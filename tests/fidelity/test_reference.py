@@ -38,7 +38,7 @@ def test_steps_agree_with_the_reference(name, capsys):
 @pytest.mark.parametrize("name", [name for name in CASES if world_size_of(check.CASES / name) == 1])
 def test_plain_steps_agree_with_the_reference(name, least):
     """Those of two ranks are in tests/accelerator/test_fidelity.py."""
-    errors = check.run_case(check.CASES / name, turn_tokens=least, kernels="plain")
+    errors = check.run_case(check.CASES / name, least_tokens=least, kernels="plain")
     assert errors.within_bounds, errors.worst
 
 
