@@ -63,7 +63,7 @@ class NonFinitePolicy:
         """Keep the batch; whether the run is to go back.
 
         Raises:
-            TrainingError: going back has not helped.
+            TrainingError: Going back to earlier checkpoints has not helped.
         """
         state, train = self.state, self.plan.recipe.train
         step, number = state.step - 1, state.next_batch - 1
