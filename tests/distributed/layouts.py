@@ -3,6 +3,7 @@
 ``test_layouts.py`` runs it on one process, and as a script on several.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,7 +149,8 @@ def run(kind: str, layout: Layout) -> dict[str, torch.Tensor]:
     for step in range(STEPS):
         only_heads = kind == "only heads learn at first" and step < 3
         hyper = Hyperparameters(2e-3, 2e-3, 0.04, 0.9, 0.07, step == 0, backbone_frozen=only_heads)
-        batch = global_batch(step).split(distributed.world_size())[distributed.rank()]
+        own = global_batch(step).split(distributed.world_size())[distributed.rank()]
+        batch = replace(own, piece_of=None)  # losses and gradients are averaged over ranks
         result = stepper(state, batch, hyper, measure=step == MEASURED)
         state.step += 1
         results |= {f"{step} {name}": torch.tensor(value) for name, value in result.values().items()}

@@ -4,7 +4,7 @@ Each has a definition in ``plain`` and a fast twin for CPUs. The plain one is wh
 are compiled or exported, and whoever asks for it by ``using``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
@@ -24,6 +24,7 @@ from dinoforge.kernels.products import padded
 from dinoforge.kernels.residual import AddTo, Take
 from dinoforge.kernels.tiles import Scratch, largest_logit
 from dinoforge.kernels.types import Groups, Subset, Targets, Term
+from dinoforge.system import distributed
 
 __all__ = [
     "Kernels",
@@ -37,6 +38,7 @@ __all__ = [
     "cross_entropy",
     "even_rows",
     "largest_logit",
+    "move_towards",
     "norm_linear",
     "scaled_linear",
     "sinkhorn_knopp",
@@ -241,3 +243,15 @@ def cross_entropy(
     dtype = last_layer_dtype(embeddings)
     with torch.autocast(embeddings.device.type, enabled=False):
         return plain.cross_entropy(terms, weight_g, weight_v, dtype)
+
+
+@torch.no_grad()
+def move_towards(moved: Iterable[Tensor], target: Iterable[Tensor], share: float) -> None:
+    """Move tensors a share of the way towards others, in place: ``moved += share * (target - moved)``.
+
+    Args:
+        moved: Moved in place; of sharded ones, this rank's part.
+        target: Of the same shapes, sharded alike.
+        share: From 0 to 1.
+    """
+    torch._foreach_lerp_(distributed.shards(list(moved)), distributed.shards(list(target)), share)

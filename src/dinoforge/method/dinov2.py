@@ -24,7 +24,6 @@ from dinoforge.method.koleo import koleo_of_views
 from dinoforge.method.targets import BatchTargets, TargetRule
 from dinoforge.models.network import Network
 from dinoforge.models.stochastic_depth import KeptSamples
-from dinoforge.system import distributed
 from dinoforge.system.phases import phase
 
 
@@ -154,13 +153,13 @@ class StudentTeacher(nn.Module):
                 batch.global_crops, local_crops, batch.masks, masked, kept
             )  # [V·B, D], [L·B, D], [M, D]
         with phase("losses"):
-            cls, local, guesses = self.student.embed(global_cls, local_cls, patches)
+            read = slice(None) if targets.cls is not None else slice(0, 0)
+            cls, local, guesses = self.student.embed(global_cls[read], local_cls[read], patches)
             terms: dict[str, list[ops.Term]] = {"dino_local": [], "dino_global": [], "ibot": []}
             if targets.cls is not None:
                 weights = o.dino_global_weight, o.dino_local_weight
-                terms["dino_global"], terms["dino_local"] = dino_terms(
-                    cls, local, targets.cls, share, o.dino_student_temp, *weights
-                )
+                both = dino_terms(cls, local, targets.cls, share, o.dino_student_temp, *weights)
+                terms["dino_global"], terms["dino_local"] = both
             if targets.patches is not None and share.views:
                 term = ibot_term(guesses, targets.patches, batch.masks, share, o.ibot_student_temp, o.ibot_weight)
                 terms["ibot"] = [term]
@@ -195,6 +194,4 @@ class StudentTeacher(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """Move the teacher: ``teacher = momentum · teacher + (1 - momentum) · student``, for every parameter."""
-        teacher: list[Tensor] = list(self.teacher.parameters())
-        student: list[Tensor] = list(self.student.parameters())
-        torch._foreach_lerp_(distributed.shards(teacher), distributed.shards(student), 1 - momentum)
+        ops.move_towards(self.teacher.parameters(), self.student.parameters(), 1 - momentum)

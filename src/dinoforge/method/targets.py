@@ -133,7 +133,8 @@ def _sinkhorn_knopp_shift(logits: Callable[[], Iterable[Tensor]], dtype: torch.d
         masses = torch.zeros_like(shift)
         for part in logits():
             targets = ops.centering(part, -shift, 1.0)
-            masses += torch.mv(targets.scaled.to(exact), targets.per_sample) * targets.per_prototype
+            with torch.autocast(part.device.type, enabled=False):  # which would multiply in half precision
+                masses += torch.mv(targets.scaled.to(exact), targets.per_sample) * targets.per_prototype
         shift = shift - distributed.sum_over_ranks(masses).log()
     return shift
 

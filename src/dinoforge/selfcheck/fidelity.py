@@ -22,6 +22,7 @@ from torch.multiprocessing.spawn import spawn
 from dinoforge.builders.networks import build_optimizer, build_student_teacher
 from dinoforge.data.bad_images import BadImages
 from dinoforge.data.batch import Batch, masked_patches
+from dinoforge.errors import TrainingError
 from dinoforge.kernels import ops
 from dinoforge.kernels.types import Kept
 from dinoforge.method.dinov2 import StudentTeacher
@@ -249,6 +250,8 @@ def run_case(
         )
         with ops.using(kernels):
             result = stepper(state, batch, hyper, kept=[read_subsets(folder, prefix, i, case["vit"]["depth"], groups)])
+        if not result.finite:
+            raise TrainingError(f"loss or gradient is not finite at step {i} of {folder.name}")
         if handle is not None:
             handle.remove()
             limit = recipe.optim.clip_grad or float("inf")
