@@ -12,8 +12,8 @@ from torch.distributed import HashStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from dinoforge import errors
+from dinoforge.builders.layout import mode_here, note_of_mode
 from dinoforge.builders.networks import build_student_teacher
-from dinoforge.builders.resolved import mode_here, note_of_mode
 from dinoforge.cli import ranks as ranks_module
 from dinoforge.errors import DataError, LostRankError, OutOfMemoryError, RecipeError, TrainingError, WorkerError
 from dinoforge.recipe.load import load_recipe

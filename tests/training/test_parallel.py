@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+from dinoforge.builders.layout import choose_mode
 from dinoforge.builders.lengths import run_length, with_batch_cut
-from dinoforge.builders.resolved import choose_mode
 from dinoforge.cli import ranks
 from dinoforge.cli.main import main
 from dinoforge.data.batch import Batch, masked_patches

@@ -7,8 +7,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from dinoforge.builders.layout import turn_tokens
 from dinoforge.builders.networks import build_optimizer
-from dinoforge.builders.resolved import turn_tokens
 from dinoforge.data.batch import masked_patches
 from dinoforge.models.stochastic_depth import draw_kept_samples
 from dinoforge.optim.schedules import Hyperparameters

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dinoforge.builders.resolved import turn_tokens
+from dinoforge.builders.layout import turn_tokens
 from dinoforge.data.bad_images import BadImages
 from dinoforge.errors import RecipeError
 from dinoforge.method.dinov2 import Objective, StudentTeacher

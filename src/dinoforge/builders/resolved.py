@@ -1,83 +1,83 @@
-"""What a recipe means on this machine."""
+"""What a recipe means for a number of images on this machine: everything that is derived, derived once."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
-from dinoforge.errors import RecipeError
+from dinoforge.builders.data import image_input
+from dinoforge.builders.layout import mode_here
+from dinoforge.builders.lengths import RunLength, build_schedules, run_length
+from dinoforge.builders.networks import build_drop_path_rates, vit_arguments
+from dinoforge.data.image_input import ImageInput
 from dinoforge.method.dinov2 import StudentTeacher
-from dinoforge.recipe import schema
+from dinoforge.optim.schedules import Schedules
 from dinoforge.recipe.schema import Recipe
 from dinoforge.system import distributed
-from dinoforge.training.parallel import Mode, copies_and_shards, shard_count
-
-_BYTES = 4 * 5
-"""Of each parameter of the student: its value, the teacher's, its gradient and AdamW's two moments in float32."""
-
-_TURN_TOKENS = 3072
-"""Of a turn at least: each visits all weights, which with fewer tokens costs more time than it is worth."""
+from dinoforge.system.device import compute_threads, loader_workers, rank_device, resolve_precision, usable_processors
+from dinoforge.training.parallel import Mode
 
 
-def choose_mode(recipe: Recipe, *, parameters: int, device_bytes: int | None, world_size: int, nodes: int) -> Mode:
-    """What ``parallel.mode`` means here.
-
-    ``auto`` shards if weights, gradients and moments would take more than half of a device's memory; on several
-    machines inside each of them (hsdp).
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRun:
+    """A recipe with what follows from it.
 
     Args:
-        recipe: the recipe.
-        parameters: of the student.
-        device_bytes: memory of one device; None where ranks share the machine's, as on the CPU.
-        world_size: number of ranks.
-        nodes: machines they are on.
+        recipe: The recipe, as the user gave it.
+        length: The steps of the run.
+        schedules: The schedules of the run.
+        device: The device of this rank.
+        precision: The precision of matrix products.
+        threads: The number of compute threads.
+        num_workers: The number of data workers.
+        mode: How the networks are laid over ranks.
+        architecture: The arguments of ``VisionTransformer``.
+        image: What the backbone expects of images.
+        drop_path_rates: The rate of stochastic depth of each block of the student.
     """
-    if world_size == 1:
-        return "none"
-    if recipe.parallel.mode != "auto":
-        return recipe.parallel.mode
-    if device_bytes is None or parameters * _BYTES < device_bytes / 2:
-        return "ddp"
-    return "hsdp" if nodes > 1 else "fsdp"
+
+    recipe: Recipe
+    length: RunLength
+    schedules: Schedules
+    device: torch.device
+    precision: torch.dtype
+    threads: int
+    num_workers: int
+    mode: Mode
+    architecture: dict[str, Any]
+    image: ImageInput
+    drop_path_rates: list[float]
+
+    def metadata(self) -> dict[str, Any]:
+        """Facts about the run for the file of its backbone."""
+        return {"recipe": asdict(self.recipe), "images": self.length.images, "total_steps": self.length.steps}
 
 
-def turn_tokens(settings: schema.Parallel, device: torch.device, mode: Mode) -> int | None:
-    """How many tokens a turn has at least, if crops take turns; None if they do not.
+def resolve_run(recipe: Recipe, images: int, networks: StudentTeacher) -> ResolvedRun:
+    """Derive all that follows from a recipe here.
 
-    Unless said, they do on a CPU, where more and smaller products cost little; but not where the gradients that wait
-    for the last turn may take what is saved.
-    """
-    in_turn = settings.crops_in_turn
-    if in_turn is None:
-        in_turn = device.type == "cpu" and mode == "none" and not settings.activation_checkpointing
-    return _TURN_TOKENS if in_turn else None
-
-
-def mode_here(recipe: Recipe, student_teacher: StudentTeacher, device: torch.device) -> Mode:
-    """``choose_mode`` on this machine.
+    Args:
+        recipe: The recipe, its batch cut for the ranks.
+        images: The number of images in the data.
+        networks: The networks of the recipe; those of the meta device do.
 
     Raises:
-        RecipeError: a mode that these ranks, or their backend, cannot run.
+        RecipeError: The recipe does not fit the images or the machine.
     """
-    mode = choose_mode(
-        recipe,
-        parameters=sum(p.numel() for p in student_teacher.student.parameters()),
-        device_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
-        world_size=distributed.world_size(),
-        nodes=distributed.world_size() // distributed.local_world_size(),
-    )
-    if mode == "hsdp":
-        copies_and_shards(distributed.world_size(), shard_count(mode, recipe.parallel.shard_ranks))
-    if mode in ("fsdp", "hsdp") and device.type == "cuda" and recipe.parallel.backend == "gloo":
-        raise RecipeError(
-            f"parallel.backend=gloo cannot shard what is on a GPU, and parallel.mode is {mode}: set "
-            "parallel.backend=auto, or parallel.mode=ddp"
-        )
-    return mode
-
-
-def note_of_mode(recipe: Recipe, mode: Mode) -> str | None:
-    """Words on a mode that the recipe asks for, and one process cannot have; None if there is nothing to say."""
-    wanted = recipe.parallel.mode
-    if mode != "none" or wanted == "auto":
-        return None
-    return (
-        f"trains in one process, where parallel.mode={wanted} means nothing: start several ranks by --nproc or torchrun"
+    device = rank_device(recipe.device)
+    length = run_length(recipe, images=images, world_size=distributed.world_size())
+    mode = mode_here(recipe, networks, device)
+    processors = usable_processors()
+    return ResolvedRun(
+        recipe=recipe,
+        length=length,
+        schedules=build_schedules(recipe, length),
+        device=device,
+        precision=resolve_precision(recipe.precision, device, sharded=mode in ("fsdp", "hsdp")),
+        threads=compute_threads(device, processors, recipe.train.threads),
+        num_workers=loader_workers(device, processors, recipe.train.num_workers),
+        mode=mode,
+        architecture=vit_arguments(recipe),
+        image=image_input(recipe),
+        drop_path_rates=build_drop_path_rates(recipe),
     )

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dinoforge.builders.data import build_data, image_input
-from dinoforge.builders.networks import build_stepper, vit_arguments
+from dinoforge.builders.data import build_data
+from dinoforge.builders.networks import build_stepper
 from dinoforge.commands.backbone import reading_of, untrained_network
 from dinoforge.commands.report import open_run
 from dinoforge.commands.start import Start
@@ -89,7 +89,7 @@ def run_training(
         stop: says when to stop.
     """
     recipe, device = plan.recipe, plan.device
-    image = image_input(recipe)
+    image = plan.image
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     saved, found = distributed.from_first(lambda: _open_for_writing(run, plan))
     devices.keep_freed_memory(device)
@@ -293,7 +293,7 @@ def _probes(
     if plan.mode in ("fsdp", "hsdp"):
         say(f"probe    none, since no rank has the whole teacher (parallel.mode is {plan.mode})")
         return None
-    architecture = vit_arguments(plan.recipe)
+    architecture = plan.architecture
     reading = reading_of(image, architecture["patch_size"], plan.recipe.eval, plan.device, plan.precision)
     seed = plan.recipe.train.seed
     try:

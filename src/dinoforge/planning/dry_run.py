@@ -1,56 +1,47 @@
 """The plan of a run, checked and in words, before the run starts."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from dinoforge.builders.lengths import RunLength, build_schedules, run_length
+from dinoforge.builders.layout import note_of_mode
 from dinoforge.builders.networks import build_student_teacher, vit_size
-from dinoforge.builders.resolved import mode_here, note_of_mode
+from dinoforge.builders.resolved import ResolvedRun, resolve_run
 from dinoforge.data.folders import left_out_in_words
 from dinoforge.data.summary import DataSummary
 from dinoforge.errors import RecipeError
 from dinoforge.method.dinov2 import StudentTeacher
-from dinoforge.optim.schedules import Schedules
 from dinoforge.planning.memory import estimate, of_reading, ways_to_save
 from dinoforge.recipe.schema import Recipe
 from dinoforge.system import distributed
 from dinoforge.system.device import (
     allocator_settings,
-    compute_threads,
     free_memory,
-    loader_workers,
     note_of_fallback,
     note_of_idle_gpus,
-    rank_device,
     resolve_precision,
     usable_processors,
 )
 from dinoforge.training.parallel import Mode, shard_count
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A recipe on a data set on this machine, checked."""
+@dataclass(frozen=True, kw_only=True)
+class Plan(ResolvedRun):
+    """A recipe on a data set on this machine, checked.
 
-    recipe: Recipe
+    Args:
+        data: What a look at some images found.
+        parameters: The number of parameters of each sub-network of the student.
+        memory: The estimated bytes of each part.
+        free: The bytes that the device has free; None: unknown.
+        notes: What the user may not expect, and what to do.
+    """
+
     data: DataSummary
-    length: RunLength
-    schedules: Schedules
-    device: torch.device
-    precision: torch.dtype
-    threads: int
-    num_workers: int
-    mode: Mode  # how the networks are laid over ranks
-    parameters: dict[str, int]  # per sub-network of the student
-    memory: dict[str, float]  # estimated bytes per part
-    free: float | None  # bytes that the device has free; None: unknown
-    notes: tuple[str, ...] = ()  # what the user may not expect, and what to do
-
-    def metadata(self) -> dict[str, Any]:
-        """Facts about the run for the file of its backbone."""
-        return {"recipe": asdict(self.recipe), "images": self.data.count, "total_steps": self.length.steps}
+    parameters: dict[str, int]
+    memory: dict[str, float]
+    free: float | None
+    notes: tuple[str, ...] = ()
 
 
 def make_plan(recipe: Recipe, data: DataSummary) -> Plan:
@@ -59,45 +50,34 @@ def make_plan(recipe: Recipe, data: DataSummary) -> Plan:
     Raises:
         RecipeError: The recipe contradicts itself, or does not fit the data or the machine.
     """
-    ranks = distributed.world_size()
-    device = rank_device(recipe.device)
+    with torch.device("meta"):
+        networks = build_student_teacher(recipe)
+    run = resolve_run(recipe, data.count, networks)
+    device, mode, workers = run.device, run.mode, run.num_workers
     if recipe.parallel.kernels == "fast" and device.type != "cpu":
         raise RecipeError(
             f"parallel.kernels=fast is for CPUs, and this run computes on {device.type}: set parallel.kernels=auto"
         )
-    length = run_length(recipe, images=data.count, world_size=ranks)
-    schedules = build_schedules(recipe, length)
-    with torch.device("meta"):
-        networks = build_student_teacher(recipe)
-    mode = mode_here(recipe, networks, device)
-    precision = resolve_precision(recipe.precision, device, sharded=mode in ("fsdp", "hsdp"))
     shards = shard_count(mode, recipe.parallel.shard_ranks)
-    processors = usable_processors()
-    num_workers = loader_workers(device, processors, recipe.train.num_workers)
-    reading = of_reading(recipe, data.working_bytes, num_workers)
-    memory = estimate(recipe, networks, precision=precision, device=device, mode=mode, shards=shards, reading=reading)
+    reading = of_reading(recipe, data.working_bytes, workers)
+    memory = estimate(
+        recipe, networks, precision=run.precision, device=device, mode=mode, shards=shards, reading=reading
+    )
     free = free_memory(device)
     notes = (
         note_of_fallback(recipe.device, device),
         note_of_idle_gpus(recipe.device, device),
         note_of_mode(recipe, mode),
-        _note_of_precision(recipe, device, precision),
-        _note_of_workers(recipe.train.num_workers, processors),
-        _note_of_one_image(recipe, length.batch_size),
+        _note_of_precision(recipe, device, run.precision),
+        _note_of_workers(recipe.train.num_workers, usable_processors()),
+        _note_of_one_image(recipe, run.length.batch_size),
         _note_of_values(recipe, data),
-        _note_of_memory(recipe, sum(memory.values()), free, device, precision, mode, num_workers, data.working_bytes),
-        _note_of_reading(recipe, reading, device, num_workers),
+        _note_of_memory(recipe, sum(memory.values()), free, device, run.precision, mode, workers, data.working_bytes),
+        _note_of_reading(recipe, reading, device, workers),
     )
     return Plan(
-        recipe=recipe,
+        **vars(run),
         data=data,
-        length=length,
-        schedules=schedules,
-        device=device,
-        precision=precision,
-        threads=compute_threads(device, processors, recipe.train.threads),
-        num_workers=num_workers,
-        mode=mode,
         parameters=_count(networks),
         memory=memory,
         free=free,

@@ -12,8 +12,8 @@ from typing import NamedTuple, cast
 
 import torch
 
+from dinoforge.builders.layout import turn_tokens
 from dinoforge.builders.networks import build_student_teacher
-from dinoforge.builders.resolved import turn_tokens
 from dinoforge.data.batches import PREFETCH
 from dinoforge.kernels import plain
 from dinoforge.kernels.tiles import SPARE, columns_at_once

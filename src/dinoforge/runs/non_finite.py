@@ -5,11 +5,10 @@ from functools import partial
 
 import torch
 
-from dinoforge.builders.networks import build_drop_path_rates
+from dinoforge.builders.resolved import ResolvedRun
 from dinoforge.data.batch import Batch
 from dinoforge.data.sources import Source, printable
 from dinoforge.errors import RunError, TrainingError
-from dinoforge.planning.dry_run import Plan
 from dinoforge.runs import replay
 from dinoforge.runs.directory import RunDirectory
 from dinoforge.system import device as devices
@@ -53,7 +52,7 @@ class NonFinitePolicy:
         self,
         run: RunDirectory,
         state: TrainState,
-        plan: Plan,
+        plan: ResolvedRun,
         source: Source,
         say: Callable[[str], object],
     ) -> None:
@@ -99,13 +98,13 @@ class NonFinitePolicy:
 
     def _look(self, batch: Batch, step: int, number: int) -> replay.Findings:
         recipe, networks = self.plan.recipe, self.state.student_teacher
-        rates = build_drop_path_rates(recipe)
+        rates = self.plan.drop_path_rates
         (kept,) = kept_samples(networks, batch, rates, seed=recipe.train.seed, number=number)
         autocast = partial(devices.autocast, self.plan.device, self.plan.precision)
         return replay.find(networks, batch, self.plan.schedules(step), kept=kept, autocast=autocast)
 
 
-def _advice(findings: replay.Findings, images: int, plan: Plan) -> str:
+def _advice(findings: replay.Findings, images: int, plan: ResolvedRun) -> str:
     """Which keys to try."""
     if 0 < len(findings.images) < images:
         return "Some images alone do it: look at them, or at data.mean and data.std."

@@ -7,11 +7,10 @@ from typing import Any, cast
 
 import torch
 
-from dinoforge.builders.networks import vit_arguments
+from dinoforge.builders.resolved import ResolvedRun
 from dinoforge.data.image_input import ImageInput
 from dinoforge.errors import RunError, WeightsError
 from dinoforge.models.vit import VisionTransformer
-from dinoforge.planning.dry_run import Plan
 from dinoforge.recipe.schema import Probe
 from dinoforge.runs.directory import RunDirectory
 from dinoforge.system.files import write_text
@@ -35,7 +34,7 @@ class Probes:
     Args:
         run: The run directory to write to.
         state: State of the run.
-        plan: Plan of the run.
+        plan: What the recipe means here.
         image: What the backbone expects of images.
         measure: Returns the scores of a backbone.
         baselines: Returns the scores of ``pixels`` and ``untrained``.
@@ -48,7 +47,7 @@ class Probes:
         self,
         run: RunDirectory,
         state: TrainState,
-        plan: Plan,
+        plan: ResolvedRun,
         image: ImageInput,
         *,
         measure: Callable[[VisionTransformer], Scores],
@@ -143,7 +142,7 @@ class Probes:
 
     def _save_best(self, backbone: VisionTransformer, step: int, scores: Mapping[str, float]) -> None:
         best = {"file": self.run.best.name, "step": step, **scores}
-        architecture = vit_arguments(self.plan.recipe)
+        architecture = self.plan.architecture
         metadata = self.plan.metadata() | {"probe": best | {"fingerprint": self._fingerprint}}
         save_backbone(self.run.best, Backbone(backbone, architecture, self.image, step, metadata=metadata))
         self.best = best

@@ -8,11 +8,10 @@ from typing import Self
 
 import torch
 
-from dinoforge.builders.networks import vit_arguments
+from dinoforge.builders.resolved import ResolvedRun
 from dinoforge.data.image_input import ImageInput
 from dinoforge.errors import RunError
 from dinoforge.models.vit import VisionTransformer
-from dinoforge.planning.dry_run import Plan
 from dinoforge.runs import checkpoint
 from dinoforge.runs.directory import RunDirectory
 from dinoforge.system import distributed
@@ -39,7 +38,7 @@ class Saver:
     Args:
         run: The run directory to write to.
         state: State of the run.
-        plan: Plan of the run.
+        plan: What the recipe means here.
         image: What the backbone expects of images.
         say: Tells the user.
     """
@@ -48,7 +47,7 @@ class Saver:
         self,
         run: RunDirectory,
         state: TrainState,
-        plan: Plan,
+        plan: ResolvedRun,
         image: ImageInput,
         say: Callable[[str], object],
     ) -> None:
@@ -135,7 +134,7 @@ class Saver:
             **({"overflows": self.state.overflows} if self.state.scaler else {}),
             "checkpoint_wait_seconds": round(self.waited, 2),
         }
-        architecture = vit_arguments(self.plan.recipe)
+        architecture = self.plan.architecture
         metadata = self.plan.metadata()
         path = self.run.path
 
