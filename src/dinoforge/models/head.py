@@ -10,9 +10,13 @@ from dinoforge.kernels.ops import even_rows, scaled_linear
 
 
 class Prototypes(nn.Module):
-    """A weight-normed linear layer without bias: rows of ``weight_v`` brought to the lengths ``weight_g``.
+    """A weight-normed linear layer without bias: the rows of ``weight_v`` scaled to the lengths ``weight_g``.
 
-    Both are plain parameters, so that copies, sharding and compilation see nothing special.
+    Both are plain parameters, so copying, sharding and compilation need no special case.
+
+    Args:
+        dim: The input width d.
+        count: The number of prototypes K.
     """
 
     def __init__(self, dim: int, count: int) -> None:
@@ -21,11 +25,11 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(count, dim).uniform_(-(dim**-0.5), dim**-0.5))
 
     def parts(self) -> tuple[Tensor, Tensor]:
-        """What the effective weight is made of: ``weight_g`` [K, 1] and ``weight_v`` [K, d], also where sharded."""
+        """Return the factors of the effective weight: ``weight_g`` [K, 1] and ``weight_v`` [K, d], also if sharded."""
         return self.weight_g, self.weight_v
 
     def weight(self) -> Tensor:
-        """The effective weight [K, d]."""
+        """Compute the effective weight [K, d]."""
         weight: Tensor = self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
         return weight
 
@@ -34,7 +38,7 @@ class Prototypes(nn.Module):
 
 
 class Mlp(nn.Sequential):
-    """Linear layers with GELU between them, which is made again in the backward pass instead of kept."""
+    """Linear layers with GELU between them; the backward pass recomputes GELU instead of storing its output."""
 
     def forward(self, x: Tensor) -> Tensor:
         first, *others = (layer for layer in self if isinstance(layer, nn.Linear))
@@ -45,16 +49,16 @@ class Mlp(nn.Sequential):
 
 
 class DINOHead(nn.Module):
-    """Tokens [N, D] to logits over prototypes [N, K]: an MLP, L2 normalisation, a weight-normed last layer.
+    """Maps tokens [N, D] to logits over prototypes [N, K]: an MLP, L2 normalisation, a weight-normed last layer.
 
     Source: DINO (arXiv 2104.14294), section 3.1 and appendix C.
 
     Args:
-        in_dim: D.
-        prototypes: K.
-        bottleneck_dim: width before the last layer.
-        nlayers: layers of the MLP; 1 makes it a single linear layer.
-        hidden_dim: width inside the MLP.
+        in_dim: The token width D.
+        prototypes: The number of prototypes K.
+        bottleneck_dim: The width d before the last layer.
+        nlayers: The number of linear layers in the MLP; 1 makes it a single linear layer.
+        hidden_dim: The width inside the MLP.
     """
 
     def __init__(self, in_dim: int, *, prototypes: int, bottleneck_dim: int, nlayers: int, hidden_dim: int) -> None:
@@ -71,7 +75,7 @@ class DINOHead(nn.Module):
         self.last_layer = Prototypes(bottleneck_dim, prototypes)
 
     def embed(self, x: Tensor) -> Tensor:
-        """The normalised bottleneck [N, d] that the last layer reads."""
+        """Compute the normalised bottlenecks [N, d] that the last layer reads."""
         bottleneck = self.mlp(even_rows(x))[: len(x)]
         return F.normalize(bottleneck.float(), dim=-1)
 

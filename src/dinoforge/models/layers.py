@@ -1,8 +1,8 @@
 """The layers of a vision transformer, working on packed tokens.
 
-Crops of several resolutions go through every linear layer as one sequence of tokens [T, D]; only attention has to
-know which tokens belong together. ``Groups`` says so: for each resolution, the number of images and the tokens of
-each, in the order in which they are packed.
+Crops of several resolutions pass through every linear layer as one sequence of tokens [T, D]. Only attention has to
+know which tokens belong together. ``Groups`` holds, for each resolution, the number of images and the number of tokens
+per image, in packing order.
 """
 
 import torch
@@ -15,7 +15,7 @@ from dinoforge.models.wanted import Narrowing
 
 
 class PatchEmbed(nn.Module):
-    """Images [B, C, H, W] to patch tokens [B, H/p · W/p, D]."""
+    """Maps images [B, C, H, W] to patch tokens [B, H/p · W/p, D]."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention among the tokens of each image; ``project`` is its last layer."""
+    """Multi-head self-attention among the tokens of each image; ``project`` applies the output layer."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, proj_bias: bool) -> None:
         super().__init__()
@@ -36,15 +36,16 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
     def forward(self, x: Tensor, norm: nn.LayerNorm, groups: Groups) -> Tensor:
-        """What each token of ``norm(x)`` [T, D] gathers from its image, before the last layer [T, D]."""
+        """Attend from each token of ``norm(x)`` [T, D] to the tokens of its image; without the output layer [T, D]."""
         return attention(norm_linear(x, norm, self.qkv), groups, self.num_heads)
 
     def project(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """Apply the output layer and LayerScale's factors to attention's output [T, D]."""
         return scaled_linear(x, self.proj, scale)
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, linear, between the LayerNorm before them and the LayerScale after."""
+    """Linear, GELU, linear, with LayerNorm before and LayerScale after."""
 
     def __init__(self, dim: int, hidden_dim: int, bias: bool) -> None:
         super().__init__()
@@ -108,7 +109,7 @@ class Block(nn.Module):
         keep_ffn: Subset | None = None,
         narrowing: "Narrowing | None" = None,
     ) -> Tensor:
-        """Tokens [T, D], or with ``narrowing`` only the wanted ones [W, D]; what that keeps replaces ``keep_ffn``."""
+        """Compute all tokens [T, D], or only those of ``narrowing`` [W, D], which then replaces ``keep_ffn``."""
         if narrowing is not None:
             return self._narrowed(x, groups, narrowing, keep_attn)
         if keep_attn is None:
@@ -122,7 +123,7 @@ class Block(nn.Module):
         return add_rows(x, self._feed_forward(taken), keep_ffn)
 
     def _narrowed(self, x: Tensor, groups: Groups, narrowing: "Narrowing", keep_attn: Subset | None) -> Tensor:
-        """Only what is wanted is computed after attention."""
+        """Compute only the wanted rows after attention."""
         n = narrowing
         taken = x if keep_attn is None else x[keep_attn.rows]
         attended = self._attend(taken, groups if keep_attn is None else keep_attn.groups)

@@ -1,4 +1,4 @@
-"""A backbone with its heads: what the student and the teacher are."""
+"""A backbone with its heads: the network of the student, and of the teacher."""
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,12 @@ class Network(nn.Module):
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """The sub-networks by name: each has its gradient clipped by itself."""
+        """The sub-networks by name; the gradient of each is clipped separately."""
         return {"backbone": self.backbone, **self.heads}
 
     @property
     def heads(self) -> dict[str, DINOHead]:
-        """The heads that there are, by name."""
+        """The existing heads, by name."""
         both = {"dino_head": self.dino_head, "ibot_head": self.ibot_head}
         return {name: head for name, head in both.items() if head is not None}
 
@@ -50,20 +50,20 @@ class Network(nn.Module):
         return "dino_head" if self.ibot_head is None else "ibot_head"
 
     def losses_of(self, head: str) -> tuple[str, ...]:
-        """The losses that read a head."""
+        """List the losses that read a head."""
         of_cls, of_patches = ("dino_global", "dino_local"), ("ibot",)
         if self.ibot_head is None:
             return of_cls + of_patches
         return of_patches if head == "ibot_head" else of_cls
 
     def drop_last_layer_gradients(self) -> None:
-        """Drop the gradients of the heads' last layers, so that the optimizer passes over them."""
+        """Drop the gradients of the heads' last layers, so that the optimizer skips these layers."""
         for head in self.heads.values():
             for parameter in head.last_layer.parameters():
                 parameter.grad = None
 
     def embed(self, global_cls: Tensor, local_cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The bottlenecks [N, d] of tokens [N, D], by one pass through each head: one gradient of its weights."""
+        """Compute the bottlenecks [N, d] of tokens [N, D], in one pass per head, so each weight gets one gradient."""
         if self.ibot_head is not None:
             cls, local = _together(self.dino_head, global_cls, local_cls)
             (guesses,) = _together(self.ibot_head, patches)

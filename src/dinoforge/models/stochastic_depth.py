@@ -1,4 +1,4 @@
-"""Stochastic depth: which images each residual branch keeps."""
+"""Stochastic depth: the images that each residual branch keeps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dinoforge.system.transfer import to_device
 
 
 def subset_of(kept: list[Kept], groups: Groups, device: torch.device) -> Subset:
-    """The subset that keeps ``kept[g]`` of each group ``g``."""
+    """Build the subset that keeps ``kept[g]`` of each group ``g``."""
     rows, start = [], 0
     for (indices, _), (images, tokens) in zip(kept, groups, strict=True):
         rows.append((start + indices[:, None] * tokens + torch.arange(tokens)).flatten())
@@ -24,13 +24,13 @@ def subset_of(kept: list[Kept], groups: Groups, device: torch.device) -> Subset:
 
 @dataclass(frozen=True)
 class KeptSamples:
-    """What the two residual branches of a block keep of each resolution group."""
+    """The images that the two residual branches of a block keep, per resolution group."""
 
     attn: list[Kept]
     ffn: list[Kept]
 
     def of(self, parts: Sequence[tuple[int, slice]]) -> "KeptSamples":
-        """What is kept of parts of the groups: each the number of a group and a slice of its images."""
+        """Select parts of the groups; a part is the number of a group and a slice of the group's images."""
 
         def cut(kept: list[Kept]) -> list[Kept]:
             cuts = []
@@ -46,7 +46,7 @@ class KeptSamples:
 def subsets(
     kept: Sequence[KeptSamples] | None, block: int, groups: Groups, device: torch.device
 ) -> tuple[Subset | None, Subset | None]:
-    """What the branches of a block keep; None for all."""
+    """Build the subsets that the two branches of a block keep; None: all images."""
 
     def subset(branch: list[Kept]) -> Subset | None:
         return None if all(scale == 1 for _, scale in branch) else subset_of(branch, groups, device)
@@ -55,19 +55,19 @@ def subsets(
 
 
 def drop_path_rates(rate: float, depth: int, uniform: bool) -> list[float]:
-    """Rate of stochastic depth of each block: the same for all, or rising linearly from 0 to ``rate``."""
+    """Compute each block's rate of stochastic depth: the same for all, or rising linearly from 0 to ``rate``."""
     return [rate] * depth if uniform else [rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
 def draw_kept_samples(
     rates: Sequence[float], batch_sizes: Sequence[int], generator: torch.Generator
 ) -> list[KeptSamples]:
-    """Draws stochastic depth: every residual branch keeps ``max(⌊B·(1 - rate)⌋, 1)`` random images of each group.
+    """Draw stochastic depth: every residual branch keeps ``max(⌊B·(1 - rate)⌋, 1)`` random images of each group.
 
     Args:
-        rates: per block, in [0, 1).
-        batch_sizes: per resolution group, its number of images.
-        generator: on the CPU.
+        rates: The rate of each block, in [0, 1).
+        batch_sizes: The number of images in each resolution group.
+        generator: A generator on the CPU.
 
     Source: DINOv2 (arXiv 2304.07193), section 4, "Efficient stochastic depth".
     """

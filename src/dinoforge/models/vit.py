@@ -25,7 +25,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class Tokens:
-    """Normalised output tokens of a batch of images of one size."""
+    """The normalised output tokens of a batch of images of one size."""
 
     cls: Tensor  # [B, D]
     registers: Tensor  # [B, R, D]
@@ -33,20 +33,25 @@ class Tokens:
 
 
 class VisionTransformer(nn.Module):
-    """A vision transformer on images of any size that is a multiple of the patch.
+    """A vision transformer for images whose sides are multiples of the patch size.
 
     Args:
-        embed_dim, depth, num_heads: its size; ``embed_dim`` is a multiple of ``num_heads``.
-        patch_size: side of a patch in pixels.
-        image_size: side of the images, in pixels, that the grid of position embeddings is made for; other sizes
-            resample it.
-        in_chans: channels of the images.
-        mlp_ratio: hidden width of the feed-forward layers over ``embed_dim``.
+        embed_dim: The token width D, a multiple of ``num_heads``.
+        depth: The number of blocks.
+        num_heads: The number of attention heads.
+        patch_size: The side of a patch, in pixels.
+        image_size: The side, in pixels, of the images that the grid of position embeddings is made for. The grid is
+            resampled for other sizes.
+        in_chans: The number of image channels.
+        mlp_ratio: The hidden width of the feed-forward layers over ``embed_dim``.
         ffn_layer: ``mlp``, or ``swiglu`` (``swiglufused`` is the same).
-        layerscale: initial value of LayerScale; 0 for none.
-        num_register_tokens: register tokens (arXiv 2309.16588), which get no position embedding.
-        interpolate_antialias, interpolate_offset: how position embeddings are resampled bicubically. An offset
-            above 0 is added to the size before the scale is computed, as the reference does with 0.1.
+        layerscale: The initial value of LayerScale; 0 for none.
+        qkv_bias, proj_bias, ffn_bias: Whether the layers of attention, its output layer, and the feed-forward layers
+            have biases.
+        num_register_tokens: The number of register tokens (arXiv 2309.16588), which get no position embedding.
+        interpolate_antialias: Whether bicubic resampling of position embeddings is antialiased.
+        interpolate_offset: The offset in [0, 1) that is added to the target size before the scale of that resampling
+            is computed, as the reference does with 0.1; 0 for none.
     """
 
     def __init__(
@@ -103,7 +108,7 @@ class VisionTransformer(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        if self.cls_token.is_meta:  # nothing to draw, and normal_ would import PyTorch's compiler to draw it
+        if self.cls_token.is_meta:  # there is nothing to draw, and normal_ would import PyTorch's compiler
             return
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
@@ -116,7 +121,7 @@ class VisionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tokens:
-        """Tokens of images [B, C, H, W]; patches where ``masks`` [B, N] is true are seen as the mask token."""
+        """Encode images [B, C, H, W]; the mask token replaces the patches where ``masks`` [B, N] is true."""
         (tokens,) = self.encode([images], [masks])
         return tokens
 
@@ -126,15 +131,15 @@ class VisionTransformer(nn.Module):
         masks: Sequence[Tensor | None],
         kept: Sequence[KeptSamples] | None = None,
     ) -> list[Tokens]:
-        """Tokens of several groups of images at once, each group of its own size.
+        """Encode several groups of images at once, each group of its own size.
 
         Args:
-            crops: per group, images [B, C, H, W].
-            masks: per group, masked patches [B, N] bool or None.
-            kept: per block, the images that each residual branch keeps; None keeps all (no stochastic depth).
+            crops: The images of each group [B, C, H, W].
+            masks: The masked patches of each group [B, N] bool, or None.
+            kept: The images that the residual branches of each block keep; None: all (no stochastic depth).
 
         Raises:
-            ValueError: a side that is not a multiple of the patch, or another number of channels.
+            ValueError: A side is not a multiple of the patch size, or the number of channels differs.
         """
         x, groups = self._packed(crops, masks)
         for i, block in enumerate(self.blocks):
@@ -155,17 +160,17 @@ class VisionTransformer(nn.Module):
         return_class_token: bool = False,
         norm: bool = True,
     ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
-        """Patch tokens [B, N, D] after some blocks, as the official models give them.
+        """Compute the patch tokens [B, N, D] after some blocks, with the official models' interface.
 
         Args:
-            images: [B, C, H, W].
-            n: the last so many blocks, or their numbers from 0; results come in the order of the blocks.
-            reshape: patch tokens as maps [B, D, H/p, W/p].
-            return_class_token: each result is a pair of patch tokens and cls token [B, D].
-            norm: whether the final norm is applied to each.
+            images: The images [B, C, H, W].
+            n: The number of last blocks to return, or block numbers from 0. Results are in block order.
+            reshape: Whether patch tokens are returned as maps [B, D, H/p, W/p].
+            return_class_token: Whether each result is a pair of patch tokens and cls token [B, D].
+            norm: Whether the final norm is applied to each result.
 
         Raises:
-            ValueError: a block that there is not, or images that do not fit.
+            ValueError: A block number is out of range, or the images do not fit.
         """
         depth = len(self.blocks)
         wanted = set(range(depth - n, depth)) if isinstance(n, int) else set(n)
@@ -191,14 +196,14 @@ class VisionTransformer(nn.Module):
         patches: Sequence[Tensor | None],
         kept: Sequence[KeptSamples] | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
-        """The cls tokens and some of the patch tokens, as ``encode`` gives them, without the work for the others.
+        """Encode as ``encode`` does, but compute only the cls tokens and some of the patch tokens.
 
         Args:
-            crops, masks, kept: as for ``encode``.
-            patches: per group, the wanted patch tokens: indices [M] into [B·N], on the CPU; None for none.
+            crops, masks, kept: See ``encode``.
+            patches: The wanted patch tokens of each group: indices [M] into [B·N], on the CPU; None for none.
 
         Returns:
-            Per group, cls tokens [B, D] and patch tokens [M, D].
+            The cls tokens [B, D] and patch tokens [M, D] of each group.
         """
         x, groups = self._packed(crops, masks)
         last = len(self.blocks) - 1
@@ -231,17 +236,17 @@ class VisionTransformer(nn.Module):
         masked: Tensor | None = None,
         kept: Sequence[KeptSamples] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The cls tokens of global and local crops, and the masked patches of the global ones, by one pass.
+        """Compute the cls tokens of all crops and the wanted patch tokens of the global crops, in one pass.
 
         Args:
-            global_crops: [G, C, H, W]; G may be 0 if there are local crops.
-            local_crops: [L, C, h, w], or None.
-            masks: The patches of global crops that are seen as the mask token [G, N] bool; None: none is.
-            masked: The patches that are wanted: indices [M] into [G·N], on the CPU.
-            kept: As for ``encode``, of the groups of crops that there are.
+            global_crops: The global crops [G, C, H, W]; G may be 0 if there are local crops.
+            local_crops: The local crops [L, C, h, w], or None.
+            masks: The patches of global crops that the mask token replaces [G, N] bool; None for none.
+            masked: The wanted patches of global crops: indices [M] into [G·N], on the CPU.
+            kept: The images that residual branches keep, as for ``encode``; only for groups of crops that exist.
 
         Returns:
-            [G, D], [L, D] and [M, D].
+            The global cls tokens [G, D], local cls tokens [L, D] and patch tokens [M, D].
         """
         groups = [(global_crops, masks, masked)] if len(global_crops) else []
         if local_crops is not None and len(local_crops):
@@ -253,17 +258,17 @@ class VisionTransformer(nn.Module):
         return cls, tokens[-1][0] if groups[-1][0] is local_crops else none, patches
 
     def tokens_of(self, sides: Sequence[int]) -> int:
-        """The number of tokens of an image of these two sides."""
+        """Count the tokens of an image of this height and width."""
         rows, columns = (side // self.patch_size for side in sides)
         return 1 + self.num_register_tokens + rows * columns
 
     def _packed(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Groups]:
-        """Embedded tokens of all groups [T, D], and the groups."""
+        """Embed all crops: the packed tokens [T, D], and their groups."""
         embedded = [self._embed(c, m) for c, m in zip(crops, masks, strict=True)]  # each [B, 1+R+N, D]
         return torch.cat([e.flatten(0, 1) for e in embedded]), tuple((e.shape[0], e.shape[1]) for e in embedded)
 
     def _embed(self, images: Tensor, masks: Tensor | None) -> Tensor:
-        """Patch, cls and register tokens with position embeddings [B, 1+R+N, D]."""
+        """Embed images: cls, register and patch tokens with position embeddings [B, 1+R+N, D]."""
         batch, channels, height, width = images.shape
         if channels != self.in_chans or height % self.patch_size or width % self.patch_size:
             raise ValueError(
@@ -280,13 +285,13 @@ class VisionTransformer(nn.Module):
         return torch.cat([*tokens, x + position_patches], dim=1)
 
     def position_embeddings(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Position embeddings of the cls token [1, 1, D] and of a grid of patches [1, rows · columns, D]."""
+        """Compute the position embeddings of the cls token [1, 1, D] and of a grid of patches [1, rows·columns, D]."""
         cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         side = math.isqrt(patches.shape[1])
         if (rows, columns) == (side, side):
             return cls, patches
         grid = patches.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)  # [1, D, side, side]
-        # The official weights were trained with the scale that the offset gives, not with the one of the sizes.
+        # The official weights were trained with the scale that includes the offset, not with the ratio of the sizes.
         offset = self.interpolate_offset
         target = (
             {"scale_factor": ((rows + offset) / side, (columns + offset) / side)}

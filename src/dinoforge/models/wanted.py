@@ -1,4 +1,4 @@
-"""The tokens that can reach a loss: all others are left out of the last block."""
+"""The tokens that a loss reads: the last block leaves out all others."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,14 @@ from dinoforge.system.transfer import to_device
 
 @dataclass(frozen=True)
 class Narrowing:
-    """The tokens that are wanted of the last block, and which of them its branches keep.
+    """The tokens wanted from the last block, and the subset of them that each of its branches keeps.
 
-    wanted: packed rows [W].
-    attn_rows, attn_places, attn_scales: rows among those that the branch sees, places in ``wanted``, and the factors
-        [n, 1] that keep the expectation.
-    ffn_places, ffn_scales: the same for the second branch, which sees only wanted rows.
+    Args:
+        wanted: The packed rows [W].
+        attn_rows: For the attention branch: the kept rows, as indices into the branch's rows [n].
+        attn_places: The places of the kept rows in ``wanted`` [n].
+        attn_scales: The factors that preserve the branch's expectation [n, 1].
+        ffn_places, ffn_scales: The same for the feed-forward branch, which sees only wanted rows.
     """
 
     wanted: Tensor
@@ -30,13 +32,13 @@ class Narrowing:
 def narrowing_to(
     wanted: Tensor, groups: Groups, attn: list[Kept] | None, ffn: list[Kept] | None, device: torch.device
 ) -> Narrowing:
-    """What the last block does for the rows ``wanted`` [W].
+    """Build the ``Narrowing`` of the last block to the rows ``wanted`` [W].
 
     Args:
-        wanted: packed rows, on the CPU.
-        groups: all tokens.
-        attn, ffn: what the branches keep, as for ``subset_of``; None for all.
-        device: where to.
+        wanted: The packed rows, on the CPU.
+        groups: The groups of all tokens.
+        attn, ffn: The images that the two branches keep, as for ``subset_of``; None: all.
+        device: The device of the result.
     """
     attn_rows, attn_places, attn_scales = _kept_among(wanted, groups, attn)
     _, ffn_places, ffn_scales = _kept_among(wanted, groups, ffn)
@@ -45,7 +47,7 @@ def narrowing_to(
 
 
 def _kept_among(wanted: Tensor, groups: Groups, kept: list[Kept] | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of the branch, places in ``wanted`` and factors of the wanted rows whose images are kept."""
+    """For the wanted rows whose images are kept: their rows in the branch, places in ``wanted``, and factors."""
     if kept is None:
         return wanted, torch.arange(len(wanted)), torch.ones(len(wanted), 1)
     total = sum(images * tokens for images, tokens in groups)
