@@ -15,10 +15,10 @@ def dino_terms(
     global_weight: float = 1.0,
     local_weight: float = 1.0,
 ) -> tuple[list[Term], list[Term]]:
-    """Hold each student crop against the teacher's view of the same image, by cross-entropy.
+    """Compare each student crop with the teacher's views of the same image, by cross-entropy.
 
-    A global crop is held against the teacher's *other* view, a local crop against both. With L local crops there
-    are 2 + 2·L pairs for an image; both terms are divided by that number, so together they are a mean over pairs.
+    A global crop is compared with the teacher's *other* view, a local crop with both views. With L local crops, an
+    image has 2 + 2·L pairs. Both terms are divided by this number, so their sum is a mean over pairs.
 
         for b in range(B):
             for v in range(2): global_loss += H(teacher[1 - v][b], student_global[v][b]) / B / (2 + 2 * L)
@@ -29,14 +29,14 @@ def dino_terms(
 
     Args:
         global_embeddings: The student's bottlenecks of the global crops that the batch has [V·b, d], crop-major.
-        local_embeddings: Its bottlenecks of local crops, all or some [l·b, d], crop-major.
-        targets: The teacher's of both global crops of the batch's images [2b], crop-major.
-        share: What the batch is of a larger one; B and L are those of the larger one.
+        local_embeddings: The student's bottlenecks of local crops, all or some [l·b, d], crop-major.
+        targets: The teacher's targets for both global crops of the batch's images [2b], crop-major.
+        share: The batch's share of the whole batch; B and L are the whole batch's.
         student_temp: The student's temperature.
         global_weight, local_weight: The weights of the two terms in the whole loss.
 
     Returns:
-        The terms whose cross-entropies sum to the global loss, and those of the local one; none where a weight is 0.
+        The terms whose cross-entropies sum to the global loss, and those of the local loss; no terms for a weight of 0.
     """
     images = len(targets.per_sample) // 2
     pairs = 2 + 2 * share.local_crops

@@ -1,12 +1,12 @@
-"""DINOv2 (arXiv 2304.07193, section 4): a student learns to predict what its own moving average sees.
+"""DINOv2 (arXiv 2304.07193, section 4): a student learns to predict the outputs of its own moving average, the teacher.
 
-Each step, the teacher sees two global crops of every image, whole. The student sees the same crops with some patches
+Each step, the teacher sees two unmasked global crops of every image. The student sees the same crops with some patches
 masked, and several smaller local crops. Three losses follow: DINO compares cls tokens of different crops of an image,
-iBOT compares masked patches, KoLeo keeps the features of a batch apart. The teacher then moves a little towards the
+iBOT compares masked patches, and KoLeo spreads the features of a batch. The teacher then moves a little towards the
 student.
 
-This page is the definition. ``training/pieces.py`` computes a step in pieces, and ``kernels/ops.py`` with less memory;
-both are tested to equal what stands here.
+This module is the definition. ``training/pieces.py`` computes a step in pieces, and ``kernels/ops.py`` computes it in
+less memory; tests hold both to equality with this module.
 """
 
 import copy
@@ -40,7 +40,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class Objective:
-    """Weights and constants of the losses; a term of weight 0 is not computed."""
+    """The weights and constants of the losses; a term of weight 0 is not computed."""
 
     dino_global_weight: float = 1.0
     dino_local_weight: float = 1.0
@@ -50,15 +50,17 @@ class Objective:
     ibot_student_temp: float = 0.1
     dino_targets: TargetRule = field(default_factory=TargetRule)
     ibot_targets: TargetRule = field(default_factory=TargetRule)
-    koleo_scope: str = "rank"  # where neighbours are sought: also global, or groups of consecutive images
+    koleo_scope: str = "rank"  # where KoLeo searches for neighbours; see koleo_of_views
     koleo_group_size: int | None = None
 
     @property
     def has_dino(self) -> bool:
+        """Whether a DINO loss is on."""
         return self.dino_global_weight > 0 or self.dino_local_weight > 0
 
     @property
     def has_ibot(self) -> bool:
+        """Whether the iBOT loss is on."""
         return self.ibot_weight > 0
 
 
@@ -97,13 +99,13 @@ class StudentTeacher(nn.Module):
         """Compute the losses of normalised crops. With the defaults, this is the whole method.
 
         Args:
-            batch: The crops, float32, on the networks' device; some of a larger batch's if ``targets`` are given.
+            batch: The crops, float32, on the networks' device; a piece of a batch only if ``targets`` are given.
             teacher_temp: The temperature of the teacher's targets.
-            targets: The teacher's targets for the images of the batch; None: make them.
+            targets: The teacher's targets for the images of the batch; None: compute them.
             kept: Stochastic depth: the images that each residual branch of the student keeps, per block; None: all.
-            neighbours: For KoLeo beyond this batch: the cls tokens of both views of all images [2, G, D]; None: ask the
-                other ranks.
-            backbone_frozen: Whether only the heads get a gradient.
+            neighbours: For KoLeo beyond this batch: the cls tokens of both views of all images [2, G, D]; None: gather
+                them from the other ranks.
+            backbone_frozen: Whether only the heads get gradients.
         """
         if targets is None:
             with phase("teacher"):
@@ -112,7 +114,7 @@ class StudentTeacher(nn.Module):
 
     @torch.no_grad()
     def targets(self, batch: Batch, temp: float) -> BatchTargets:
-        """Make what the student is to predict: what the teacher says of the whole global crops. Moves the centres."""
+        """Compute the targets from the teacher's outputs for the unmasked global crops, and update the centres."""
         o, teacher, memory = self.objective, self.teacher, self.workspace
         if not (o.has_dino or o.has_ibot):
             return BatchTargets()
@@ -126,7 +128,7 @@ class StudentTeacher(nn.Module):
         return BatchTargets(of_cls, of_patches, features=(cls, patches))
 
     def teacher_tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Compute the teacher's cls tokens of the global crops [2B, D], and the masked patches if a loss reads them."""
+        """Compute the teacher's cls tokens [2B, D], and tokens of masked patches [M, D] if a loss reads them."""
         masked = batch.masked if self.objective.has_ibot else batch.masked[:0]
         cls, _, patches = self.teacher.backbone.encode_crops(batch.global_crops, masked=masked)
         return cls, patches
@@ -140,10 +142,10 @@ class StudentTeacher(nn.Module):
         *,
         backbone_frozen: bool = False,
     ) -> Losses:
-        """Compute what the student loses against given targets; ``kept`` and ``neighbours`` are as for ``forward``.
+        """Compute the student's losses against given targets; for ``kept`` and ``neighbours``, see ``forward``.
 
-        Every term is a sum over crops with weights that do not depend on which crops the batch has. So the losses of
-        the pieces of a batch add up to the batch's, and so do their gradients.
+        Every term is a sum over crops, and its weights do not depend on which crops the batch has. So the losses of
+        the pieces of a batch add up to those of the batch, and so do the gradients.
         """
         o, share = self.objective, batch.share
         local_crops = batch.local_crops if o.dino_local_weight > 0 else batch.local_crops[:0]
@@ -174,7 +176,7 @@ class StudentTeacher(nn.Module):
     def _cross_entropies(
         self, terms: dict[str, list[ops.Term]], targets: BatchTargets, device: torch.device
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Sum each loss's terms, and all of them; the terms of one head are computed together."""
+        """Sum the terms of each loss, and all terms; the terms of one head are computed together."""
         total = torch.zeros((), device=device)
         each = dict.fromkeys((*terms, "koleo"), total)
         for name, head in self.student.heads.items():
@@ -193,5 +195,5 @@ class StudentTeacher(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """Move the teacher: ``teacher = momentum · teacher + (1 - momentum) · student``, for every parameter."""
+        """Update every teacher parameter: ``teacher = momentum · teacher + (1 - momentum) · student``."""
         ops.move_towards(self.teacher.parameters(), self.student.parameters(), 1 - momentum)

@@ -10,20 +10,20 @@ from dinoforge.kernels.ops import Targets, Term
 def ibot_term(
     embeddings: Tensor, targets: Targets, masks: Tensor, share: Share, student_temp: float, weight: float = 1.0
 ) -> Term:
-    """Hold what the student guesses of each masked patch against what the teacher sees, by cross-entropy.
+    """Compare the student's prediction for each masked patch with the teacher's view of it, by cross-entropy.
 
         for c in range(2 * B):
             for n in masked[c]: loss += H(teacher[c][n], student[c][n]) / len(masked[c]) / (2 * B)
 
-    So each masked crop counts alike, however much of it is masked, and crops without a mask count as zero.
+    Each masked crop has the same weight, however many of its patches are masked. Crops without a mask count as zero.
 
     Source: iBOT (arXiv 2111.07832), equation 2.
 
     Args:
         embeddings: The student's bottlenecks of the masked patches [m, d], in the order of ``masks.flatten()``.
-        targets: The teacher's of the masked patches of both global crops of the batch's images.
+        targets: The teacher's targets for the masked patches of both global crops of the batch's images.
         masks: The masks of the global crops that the batch has [V·b, N] bool.
-        share: What the batch is of a larger one; B is that of the larger one.
+        share: The batch's share of the whole batch; B is the whole batch's.
         student_temp: The student's temperature.
         weight: The weight of the term in the whole loss.
 
@@ -36,7 +36,7 @@ def ibot_term(
 
 
 def patch_weights(masks: Tensor, count: int, crops: int, weight: float = 1.0) -> Tensor:
-    """``weight / len(masked[c]) / crops`` for each of the ``count`` masked patches [m] of masks [C, N]."""
+    """Compute ``weight / len(masked[c]) / crops`` for each of the ``count`` masked patches [m] of masks [C, N]."""
     per_crop = masks.sum(dim=1)  # [C]
-    # m is known from the shapes, so the expansion does not wait for the device.
+    # The caller knows m from shapes, so the expansion does not wait for the device.
     return torch.repeat_interleave(weight / per_crop.clamp(min=1).float() / crops, per_crop, output_size=count)

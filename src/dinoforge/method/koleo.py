@@ -9,7 +9,7 @@ from dinoforge.system import distributed
 
 
 def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
-    """Minus the mean logarithm of each feature's distance to its nearest neighbour in the batch.
+    """Compute minus the mean logarithm of each feature's distance to its nearest neighbour in the batch.
 
         for i in range(B):
             loss -= log(min(distance(x[i], x[j]) for j in range(B) if j != i)) / B
@@ -17,13 +17,13 @@ def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
     Source: "Spreading vectors for similarity search" (arXiv 1806.03198), equation 2, as in DINOv2, section 4.
 
     Args:
-        x: features [B, D]; normalised here. With fewer than two there is no neighbour and the loss is 0, which
-            the plan of a run says before it starts.
-        eps: added to each coordinate's difference and to the distance, as in the reference.
+        x: The features [B, D], which this function normalises. A single feature has no neighbour, so for B < 2 the
+            loss is 0; the plan of a run warns of this case before the run starts.
+        eps: A constant added to each coordinate's difference and to the distance, as in the reference.
     """
     if len(x) < 2:
-        return x.float().sum() * 0  # stays in the graph, so that ranks of any batch have the same one
-    # In half precision neighbours of a batch are at distance 0.
+        return x.float().sum() * 0  # stays in the graph, so that all ranks have the same graph
+    # In half precision, the distances between neighbours round to 0.
     with torch.autocast(x.device.type, enabled=False):
         x = F.normalize(x.float(), dim=-1, eps=eps)
         with torch.no_grad():
@@ -34,16 +34,17 @@ def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
 
 
 def koleo_loss_among(x: Tensor, everyone: Tensor, first: int, group_size: int | None = None) -> Tensor:
-    """The same with neighbours sought among the images of all ranks and micro-batches.
+    """Compute ``koleo_loss`` of one part of the global batch, with neighbours from all ranks and micro-batches.
 
-    Its value is the loss of all; its gradient is this part's share of that loss's, times the number of parts, because
-    gradients are averaged over parts. It includes what other images' distances to these say.
+    The value is the loss of the global batch. The gradient is this part's share of that loss's gradient, times the
+    number of parts, because gradients are averaged over parts. It includes the distances of other parts' images to the
+    images of this part.
 
     Args:
-        x: features of this part [B, D].
-        everyone: features of the global batch [G, D], without a gradient; ``x`` takes the place of its own rows.
-        first: place of the first of its own rows.
-        group_size: seek neighbours among so many consecutive images; it divides G. None: among all.
+        x: The features of this part [B, D].
+        everyone: The features of the global batch [G, D], without a gradient; ``x`` replaces this part's rows.
+        first: The index of this part's first row in ``everyone``.
+        group_size: The number of consecutive images among which neighbours are searched, a divisor of G; None: all.
     """
     rows = torch.cat([everyone[:first], x.float(), everyone[first + len(x) :]])
     groups = rows.split(group_size or len(rows))
@@ -54,14 +55,14 @@ def koleo_loss_among(x: Tensor, everyone: Tensor, first: int, group_size: int | 
 def koleo_of_views(
     cls: Tensor, share: Share, neighbours: Tensor | None, scope: str = "rank", group_size: int | None = None
 ) -> Tensor:
-    """The sum over views, each by itself, since two crops of one image should be close.
+    """Sum the KoLeo losses of the views; views are kept apart, since two crops of one image should be close.
 
     Args:
-        cls: The student's cls tokens of the global crops that a batch has [V·B, D], crop-major.
-        share: What the batch is of a larger one, whose loss is the sum over its parts.
-        neighbours: The cls tokens of both views of the images of all ranks [2, G, D]; None: ask the other ranks.
-        scope: Where neighbours are sought: ``rank`` is among the images of this batch, ``global`` among those of all
-            ranks, ``groups`` among ``group_size`` consecutive ones of these.
+        cls: The student's cls tokens of the global crops that the batch has [V·B, D], crop-major.
+        share: The batch's share of the whole batch, whose loss is the sum over its parts.
+        neighbours: The cls tokens of both views of the images of all ranks [2, G, D]; None: gather them from the ranks.
+        scope: Where neighbours are searched: ``rank``, among the images of this batch; ``global``, among the images of
+            all ranks; ``groups``, among ``group_size`` consecutive images of all ranks.
         group_size: See ``scope``.
     """
     size = group_size if scope == "groups" else None

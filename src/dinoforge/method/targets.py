@@ -1,4 +1,4 @@
-"""Targets: what the teacher's outputs become, by centering or by Sinkhorn-Knopp."""
+"""Turn the teacher's outputs into targets, by centering or by Sinkhorn-Knopp."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +13,13 @@ from dinoforge.system import distributed
 
 @dataclass(frozen=True)
 class BatchTargets:
-    """What the student is to predict of the images of a batch; None where a loss is off.
+    """The student's targets for the images of a batch; None where a loss is off.
 
     Args:
-        cls: Of the global crops' cls tokens [2B].
-        patches: Of their masked patches [M].
-        features: The teacher's cls tokens [2B, D] and masked patches [M, D], which targets were made of.
-        last_layers: What the pieces of a batch share of the heads' last layers, by head.
+        cls: The targets for the cls tokens of the global crops [2B].
+        patches: The targets for the masked patches of the global crops [M].
+        features: The teacher's cls tokens [2B, D] and masked patches [M, D] that the targets were computed from.
+        last_layers: The state of the last layers that the pieces of a batch share, by head.
     """
 
     cls: ops.Targets | None = None
@@ -30,12 +30,12 @@ class BatchTargets:
 
 @dataclass(frozen=True)
 class TargetRule:
-    """How the teacher's logits of one loss become targets.
+    """The rule by which the teacher's logits for one loss become targets.
 
     Args:
-        kind: ``centering``, or ``sinkhorn_knopp``.
+        kind: ``centering`` or ``sinkhorn_knopp``.
         center_momentum: The momentum of the running centre.
-        center_by_count: Take the centre as the mean over all samples, not as the mean of ranks' means.
+        center_by_count: Whether the centre is the mean over all samples instead of the mean of the ranks' means.
         iterations: The number of Sinkhorn-Knopp iterations.
     """
 
@@ -45,21 +45,22 @@ class TargetRule:
     iterations: int = 3
 
     def first_center(self, head: DINOHead) -> Tensor | None:
-        """The centre at step 0 [K]; None without centering."""
+        """Create the centre of step 0 [K]; None without centering."""
         return torch.zeros(len(head.last_layer.weight_g)) if self.kind == "centering" else None
 
     @torch.no_grad()
     def make(
         self, head: DINOHead, tokens: Tensor, temp: float, center: Tensor | None, scratch: ops.Scratch, name: str
     ) -> ops.Targets:
-        """Make the targets of tokens, and move the centre.
+        """Compute the targets of tokens, and update the centre.
 
         Args:
-            head: The teacher's.
-            tokens: The teacher's [N, D]: all of this rank's.
+            head: The teacher's head.
+            tokens: All of this rank's tokens from the teacher [N, D].
             temp: The teacher's temperature.
-            center: The running centre [K], moved in place; None for Sinkhorn-Knopp.
-            scratch, name: The memory that the targets take.
+            center: The running centre [K], updated in place; None for Sinkhorn-Knopp.
+            scratch: The scratch memory that holds the targets.
+            name: The name of the targets' block in ``scratch``.
         """
         layer = head.last_layer
         logits = ops.teacher_logits(head.embed(tokens), *layer.parts(), temp, scratch=scratch, name=name)
@@ -81,18 +82,18 @@ class TargetRule:
         scratch: ops.Scratch,
         name: str,
     ) -> Callable[[int], ops.Targets]:
-        """Make the targets of a batch that is seen in parts; they are those of the batch seen at once.
+        """Compute the targets of a batch in parts; they equal the targets of the batch computed at once.
 
-        What is kept of each part are the bottlenecks, not the logits of all prototypes: these are made again for one
-        part at a time. Both kinds of targets are a softmax of logits shifted by a vector over prototypes, and that
-        vector is all that has to be known of the other parts.
+        Only the bottlenecks of each part are kept. The logits over all prototypes are recomputed, one part at a time.
+        Both kinds of targets are a softmax of logits shifted by a vector over prototypes, and this vector is all that
+        a part needs to know of the others.
 
         Args:
-            head, temp, center, scratch, name: As for ``make``.
-            tokens: The teacher's of each part [N, D]; N may be 0.
+            head, temp, center, scratch, name: See ``make``.
+            tokens: The teacher's tokens of each part [N, D]; N may be 0.
 
         Returns:
-            A function that makes the targets of the part of a number.
+            A function from the number of a part to the part's targets.
         """
         embeddings, parts = [head.embed(each) for each in tokens], head.last_layer.parts()
 
@@ -111,18 +112,18 @@ class TargetRule:
 
     @torch.no_grad()
     def updated_center(self, center: Tensor, logits: Iterable[Tensor], temp: float) -> Tensor:
-        """The running mean [K] with this step's ``logits`` in it; see ``updated_center``."""
+        """Compute the running mean [K] with this step's ``logits``; see the function ``updated_center``."""
         return updated_center(center, logits, temp, self.center_momentum, by_count=self.center_by_count)
 
 
 def _sinkhorn_knopp_shift(logits: Callable[[], Iterable[Tensor]], dtype: torch.dtype, iterations: int) -> Tensor:
-    """The logarithms of the prototypes' scales u [K] that Sinkhorn-Knopp ends with, over the parts of all ranks.
+    """Compute the logarithms of the final scales u [K] of Sinkhorn-Knopp's prototypes, over the parts of all ranks.
 
-    See ``ops.sinkhorn_knopp``: the samples' scales are what makes each sample sum to one, so they follow from u. Each
-    iteration takes the mass that the targets so far give each prototype, and divides u by it.
+    See ``ops.sinkhorn_knopp``. The scales of the samples follow from u, since each sample sums to one. Each iteration
+    computes the mass that the current targets give each prototype, and divides u by it.
 
     Args:
-        logits: Makes the logits of each part anew [K, N], one at a time.
+        logits: A function that recomputes the logits of each part [K, N], one part at a time.
         dtype: The precision of the last layer.
         iterations: The number of iterations.
     """
@@ -133,7 +134,7 @@ def _sinkhorn_knopp_shift(logits: Callable[[], Iterable[Tensor]], dtype: torch.d
         masses = torch.zeros_like(shift)
         for part in logits():
             targets = ops.centering(part, -shift, 1.0)
-            with torch.autocast(part.device.type, enabled=False):  # which would multiply in half precision
+            with torch.autocast(part.device.type, enabled=False):  # autocast would multiply in half precision
                 masses += torch.mv(targets.scaled.to(exact), targets.per_sample) * targets.per_prototype
         shift = shift - distributed.sum_over_ranks(masses).log()
     return shift
@@ -143,16 +144,16 @@ def _sinkhorn_knopp_shift(logits: Callable[[], Iterable[Tensor]], dtype: torch.d
 def updated_center(
     center: Tensor, logits: Iterable[Tensor], temp: float, momentum: float, *, by_count: bool = False
 ) -> Tensor:
-    """The running mean [K] with this step's ``logits`` in it.
+    """Compute the running mean [K] with this step's ``logits``.
 
     Args:
-        center: [K].
-        logits: of each of this rank's micro-batches, over ``temp`` [K, N].
-        temp: the teacher's temperature.
-        momentum: of the running mean.
-        by_count: take the mean over all samples. Otherwise it is the mean of each rank's, or micro-batch's, mean, as in
-            the reference. One without samples counts as its share of the old centre, so that it neither makes NaN nor
-            pulls to 0.
+        center: The running mean before this step [K].
+        logits: The logits over ``temp`` of each of this rank's micro-batches [K, N].
+        temp: The teacher's temperature.
+        momentum: The momentum of the running mean.
+        by_count: Whether to average over all samples. Otherwise the means of the ranks and micro-batches are averaged,
+            as in the reference. A micro-batch without samples then contributes the old centre, so that its mean is
+            neither NaN nor 0.
     """
     sums, means, count = torch.zeros_like(center), torch.zeros_like(center), 0
     parts = 0
