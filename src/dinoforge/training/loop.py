@@ -1,4 +1,4 @@
-"""The training loop. It knows no recipe: the builders make what it is given."""
+"""The training loop. It knows no recipe; the builders make its arguments."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +15,14 @@ from dinoforge.training.step import Stepper, StepResult
 
 @dataclass(frozen=True)
 class StepReport:
-    """What hooks are told after a step."""
+    """The information that hooks receive after a step."""
 
     state: TrainState
     hyper: Hyperparameters
     result: StepResult
     batch: Batch
-    seconds: float  # of the step with its wait
-    waited: float  # seconds of them waiting for data
+    seconds: float  # duration of the step, including the wait for data
+    waited: float  # seconds of the step spent waiting for data
 
 
 Hook = Callable[[StepReport], None]
@@ -43,21 +43,27 @@ def train(
     on_skipped: Callable[[list[Skipped]], None],
     on_non_finite: Callable[[Batch, dict[str, float]], bool],
 ) -> End:
-    """Make steps until the schedules end, ``should_stop`` says so, or ``on_non_finite`` wants to go back.
+    """Make steps until the schedules end, ``should_stop`` returns true, or ``on_non_finite`` asks to go back.
 
     Args:
-        state: moved forward in place.
-        batches: from number ``state.next_batch`` on; None where a signal ended the waiting, which stops all ranks.
-        schedules: of learning rates, weight decay, momentum and temperatures.
-        stepper: makes each step.
-        samples_per_step: images of the global batch.
-        prepare: brings a batch to the device, normalised.
-        hooks: called after each step that was not skipped, on every rank.
-        is_measured: says which steps' results have diagnostics, given the number of steps that will then be done.
-        should_stop: asked before each batch is fetched; all ranks stop when one says so.
-        on_skipped: given the images that newly turned out to be unreadable, on any rank.
-        on_non_finite: given the batch and the terms of a step that was skipped since a loss or gradient is not
-            finite; the state already counts it. Says whether to go back to an earlier state.
+        state: The state to train, updated in place.
+        batches: The batches from number ``state.next_batch`` on. A None means that a signal ended the wait for data;
+            then all ranks stop.
+        schedules: The schedules of learning rates, weight decay, momentum and temperatures.
+        stepper: The callable that makes a step.
+        samples_per_step: The number of images in the global batch.
+        prepare: A function that moves a batch to the device and normalises it.
+        hooks: Functions called on every rank after each step that was not skipped.
+        is_measured: A function that says whether a step's result has diagnostics, given the number of steps done after
+            that step.
+        should_stop: A function called before each batch is fetched; all ranks stop when it returns true on any rank.
+        on_skipped: A function called with the newly found unreadable images of all ranks.
+        on_non_finite: A function called with the batch and the loss terms of a step that was skipped because a loss or
+            gradient is not finite; the state already counts the step. It returns whether to go back to an earlier
+            state.
+
+    Returns:
+        Why the loop ended.
     """
     while state.step < schedules.total_steps:
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How the networks are laid over ranks: activation checkpointing, then DDP or FSDP2, all by PyTorch's own engine."""
+"""Distribute the networks over ranks: activation checkpointing, then DDP or FSDP2, all from PyTorch."""
 
 import warnings
 from collections.abc import Callable
@@ -28,9 +28,9 @@ class Parallel:
     """How a step runs on this rank.
 
     Args:
-        mode: what was done to the networks.
-        forward: called as the ``StudentTeacher`` is.
-        accumulating: context of the micro-batches before a step's last one, in which gradients need not be averaged.
+        mode: The way in which the networks are distributed.
+        forward: The callable for the forward pass, with the arguments of ``StudentTeacher``.
+        accumulating: Makes the context for all pieces of a step but the last, in which gradients are not averaged.
     """
 
     mode: Mode
@@ -39,17 +39,21 @@ class Parallel:
 
 
 def shard_count(mode: Mode, shard_ranks: int | None) -> int:
-    """Over how many of the ranks here weights are sharded; ``shard_ranks`` as for ``wrap``."""
+    """Count the ranks over which weights are sharded here; ``shard_ranks`` is as for ``wrap``."""
     if mode == "hsdp":
         return shard_ranks or distributed.local_world_size()
     return distributed.world_size() if mode == "fsdp" else 1
 
 
 def copies_and_shards(ranks: int, inner: int) -> tuple[int, int]:
-    """How many copies of the networks hsdp makes of so many ranks, and over how many ranks each is sharded.
+    """Compute the number of copies of the networks under hsdp, and the number of ranks that shard each copy.
+
+    Args:
+        ranks: The number of all ranks.
+        inner: The number of ranks that shard a copy.
 
     Raises:
-        RecipeError: there are too few ranks, or they cannot be cut so.
+        RecipeError: There are too few ranks, or ``inner`` does not divide their number.
     """
     if ranks % inner or not 1 < inner < ranks:
         raise RecipeError(
@@ -70,24 +74,24 @@ def wrap(
     some_frozen: bool = False,
     timeout: timedelta | None = None,
 ) -> Parallel:
-    """Lays the networks, which are equal on all ranks and on the device, over the ranks.
+    """Distribute networks over the ranks; they must be on the device, and equal on all ranks.
 
     Args:
-        student_teacher: changed in place: sharded parameters are ``DTensor``s.
-        mode: see ``choose_mode``.
-        device: this rank's.
-        activation_checkpointing: keep only the inputs of the student's blocks, and compute the rest again in the
-            backward pass.
-        shard_ranks: for hsdp: over how many ranks a copy is sharded; None: those of a machine.
-        some_frozen: whether there are steps in which some parameters get no gradient.
-        timeout: how long the ranks that share or copy weights wait for each other; None: as long as PyTorch does.
+        student_teacher: The networks, changed in place: sharded parameters become ``DTensor``s.
+        mode: The way to distribute them; see ``choose_mode``.
+        device: The device of this rank.
+        activation_checkpointing: Whether to keep only the inputs of the student's blocks, and recompute the other
+            activations in the backward pass.
+        shard_ranks: For hsdp: the number of ranks that shard a copy; None: the ranks of one machine.
+        some_frozen: Whether some parameters get no gradient in some steps.
+        timeout: How long ranks that shard or replicate weights wait for each other; None: PyTorch's default.
 
     Raises:
-        RecipeError: ranks that cannot be laid out so.
+        RecipeError: The ranks cannot be divided for this mode.
     """
     if activation_checkpointing:
         for block in student_teacher.student.backbone.blocks:
-            # An attribute of the instance, so that no name changes.
+            # Set on the instance, so that no parameter is renamed.
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if mode == "none":
         return Parallel(mode, student_teacher)
@@ -102,7 +106,7 @@ def wrap(
     mesh = _mesh(mode, device, shard_ranks, timeout)
     for networks in (student_teacher.student, student_teacher.teacher):
         _shard(networks, mesh)
-    # Each micro-batch's gradients are reduced at once: kept whole, they would take the memory that sharding saves.
+    # Each piece's gradients are reduced at once: unreduced gradients would take the memory that sharding saves.
     return Parallel(mode, student_teacher)
 
 
@@ -114,28 +118,28 @@ def _mesh(mode: Mode, device: torch.device, shard_ranks: int | None, timeout: ti
         shape = copies_and_shards(ranks, shard_count(mode, shard_ranks))
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     if timeout is not None:
-        for group in mesh.get_all_groups():  # those made for the mesh have PyTorch's own timeout
+        for group in mesh.get_all_groups():  # groups made for the mesh have PyTorch's default timeout
             distributed.set_timeout(group, timeout)
     return mesh
 
 
 def _shard(networks: Network, mesh: DeviceMesh) -> None:
-    """FSDP2 for each block, the rest of the backbone, and both parts of each head."""
+    """Apply FSDP2 to each block, the rest of the backbone, and both parts of each head."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    # Of tokens, which nothing here changes in place.
+    # The views are of tokens, which are never modified in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for network in networks.parts.values():
         if isinstance(network, VisionTransformer):
             for block in network.blocks:
                 fully_shard(block, mesh=mesh, reshard_after_forward=True)
-            # Also after the forward pass of a network that has no backward pass: its shards are what is updated.
+            # Reshard after the forward pass, also for the teacher, which has no backward pass: its shards are updated.
             fully_shard(network, mesh=mesh, reshard_after_forward=True)
             register_fsdp_forward_method(network, "encode_some")
         elif isinstance(network, DINOHead):
             fully_shard(network.mlp, mesh=mesh, reshard_after_forward=True)
             fully_shard(network.last_layer, mesh=mesh, reshard_after_forward=True)
-            # Copies, which are there after the call; the whole parameters are not.
+            # Return copies: the unsharded parameters are freed after the call.
             network.last_layer.parts = partial(_copies, network.last_layer.parts)  # type: ignore[method-assign]
             register_fsdp_forward_method(network.last_layer, "parts")
 

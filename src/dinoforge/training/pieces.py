@@ -1,8 +1,8 @@
 """A step in pieces: some crops of some images at a time, whose losses and gradients add up to those of the whole batch.
 
-The activations of one piece are gone when those of the next come. Micro-batches (``train.accumulate``) and crops in
-turn (``parallel.crops_in_turn``) are both pieces; a piece is a ``Batch`` that knows its share of the whole. The teacher
-sees all images first, since targets are made over the global batch.
+The activations of a piece are freed before the next piece is computed. Micro-batches (``train.accumulate``) and crops
+in turn (``parallel.crops_in_turn``) are both pieces. A piece is a ``Batch`` that knows its share of the whole batch.
+The teacher sees all images first, since targets are computed over the global batch.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,11 +27,11 @@ Kept = Sequence[KeptSamples]
 
 @dataclass(frozen=True)
 class Crops:
-    """Some of the crops of all images of a batch.
+    """A selection of the crops of every image in a batch.
 
     Args:
-        views: Which of the two global crops, in order.
-        local: Which of the L local crops.
+        views: The selected global crops, out of 0 and 1, in order.
+        local: The selected local crops, out of L.
     """
 
     views: tuple[int, ...]
@@ -39,20 +39,20 @@ class Crops:
 
     @property
     def local_number(self) -> int:
-        """The number of local crops of an image."""
+        """The number of selected local crops per image."""
         number: int = self.local.stop - self.local.start
         return number
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one forward and backward pass of the student is for.
+    """The input of one forward and backward pass of the student.
 
     Args:
-        batch, targets, kept, neighbours: What ``StudentTeacher`` takes.
-        is_last: Whether it is the last one of the step.
-        to_means: What makes its losses add up to mean cross-entropies of the first micro-batch, by loss; empty for the
-            pieces of others, and where nothing is measured.
+        batch, targets, kept, neighbours: The arguments of ``StudentTeacher``.
+        is_last: Whether the piece is the last one of the step.
+        to_means: The factor of each loss that makes the losses of the first micro-batch's pieces add up to mean
+            cross-entropies. Empty for pieces of other micro-batches, and in steps without diagnostics.
     """
 
     batch: Batch
@@ -73,17 +73,18 @@ def pieces(
     autocast: Callable[[], AbstractContextManager[None]],
     diagnostics: Diagnostics | None = None,
 ) -> Iterator[Piece]:
-    """Cut a batch into pieces, and make the targets of each when it comes.
+    """Cut a batch into pieces, and compute the targets of each piece when the iterator reaches it.
 
     Args:
         networks: The student and the teacher.
         batch: The normalised crops of this rank.
         teacher_temp: The temperature of the teacher's targets.
-        kept: Stochastic depth of each micro-batch; as many as there are here, the images are cut into.
-        least_tokens: Let the student see some crops of a micro-batch at a time, with at least so many tokens; None: all
-            at once.
+        kept: Stochastic depth of each micro-batch. Its length is the number of micro-batches that the batch is cut
+            into.
+        least_tokens: The minimum number of tokens in a piece, if the student sees the crops of a micro-batch in turn;
+            None: all crops at once.
         autocast: Makes the context of the forward pass.
-        diagnostics: Filled with what the teacher's features and targets of the first micro-batch say.
+        diagnostics: Filled with statistics of the teacher's features and targets for the first micro-batch.
     """
     micro_batches = batch.split(len(kept))
     neighbours: Tensor | None = None
@@ -115,18 +116,19 @@ def pieces(
 def crops_in_turn(
     networks: StudentTeacher, images: int, local: int, tokens: tuple[int, int], least: int | None
 ) -> list[Crops]:
-    """Choose the crops that the student sees together, the local ones first.
+    """Choose the crops that the student sees together, local crops first.
 
-    They are the local ones, or half of them, and each global one by itself, or each global one with half of the local
-    ones: whichever makes the largest piece smallest. All are seen at once if these have too few tokens, or if the DINO
-    head reads no global ones, since the last piece gives its last layer the gradient of all.
+    The candidates are: the two halves of the local crops, then each global crop alone; all local crops, then each
+    global crop alone; each global crop with half of the local crops. The candidate with the smallest largest piece
+    wins. All crops are seen at once if every candidate has a piece with too few tokens. The same holds if the DINO head
+    reads no global crops, since the last piece, a global one, hands on the gradient of the head's last layer.
 
     Args:
         networks: The student and the teacher.
-        images: B.
-        local: L, the number of local crops that a loss reads.
-        tokens: The number of tokens of a global and of a local crop.
-        least: The number of tokens that a piece has at least; None: all crops at once.
+        images: The number of images B.
+        local: The number of local crops L that a loss reads.
+        tokens: The numbers of tokens of a global and of a local crop.
+        least: The minimum number of tokens in a piece; None: all crops at once.
     """
 
     def size(crops: Crops) -> int:
@@ -146,7 +148,7 @@ def crops_in_turn(
         [Crops((), every), *alone],
         [Crops((view,), half) for view, half in enumerate(halves)],
     ]
-    # The largest piece takes the most memory; of equals, the fewest visits to the weights.
+    # The largest piece takes the most memory; among equals, fewer pieces read the weights less often.
     fitting = [way for way in ways if min(map(size, way)) >= least]
     return min(fitting, key=lambda way: (max(map(size, way)), len(way)), default=[at_once])
 
@@ -161,7 +163,7 @@ def kept_samples(
     parts: int = 1,
     rank: int | None = None,
 ) -> list[list[KeptSamples] | None]:
-    """Draw stochastic depth of each micro-batch of a batch, whatever happened before; None where no block has any.
+    """Draw stochastic depth for each micro-batch, independently of earlier draws; None if all rates are 0.
 
     Args:
         networks: The student and the teacher.
@@ -170,11 +172,11 @@ def kept_samples(
         seed: The seed of the run.
         number: The number of the batch; see ``TrainState.next_batch``.
         parts: The number of micro-batches that the batch is cut into.
-        rank: Whose batch it is; None: this one's.
+        rank: The rank that the batch belongs to; None: this rank.
     """
     if not any(drop_path_rates):
         return [None] * parts
-    # By its place in the global batch, so that it is the same on two ranks and in two micro-batches.
+    # Seeded by the micro-batch's place in the global batch, so that two ranks draw as one rank with two micro-batches.
     first = parts * (distributed.rank() if rank is None else rank)
     sizes = [size // parts for size in crop_counts(networks.objective, batch)]
     mixed = [((seed * 1_000_003 + number) * 65_537 + first + part) % 2**63 for part in range(parts)]
@@ -182,13 +184,13 @@ def kept_samples(
 
 
 def crop_counts(objective: Objective, batch: Batch) -> list[int]:
-    """Count the global crops and, if a loss reads them, the local ones: the groups of stochastic depth."""
+    """Count the global crops and, if a loss reads them, the local crops: the groups of stochastic depth."""
     has_local = objective.dino_local_weight > 0 and len(batch.local_crops) > 0
     return [len(batch.global_crops), len(batch.local_crops)] if has_local else [len(batch.global_crops)]
 
 
 def _ways(networks: StudentTeacher, batch: Batch, least_tokens: int | None) -> list[Crops]:
-    """``crops_in_turn`` of a batch."""
+    """Call ``crops_in_turn`` with the sizes of a batch."""
     images, tokens_of = len(batch.indices), networks.student.backbone.tokens_of
     local = sum(crop_counts(networks.objective, batch)[1:]) // images
     of_global = tokens_of(batch.global_crops.shape[-2:])
@@ -197,7 +199,7 @@ def _ways(networks: StudentTeacher, batch: Batch, least_tokens: int | None) -> l
 
 
 def _kept_of(kept: Kept | None, batch: Batch, crops: Crops) -> Kept | None:
-    """What residual branches keep of some crops of a batch."""
+    """Select from ``kept`` the entries of some crops of a batch."""
     if kept is None:
         return None
     images = len(batch.indices)
@@ -210,14 +212,14 @@ def _kept_of(kept: Kept | None, batch: Batch, crops: Crops) -> Kept | None:
 
 
 def _last_layers(networks: StudentTeacher, ways: Sequence[Crops]) -> dict[str, ops.LastLayer]:
-    """What the pieces of a micro-batch share of the heads' last layers."""
+    """Make the state of the heads' last layers that the pieces of a micro-batch share."""
     if len(ways) == 1:
         return {}
     heads = networks.student.heads
     layers = {"dino_head": ops.LastLayer(len(ways))}
     if "ibot_head" in heads:
         layers["ibot_head"] = ops.LastLayer(sum(len(crops.views) > 0 for crops in ways))
-        # Between pieces both weights are kept, the larger one where the teacher's was.
+        # Both weights are kept between pieces; the larger one takes the memory that the teacher's weight had.
         smaller = min(layers, key=lambda name: heads[name].last_layer.weight_v.numel())
         layers[smaller].name = "second weight"
     return layers
@@ -225,7 +227,7 @@ def _last_layers(networks: StudentTeacher, ways: Sequence[Crops]) -> dict[str, o
 
 @torch.no_grad()
 def _targets_of_parts(networks: StudentTeacher, parts: Sequence[Batch], temp: float) -> Callable[[int], BatchTargets]:
-    """``StudentTeacher.targets`` of each micro-batch, which depend on all of them, and so on all their images."""
+    """Compute ``StudentTeacher.targets`` of each micro-batch; they depend on the images of all micro-batches."""
     o, teacher, memory = networks.objective, networks.teacher, networks.workspace
     if not (o.has_dino or o.has_ibot):
         return lambda part: BatchTargets()
@@ -253,9 +255,9 @@ def _targets_of_parts(networks: StudentTeacher, parts: Sequence[Batch], temp: fl
 
 @torch.no_grad()
 def _neighbours(networks: StudentTeacher, parts: Sequence[Batch], kept: Sequence[Kept | None]) -> Tensor | None:
-    """The student's cls tokens of both views of the global batch [2, G, D], if KoLeo looks beyond a micro-batch.
+    """Compute the student's cls tokens of both views of the global batch [2, G, D], if KoLeo needs other micro-batches.
 
-    That is a second forward pass of the student, without gradients.
+    This is a second forward pass of the student, without gradients.
     """
     if networks.objective.koleo_weight == 0 or networks.objective.koleo_scope == "rank":
         return None
@@ -269,7 +271,7 @@ def _neighbours(networks: StudentTeacher, parts: Sequence[Batch], kept: Sequence
 
 
 def _measure(diagnostics: Diagnostics, targets: BatchTargets, batch: Batch) -> None:
-    """Add what the teacher says of the images of a batch."""
+    """Add statistics of the teacher's features and targets for a batch."""
     if targets.features is not None:
         diagnostics.add_features(*targets.features, batch.masks)
     if targets.cls is not None:
@@ -280,7 +282,7 @@ def _measure(diagnostics: Diagnostics, targets: BatchTargets, batch: Batch) -> N
 
 
 def _to_means(objective: Objective, batch: Batch) -> dict[str, Tensor]:
-    """What makes a loss of a micro-batch the mean cross-entropy of a pair of views, or of a masked patch."""
+    """Compute the factors that turn losses of a micro-batch into mean cross-entropies per pair or per masked patch."""
     share, local = batch.share, batch.share.local_crops
     parts = torch.tensor(share.images / len(batch.indices))
     factors = {}
@@ -289,6 +291,6 @@ def _to_means(objective: Objective, batch: Batch) -> dict[str, Tensor]:
     if objective.dino_local_weight > 0 and local:
         factors["dino_local"] = parts * (1 + local) / (local * objective.dino_local_weight)
     if objective.ibot_weight > 0:
-        masked_crops = (batch.masks.sum(dim=1) > 0).float().mean()  # the others count as zero
+        masked_crops = (batch.masks.sum(dim=1) > 0).float().mean()  # crops without a mask count as zero in the loss
         factors["ibot"] = parts / (objective.ibot_weight * masked_crops)
     return factors

@@ -24,14 +24,16 @@ from dinoforge.training.state import TrainState
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave, still on the device.
+    """The result of a step, still on the device.
 
     Args:
         losses: The losses of the global batch, the same on every rank.
         grad_norms: The gradient norm of each sub-network before clipping; empty after an overflow.
-        diagnostics: Those of this rank's first micro-batch and of its part of the weights, if the step was measured.
-        finite: False if a loss, or gradients at any loss scale, are not finite. Nothing was updated then.
-        overflowed: Whether gradients were too large for float16, and nothing was updated but the loss scale.
+        diagnostics: Diagnostics of this rank's first micro-batch and of its part of the weights, if the step was
+            measured.
+        finite: False if the loss is not finite, or the gradients are not finite at any loss scale. Then nothing was
+            updated.
+        overflowed: Whether gradients were too large for float16. Then only the loss scale was updated.
     """
 
     losses: Losses
@@ -41,7 +43,7 @@ class StepResult:
     overflowed: bool = False
 
     def values(self) -> dict[str, float]:
-        """All of it as numbers, diagnostics where they are finite; waits for the device."""
+        """Return losses, gradient norms and the finite diagnostics as numbers; waits for the device."""
         terms = vars(self.losses) | {f"grad_norm.{name}": norm for name, norm in self.grad_norms.items()}
         every = terms | self.diagnostics
         numbers = torch.stack([t.detach().float() for t in every.values()]).tolist()
@@ -54,14 +56,14 @@ class Stepper:
     """Makes steps: forward, backward, clipping, AdamW, moving average.
 
     Args:
-        clip_grad: The largest gradient norm of each sub-network; 0 for none.
+        clip_grad: The maximum gradient norm of each sub-network; 0 for none.
         autocast: Makes the context of the forward pass.
         seed: The seed of stochastic depth, which is a function of (seed, number of the batch).
-        drop_path_rates: The rate of each block of the student; empty for none.
+        drop_path_rates: The rate of stochastic depth of each block of the student; empty for none.
         accumulate: The number of micro-batches that each rank cuts its part of the global batch into.
-        least_tokens: Let the student see some crops at a time, with at least so many tokens, which takes less memory;
-            None: all at once.
-        parallel: How the networks are laid over ranks; None for one process.
+        least_tokens: The minimum number of tokens in a piece, if the student sees crops in turn to save memory; None:
+            all crops at once.
+        parallel: How the networks are distributed over ranks; None for one process.
     """
 
     clip_grad: float
@@ -84,14 +86,14 @@ class Stepper:
         """Make a step; the state's networks, optimizer and loss scale are updated in place.
 
         Args:
-            state: The state that moves.
-            batch: The normalised crops on the networks' device: this rank's part of the global batch.
-            hyper: What the schedules say for this step.
+            state: The state to update.
+            batch: This rank's part of the global batch: normalised crops on the networks' device.
+            hyper: The schedules' values for this step.
             measure: Whether the result has diagnostics; the weights are the same either way.
             kept: Stochastic depth of each micro-batch; None: draw it for batch ``state.next_batch``.
         """
         networks, optimizer = state.student_teacher, state.optimizer
-        centers = [center.clone() for center in networks.buffers()]  # moved when targets are made
+        centers = [center.clone() for center in networks.buffers()]  # computing targets updates them
         set_hyperparameters(
             optimizer,
             lr=hyper.lr,
@@ -103,7 +105,7 @@ class Stepper:
         losses = self._compute_gradients(state, batch, hyper, kept, diagnostics)
         with phase("clipping"):
             grad_norms = clip_gradients(networks.student.parts, self.clip_grad)
-        # Both are the same on every rank, so all come to the same answer. It is what an ordinary step waits for once.
+        # Both are equal on every rank, so all ranks decide alike. This is an ordinary step's only wait for the device.
         checked = torch.stack([losses.total, torch.stack(list(grad_norms.values())).sum()])
         loss_is_finite, gradients_are_finite = torch.isfinite(checked).tolist()
         if not (loss_is_finite and gradients_are_finite):
@@ -124,7 +126,7 @@ class Stepper:
         kept: Sequence[Kept | None] | None,
         diagnostics: Diagnostics | None,
     ) -> Losses:
-        """Run the forward and the backward pass of each piece; the losses of the global batch."""
+        """Run the forward and backward pass of each piece; return the losses of the global batch."""
         networks, scaler = state.student_teacher, state.scaler
         parallel = self.parallel or Parallel("none", networks)
         if kept is None:
@@ -163,7 +165,7 @@ class Stepper:
 
 
 def _update(state: TrainState, hyper: Hyperparameters) -> None:
-    """Move the student by its gradients, then the teacher towards the student."""
+    """Update the student by its gradients, then move the teacher towards the student."""
     networks, optimizer, scaler = state.student_teacher, state.optimizer, state.scaler
     if hyper.last_layer_frozen:
         networks.student.drop_last_layer_gradients()
@@ -186,7 +188,7 @@ def _undo(
     *,
     loss_is_finite: bool,
 ) -> StepResult:
-    """Drop the gradients and put the centres back; a smaller loss scale may be all that is needed."""
+    """Drop the gradients and restore the centres; report an overflow if a smaller loss scale may suffice."""
     state.optimizer.zero_grad(set_to_none=True)
     for center, before in zip(state.student_teacher.buffers(), centers, strict=True):
         center.copy_(before)
@@ -196,10 +198,10 @@ def _undo(
 
 
 def _overflowed(scaler: torch.amp.GradScaler, loss_is_finite: bool) -> bool:
-    """Whether gradients that are not finite may only have been scaled too much; the scale is then halved.
+    """Return whether non-finite gradients may only be due to the loss scale; if so, halve the scale.
 
-    They have not if the loss is not finite, either, or if the scale is 1. In any case the scaler is ready for the next
-    step.
+    The scale is not to blame if the loss itself is not finite, or if the scale is 1. In any case, the scaler is ready
+    for the next step.
     """
     before = scaler.get_scale()
     scaler.update(None if loss_is_finite and before > 1 else before)
