@@ -12,7 +12,7 @@ from dinoforge.recipe.schema import Recipe
 
 
 def image_input(recipe: Recipe) -> ImageInput:
-    """What the backbone of a run expects of images."""
+    """Collect the image format that the backbone of a run expects."""
     return ImageInput(
         size=recipe.crops.global_crops_size,
         in_chans=recipe.student.in_chans,
@@ -28,7 +28,7 @@ def image_input(recipe: Recipe) -> ImageInput:
 
 
 def build_masks(recipe: Recipe) -> DrawMasks:
-    """Draws the masks of all global crops of a batch."""
+    """Make the function that draws the masks of all global crops of a batch."""
     i = recipe.ibot
     return partial(
         batch_masks,
@@ -42,7 +42,12 @@ def build_masks(recipe: Recipe) -> DrawMasks:
 
 
 def least_reduction(recipe: Recipe, width: int, height: int) -> int:
-    """By how much large JPEG files of that size are at least reduced when they are decoded for training."""
+    """Compute the smallest divisor of edges at which training decodes large JPEG files of this size.
+
+    Args:
+        recipe: The recipe.
+        width, height: The size of the files, in pixels.
+    """
     if not recipe.data.reduced_decode:
         return 1
     c = recipe.crops
@@ -54,7 +59,7 @@ def least_reduction(recipe: Recipe, width: int, height: int) -> int:
 
 
 def build_data(recipe: Recipe, source: Source, *, rank: int = 0, world_size: int = 1) -> TrainingData:
-    """The training batches of a source."""
+    """Make the training batches of a source for one rank."""
     c, a = recipe.crops, recipe.augment
     crops = MultiCrop(
         global_size=c.global_crops_size,

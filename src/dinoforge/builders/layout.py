@@ -1,4 +1,4 @@
-"""How the networks of a recipe are laid over ranks and computed in pieces."""
+"""Choose how the networks of a recipe are distributed over ranks and computed in pieces."""
 
 import torch
 
@@ -10,24 +10,24 @@ from dinoforge.system import distributed
 from dinoforge.training.parallel import Mode, copies_and_shards, shard_count
 
 _BYTES = 4 * 5
-"""Of each parameter of the student: its value, the teacher's, its gradient and AdamW's two moments in float32."""
+"""Bytes per student parameter: its value, the teacher's value, its gradient and AdamW's two moments, in float32."""
 
 _TURN_TOKENS = 3072
-"""Of a turn at least: each visits all weights, which with fewer tokens costs more time than it is worth."""
+"""Minimum number of tokens per turn. Each turn reads all weights, which does not pay off for fewer tokens."""
 
 
 def choose_mode(recipe: Recipe, *, parameters: int, device_bytes: int | None, world_size: int, nodes: int) -> Mode:
-    """What ``parallel.mode`` means here.
+    """Choose the mode that ``parallel.mode`` means for these ranks.
 
-    ``auto`` shards if weights, gradients and moments would take more than half of a device's memory; on several
-    machines inside each of them (hsdp).
+    ``auto`` shards if weights, gradients and moments would take more than half of a device's memory. On several
+    machines, it shards inside each machine (hsdp).
 
     Args:
-        recipe: the recipe.
-        parameters: of the student.
-        device_bytes: memory of one device; None where ranks share the machine's, as on the CPU.
-        world_size: number of ranks.
-        nodes: machines they are on.
+        recipe: The recipe.
+        parameters: The number of the student's parameters.
+        device_bytes: The memory of one device, in bytes; None where ranks share the machine's memory, as on the CPU.
+        world_size: The number of ranks.
+        nodes: The number of machines.
     """
     if world_size == 1:
         return "none"
@@ -39,10 +39,10 @@ def choose_mode(recipe: Recipe, *, parameters: int, device_bytes: int | None, wo
 
 
 def turn_tokens(settings: schema.Parallel, device: torch.device, mode: Mode) -> int | None:
-    """How many tokens a turn has at least, if crops take turns; None if they do not.
+    """Return the minimum number of tokens per turn, if crops take turns; None if they do not.
 
-    Unless said, they do on a CPU, where more and smaller products cost little; but not where the gradients that wait
-    for the last turn may take what is saved.
+    By default, crops take turns on a CPU, where more and smaller products cost little. They do not in modes where the
+    gradients that wait for the last turn could take the memory that turns save.
     """
     in_turn = settings.crops_in_turn
     if in_turn is None:
@@ -51,10 +51,10 @@ def turn_tokens(settings: schema.Parallel, device: torch.device, mode: Mode) -> 
 
 
 def mode_here(recipe: Recipe, student_teacher: StudentTeacher, device: torch.device) -> Mode:
-    """``choose_mode`` on this machine.
+    """Choose the mode for this machine's devices and ranks, by ``choose_mode``.
 
     Raises:
-        RecipeError: a mode that these ranks, or their backend, cannot run.
+        RecipeError: These ranks, or their backend, cannot run the mode.
     """
     mode = choose_mode(
         recipe,
@@ -74,7 +74,7 @@ def mode_here(recipe: Recipe, student_teacher: StudentTeacher, device: torch.dev
 
 
 def note_of_mode(recipe: Recipe, mode: Mode) -> str | None:
-    """Words on a mode that the recipe asks for, and one process cannot have; None if there is nothing to say."""
+    """Explain that a single process ignores the recipe's ``parallel.mode``; None if there is nothing to explain."""
     wanted = recipe.parallel.mode
     if mode != "none" or wanted == "auto":
         return None

@@ -1,4 +1,4 @@
-"""Lengths and schedules of a run, in steps."""
+"""The length and the schedules of a run, in steps."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from dinoforge.recipe.schema import Recipe, parse_length
 
 @dataclass(frozen=True)
 class RunLength:
-    """How long a run is, and what that means for the user's images."""
+    """The length of a run, in steps and in passes over the user's images."""
 
     steps: int
     batch_size: int  # over all ranks
@@ -18,15 +18,19 @@ class RunLength:
 
     @property
     def epochs(self) -> float:
-        """Passes over the images."""
+        """The number of passes over the images."""
         return self.steps * self.batch_size / self.images
 
 
 def with_batch_cut(recipe: Recipe, *, world_size: int) -> Recipe:
-    """The recipe with the ``train.batch_size_per_gpu`` that ``train.batch_size`` means on so many ranks.
+    """Return the recipe with the ``train.batch_size_per_gpu`` that follows from ``train.batch_size``.
+
+    Args:
+        recipe: The recipe.
+        world_size: The number of ranks.
 
     Raises:
-        RecipeError: a global batch that cannot be cut into equal parts.
+        RecipeError: The global batch cannot be cut into equal parts.
     """
     train = recipe.train
     parts = world_size * train.accumulate
@@ -45,16 +49,21 @@ def with_batch_cut(recipe: Recipe, *, world_size: int) -> Recipe:
 
 
 def in_one(recipe: Recipe, batch_size: int) -> Recipe:
-    """The recipe of a run with that global batch, as one rank takes it at once: the data is the same."""
+    """Return the recipe for one rank that takes the global batch of ``batch_size`` at once; the data is the same."""
     train = replace(recipe.train, batch_size=batch_size, batch_size_per_gpu=batch_size, accumulate=1)
     return replace(recipe, train=train)
 
 
 def run_length(recipe: Recipe, *, images: int, world_size: int = 1) -> RunLength:
-    """Steps of the run: ``train.steps``, else ``train.epochs`` of the images, else ``optim.epochs`` nominal epochs.
+    """Compute a run's length: ``train.steps``, else ``train.epochs`` of the images, else ``optim.epochs`` nominal ones.
+
+    Args:
+        recipe: The recipe.
+        images: The number of images in the data.
+        world_size: The number of ranks.
 
     Raises:
-        RecipeError: a batch that is larger than the data.
+        RecipeError: The batch is larger than the data.
     """
     parts = world_size * recipe.train.accumulate
     batch_size = recipe.train.batch_size_per_gpu * parts
@@ -63,7 +72,7 @@ def run_length(recipe: Recipe, *, images: int, world_size: int = 1) -> RunLength
             f"the batch of {batch_size} images is larger than the data ({images} images): set "
             + (
                 f"train.batch_size_per_gpu to {max(images // parts, 1)} or less"
-                if recipe.train.batch_size is None  # or else it wins
+                if recipe.train.batch_size is None  # otherwise train.batch_size takes precedence
                 else f"train.batch_size to {max(images // parts, 1) * parts} or less"
             )
             + (f", on {images} ranks or fewer" if images < parts else "")
@@ -78,10 +87,14 @@ def run_length(recipe: Recipe, *, images: int, world_size: int = 1) -> RunLength
 
 
 def build_schedules(recipe: Recipe, length: RunLength) -> Schedules:
-    """The schedules of a run of that length.
+    """Build the schedules of a run.
+
+    Args:
+        recipe: The recipe.
+        length: The length of the run.
 
     Raises:
-        RecipeError: a warm-up or freeze that is as long as the run.
+        RecipeError: A warm-up or freeze is at least as long as the run.
     """
     o, t = recipe.optim, recipe.teacher
 

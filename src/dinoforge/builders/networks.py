@@ -1,4 +1,4 @@
-"""Networks, optimizer and state of a recipe."""
+"""The networks, optimizer and state of a recipe."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +25,11 @@ from dinoforge.training.step import Stepper
 
 
 def vit_size(recipe: Recipe) -> tuple[int, int, int]:
-    """embed_dim, depth and num_heads that the recipe asks for."""
+    """Return the recipe's embed_dim, depth and num_heads.
+
+    Raises:
+        RecipeError: A size is missing, contradicts ``student.arch``, or does not fit the others.
+    """
     s = recipe.student
     given = {"embed_dim": s.embed_dim, "depth": s.depth, "num_heads": s.num_heads}
     if s.arch == "vit_custom":
@@ -48,7 +52,7 @@ def vit_size(recipe: Recipe) -> tuple[int, int, int]:
 
 
 def vit_arguments(recipe: Recipe) -> dict[str, Any]:
-    """The arguments of the recipe's ``VisionTransformer``."""
+    """Collect the arguments of the recipe's ``VisionTransformer``."""
     embed_dim, depth, num_heads = vit_size(recipe)
     s = recipe.student
     return {
@@ -71,7 +75,7 @@ def vit_arguments(recipe: Recipe) -> dict[str, Any]:
 
 
 def build_student_teacher(recipe: Recipe) -> StudentTeacher:
-    """Both networks with fresh, equal weights from torch's current random state, and the losses between them."""
+    """Build both networks, with equal weights drawn from torch's current random state, and the losses between them."""
     d, i = recipe.dino, recipe.ibot
     objective = Objective(
         dino_global_weight=d.loss_weight * d.global_loss_weight,
@@ -112,7 +116,7 @@ def _head(sizes: Dino | Ibot, embed_dim: int) -> DINOHead:
 
 
 def build_optimizer(recipe: Recipe, student_teacher: StudentTeacher) -> AdamW:
-    """AdamW over the student; learning rates and weight decay are written by ``set_hyperparameters`` at each step."""
+    """Build AdamW for the student; ``set_hyperparameters`` sets learning rates and weight decay at each step."""
     _, depth, _ = vit_size(recipe)
     groups = parameter_groups(
         student_teacher.student.parts,
@@ -123,7 +127,7 @@ def build_optimizer(recipe: Recipe, student_teacher: StudentTeacher) -> AdamW:
     )
     betas = (recipe.optim.adamw_beta1, recipe.optim.adamw_beta2)
     optimizer = AdamW(groups, lr=0.0, betas=betas, fused=True)
-    # AdamW would make its state when a parameter is first updated. Made here, a checkpoint of any step has it all.
+    # AdamW would create its state at a parameter's first update. Created here, it is in the checkpoints of all steps.
     for parameter in student_teacher.student.parameters():
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -134,7 +138,7 @@ def build_optimizer(recipe: Recipe, student_teacher: StudentTeacher) -> AdamW:
 
 
 def build_drop_path_rates(recipe: Recipe) -> list[float]:
-    """Rate of stochastic depth of each block of the student."""
+    """Compute the rate of stochastic depth of each block of the student."""
     _, depth, _ = vit_size(recipe)
     return drop_path_rates(recipe.student.drop_path_rate, depth, recipe.student.drop_path_uniform)
 
@@ -148,15 +152,18 @@ def build_state(
     initialise: Callable[[StudentTeacher], object] | None = None,
     lay_out: Callable[[StudentTeacher], object] | None = None,
 ) -> TrainState:
-    """A run at step 0. The weights are a function of the recipe's seed; torch's global random state is left alone.
+    """Build the state of a run at step 0.
+
+    The weights are a function of the recipe's seed; torch's global random state does not change.
 
     Args:
-        recipe: the run.
-        device: where to.
-        images: in the data.
-        precision: of matrix products, as the plan has it: float16 needs a scaler. None: the recipe's, in one process.
-        initialise: puts other weights into the fresh networks.
-        lay_out: shards the networks, which the optimizer follows.
+        recipe: The recipe of the run.
+        device: The device of the state.
+        images: The number of images in the data.
+        precision: The plan's precision of matrix products; float16 needs a scaler. None: the recipe's precision, in one
+            process.
+        initialise: A function that loads other weights into the fresh networks.
+        lay_out: A function that distributes the networks over ranks before the optimizer is built.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
@@ -176,7 +183,14 @@ def build_state(
 
 
 def build_stepper(recipe: Recipe, device: torch.device, precision: torch.dtype, parallel: Parallel) -> Stepper:
-    """What makes the steps of a run on networks that are laid out as ``parallel`` says."""
+    """Build the stepper of a run.
+
+    Args:
+        recipe: The recipe.
+        device: The device of the networks.
+        precision: The precision of matrix products.
+        parallel: How the networks are distributed over ranks.
+    """
     return Stepper(
         clip_grad=recipe.optim.clip_grad,
         autocast=partial(autocast, device, precision),

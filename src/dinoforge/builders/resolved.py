@@ -1,4 +1,4 @@
-"""What a recipe means for a number of images on this machine: everything that is derived, derived once."""
+"""Everything that follows from a recipe for a number of images on this machine, derived once."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,19 +20,19 @@ from dinoforge.training.parallel import Mode
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRun:
-    """A recipe with what follows from it.
+    """A recipe with everything derived from it.
 
     Args:
         recipe: The recipe, as the user gave it.
-        length: The steps of the run.
+        length: The length of the run.
         schedules: The schedules of the run.
         device: The device of this rank.
         precision: The precision of matrix products.
         threads: The number of compute threads.
         num_workers: The number of data workers.
-        mode: How the networks are laid over ranks.
+        mode: How the networks are distributed over ranks.
         architecture: The arguments of ``VisionTransformer``.
-        image: What the backbone expects of images.
+        image: The image format that the backbone expects.
         drop_path_rates: The rate of stochastic depth of each block of the student.
     """
 
@@ -49,17 +49,17 @@ class ResolvedRun:
     drop_path_rates: list[float]
 
     def metadata(self) -> dict[str, Any]:
-        """Facts about the run for the file of its backbone."""
+        """Collect the facts about the run that the file of its backbone stores."""
         return {"recipe": asdict(self.recipe), "images": self.length.images, "total_steps": self.length.steps}
 
 
 def resolve_run(recipe: Recipe, images: int, networks: StudentTeacher) -> ResolvedRun:
-    """Derive all that follows from a recipe here.
+    """Derive everything that follows from a recipe on this machine.
 
     Args:
-        recipe: The recipe, its batch cut for the ranks.
+        recipe: The recipe, with its batch cut for the ranks.
         images: The number of images in the data.
-        networks: The networks of the recipe; those of the meta device do.
+        networks: The networks of the recipe; they may be on the meta device.
 
     Raises:
         RecipeError: The recipe does not fit the images or the machine.

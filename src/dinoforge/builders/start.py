@@ -1,4 +1,4 @@
-"""The weights that a run starts with, and what is taken over from their file."""
+"""The weights that a run starts with, and the recipe keys that their file sets."""
 
 import inspect
 import math
@@ -17,12 +17,16 @@ from dinoforge.weights.backbone import Backbone
 
 
 def adopted(given: Backbone, recipe: Recipe) -> dict[str, Any]:
-    """What ``init.architecture: file`` takes from a backbone, by the keys of ``ADOPTED``: its network and its images.
+    """Collect the recipe values that ``init.architecture: file`` takes from a backbone, by the keys of ``ADOPTED``.
 
-    Crops are as large as in the run that made it, times ``init.enlarge``; of other files, 224 pixels, or what their
-    position embeddings are for if that is smaller, with local crops of 3/7 of it, as in the reference. With
-    ``init.heads: run``, heads are of the sizes, and targets of the kinds and the temperature, of that run; else those
-    of recipe ``small``.
+    The values describe the network and its images. Crops are as large as in the run that made the backbone, times
+    ``init.enlarge``. For other files, global crops have 224 pixels, or the size of the position embeddings if that is
+    smaller, and local crops have 3/7 of it, as in the reference. With ``init.heads: run``, the sizes of the heads and
+    the kinds and temperature of the targets are also taken from that run, or else from recipe ``small``.
+
+    Args:
+        given: The backbone.
+        recipe: The recipe.
     """
     signature = inspect.signature(VisionTransformer).parameters
     network = {n: p.default for n, p in signature.items() if p.default is not p.empty} | given.architecture
@@ -67,23 +71,25 @@ ADOPTED = {
     *(f"crops.{key}_crops_size" for key in ("global", "local")),
     *_OF_HEADS,
 }
-"""Keys of the recipe that ``init.architecture: file`` can take from a file."""
+"""The recipe keys that ``init.architecture: file`` can take from a file."""
 
 
 def initialise(student_teacher: StudentTeacher, given: VisionTransformer, in_chans: str | None) -> list[str]:
-    """Puts the weights of ``given`` into both backbones; heads stay as they are.
+    """Load the weights of a backbone into both backbones; the heads do not change.
 
     Args:
-        given: position embeddings are resampled by its rule if it is for another size of images.
-        in_chans: what to do with another number of input channels. ``repeat``: its channels in turn; ``mean``: their
-            mean for every channel; both scaled so that equal channels give the same sum. ``fresh``: random weights.
-            None: refuse.
+        student_teacher: The networks.
+        given: The backbone to load. If it is for another image size, its position embeddings are resampled by its own
+            rule.
+        in_chans: How to load filters for another number of input channels. ``repeat``: repeat the given channels in
+            turn; ``mean``: use their mean for every channel; both are scaled so that equal channels give the same sum.
+            ``fresh``: keep random weights. None: refuse.
 
     Returns:
-        What was reshaped, in words.
+        Sentences that say what was reshaped.
 
     Raises:
-        WeightsError: weights that do not fit; nothing was changed.
+        WeightsError: The weights do not fit; nothing was changed.
     """
     student = student_teacher.student.backbone
     tensors, expected = dict(given.state_dict()), student.state_dict()
