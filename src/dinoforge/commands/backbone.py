@@ -1,4 +1,4 @@
-"""Open a backbone, and show images to it as it knows them."""
+"""Open a backbone, and read images the way it was trained on them."""
 
 import sys
 from collections.abc import Mapping
@@ -29,35 +29,40 @@ from dinoforge.weights.backbone import Backbone, load_backbone
 
 
 def ways_to_embed(device: torch.device, size: int | None = None) -> list[str]:
-    """As ``_ways_to_train``, where a backbone is used on images of a size, or of a run's."""
+    """List ways to save memory when a backbone computes features, in the order to try them.
+
+    Args:
+        device: The device of the backbone.
+        size: The side of the images in pixels; None if the caller cannot choose it.
+    """
     ways = [] if size is None else [f"eval.size below {size}"]
     return ways + ([] if device.type == "cpu" else ["device=cpu"])
 
 
 def untrained_network(architecture: Mapping[str, Any], seed: int) -> VisionTransformer:
-    """The network with random weights, to compare with; torch's global random state is left alone."""
+    """Build the network with random weights, for comparison; torch's global random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # At the small LayerScale that training starts from, an untrained cls token hardly depends on the image.
+        # With the small LayerScale at the start of training, an untrained cls token hardly depends on the image.
         fresh = dict(architecture) | ({"layerscale": 1.0} if architecture["layerscale"] else {})
         return VisionTransformer(**fresh).eval()
 
 
 def load(path: str | Path, **given: Any) -> Backbone:
-    """The backbone of a run directory, of its ``teacher.safetensors``, or of a file of another library.
+    """Load the backbone of a run directory, of its ``teacher.safetensors``, or of another library's file.
 
-    A torch module: called on images [B, C, H, W] as its ``preprocess`` makes them, it gives cls tokens [B, D];
-    ``forward_features`` and ``get_intermediate_layers`` give the others. It is in evaluation mode, without gradients,
-    on the CPU.
+    The backbone is a torch module. Its call takes images [B, C, H, W] from its ``preprocess`` and returns cls tokens
+    [B, D]; ``forward_features`` and ``get_intermediate_layers`` return the other tokens. It is in evaluation mode,
+    without gradients, on the CPU.
 
     Args:
-        path: a run; a file in the official, timm's or Hugging Face's layout; a Hugging Face folder.
-        given: what a foreign file cannot say: arguments of ``VisionTransformer`` such as ``num_heads=6``; ``mean`` and
-            ``std``; and how values become levels: ``range``, ``sixteen_bit``, ``nodata``, ``fill``, ``plane``,
-            ``max_pixels``, as the keys of ``data.`` say it.
+        path: A run directory; a file in the official, timm's or Hugging Face's layout; or a Hugging Face folder.
+        given: Facts that a foreign file does not store: arguments of ``VisionTransformer`` such as ``num_heads=6``;
+            ``mean`` and ``std``; and the keys of the section ``data`` that say how values become levels: ``range``,
+            ``sixteen_bit``, ``nodata``, ``fill``, ``plane`` and ``max_pixels``.
 
     Raises:
-        WeightsError: there is none, it cannot be read, or it says otherwise.
+        WeightsError: There is no backbone, it cannot be read, or it contradicts ``given``.
     """
     path = Path(path).expanduser()
     if path.is_dir() and (file := RunDirectory(path).teacher).exists():
@@ -68,17 +73,17 @@ def load(path: str | Path, **given: Any) -> Backbone:
 def read_image(
     image: Any, channels: int | None = None, **keys: Any
 ) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:
-    """The pixels that training sees of an image, before any crop: uint8 [H, W, C].
+    """Read the pixels that training sees of an image, before any crop: uint8 [H, W, C].
 
     Args:
-        image: a path, encoded bytes, an array [H, W] or [H, W, C], a tensor [C, H, W] or a PIL image.
-        channels: C; by default as many as the image has.
-        keys: those of the section ``data`` that say how values become pixels: ``range``, ``sixteen_bit``, ``nodata``,
-            ``fill``, ``plane`` and ``max_pixels``. Without ``range`` none is measured.
+        image: A path, encoded bytes, an array [H, W] or [H, W, C], a tensor [C, H, W] or a PIL image.
+        channels: The number of channels C; by default, the image's own number.
+        keys: The keys of the section ``data`` that say how values become pixels: ``range``, ``sixteen_bit``,
+            ``nodata``, ``fill``, ``plane`` and ``max_pixels``. Without ``range``, no range is measured.
 
     Raises:
-        ImageError: no readable image, or one that the rules refuse; see ``dinoforge.data.decode``.
-        RecipeError: other keys, or values that they cannot have.
+        ImageError: The image cannot be read, or the rules refuse it; see ``dinoforge.data.decode``.
+        RecipeError: A key is not one of these, or has an invalid value.
     """
     said = {name.removeprefix("data."): value for name, value in flat_keys(keys).items()}
     if other := [name for name in said if name not in OF_VALUES]:
@@ -110,18 +115,27 @@ UNSAID = (
     *(f"student.{key}" for key in RESAMPLING),
     *(f"data.{key}" for key in IMAGE_KEYS),
 )
-"""Keys of what a foreign weights file cannot say."""
+"""The keys of the facts that a foreign weights file does not store."""
 
 
 def open_backbone(model: str | Path | Backbone, keys: Mapping[str, Any]) -> tuple[Backbone, dict[str, Any]]:
-    """The backbone, and the keys that say nothing about it; what was assumed about a file is printed."""
+    """Open the backbone, and return it with the keys that do not concern it; print the assumptions about its file.
+
+    Args:
+        model: A run directory, a weights file, or the result of ``load``.
+        keys: The caller's keys; the keys in ``UNSAID`` describe the backbone.
+
+    Raises:
+        RecipeError: A key or value is invalid, or a key describes a backbone that is already loaded.
+        WeightsError: There is no readable backbone.
+    """
     flat = flat_keys(keys)
     said = {key: flat.pop(key) for key in UNSAID if key in flat}
     if isinstance(model, Backbone):
         if said:
             raise RecipeError(f"{', '.join(said)}: give it to load(), which made this backbone")
         return model, flat
-    # Checked as part of a recipe that has as many channels as there are values.
+    # The keys are checked as part of a recipe with one channel for each value.
     plain = {"data.mean": 0.5, "data.std": 0.5}
     values = [len(v) for key in plain if isinstance(v := said.get(key), list | tuple)]
     if isinstance(v := said.get("data.range"), list | tuple):
@@ -135,7 +149,7 @@ def open_backbone(model: str | Path | Backbone, keys: Mapping[str, Any]) -> tupl
 
 
 def say_unused_range(image: ImageInput, source: Source) -> None:
-    """Warn of images whose values would become a few dark levels, since the backbone's file says no range."""
+    """Warn if images would be squeezed into a few dark levels, because the backbone's file stores no range."""
     if image.range is not None or image.sixteen_bit == "minmax":
         return
     plane = plane_of(image.plane)
@@ -152,19 +166,27 @@ def say_unused_range(image: ImageInput, source: Source) -> None:
 
 
 def images_of(image: ImageInput, images: Any) -> Source:
-    """Images as a backbone knows them: every plane of a file where it was trained on such."""
+    """Open images for a backbone: every plane of a file is an image if the backbone was trained that way."""
     return taken_apart(open_source(images), image.plane, image.in_chans)
 
 
 def eval_settings(settings: Eval, keys: Mapping[str, Any]) -> tuple[Eval, torch.device, torch.dtype]:
-    """How images are shown, where the backbone computes, and in which precision."""
+    """Return how images are shown, the device of the backbone, and its precision.
+
+    Args:
+        settings: The settings that ``keys`` override.
+        keys: The ``eval`` keys, ``device`` and ``precision``.
+
+    Raises:
+        RecipeError: A key is not one of these, or has an invalid value.
+    """
     flat = flat_keys(keys)
     where = {key: flat.pop(key) for key in ("device", "precision") if key in flat}
     if other := [key for key in flat if not key.startswith("eval.")]:
         raise RecipeError(
             f"{', '.join(other)}: expected eval.size, eval.crop, device, precision, or one of {', '.join(UNSAID)}"
         )
-    # Checked as part of a recipe whose patch divides every size; the backbone's own is checked on use.
+    # The keys are checked with a patch size of 1, which divides every size; use checks the backbone's patch size.
     checked, _ = load_recipe("dinov2", flat | where | {"student.patch_size": 1})
     device = devices.resolve_device(checked.device)
     if (note := devices.note_of_fallback(checked.device, device)) and devices.has_gpu():
@@ -176,7 +198,18 @@ def eval_settings(settings: Eval, keys: Mapping[str, Any]) -> tuple[Eval, torch.
 def reading_of(
     image: ImageInput, patch: int, settings: Eval, device: torch.device, precision: torch.dtype
 ) -> extract.Reading:
-    """How images are shown to a backbone with patches of that side, and where it computes."""
+    """Return how images are read for a backbone.
+
+    Args:
+        image: The image format that the backbone expects.
+        patch: The side of a patch, in pixels.
+        settings: How images are shown.
+        device: The device of the backbone.
+        precision: The precision of its products.
+
+    Raises:
+        RecipeError: The size is not a multiple of the patch size.
+    """
     size = settings.size or image.size
     if size % patch:
         near = max(patch, round(size / patch) * patch)

@@ -21,15 +21,15 @@ from dinoforge.system.out_of_memory import out_of_memory_in_words
 def bench(
     images: Any = None, recipe: str | Path | Recipe = "small", *, seconds: float = 10.0, **keys: Any
 ) -> BenchResult:
-    """Measures what limits a run on this machine, data or step; writes nothing.
+    """Measure whether data or steps limit a run on this machine; writes nothing.
 
     Args:
-        images, recipe, keys: as for ``train``.
-        seconds: for each of three measurements, roughly.
+        images, recipe, keys: See ``train``.
+        seconds: The approximate duration of each of the three measurements.
 
     Raises:
-        RecipeError: a key or value that cannot be.
-        DataError: no usable images.
+        RecipeError: A key or value is invalid.
+        DataError: There are no usable images.
     """
     refuse_second_start()
     images, keys = images_and_keys(images, keys)

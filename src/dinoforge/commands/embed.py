@@ -27,16 +27,17 @@ from dinoforge.weights.backbone import Backbone
 
 
 def embed(model: str | Path | Backbone, images: Any = None, **keys: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The cls token of every image, as an array [N, D], in the order of the source.
+    """Compute the cls token of every image, as an array [N, D], in the order of the source.
 
     Args:
-        model: a run directory, a weights file, or what ``load`` gave.
-        images: as for ``train``.
-        keys: ``eval`` keys, such as ``eval={"size": 224}``; ``device`` and ``precision``; what a foreign file cannot
-            say, such as ``data={"mean": 0.5}``.
+        model: A run directory, a weights file, or the result of ``load``.
+        images: The images, as for ``train``.
+        keys: The ``eval`` keys, such as ``eval={"size": 224}``; ``device`` and ``precision``; facts that a foreign file
+            does not store, such as ``data={"mean": 0.5}``.
 
     Raises:
-        DataError: an image cannot be read; the row of each must be where it is expected.
+        DataError: An image cannot be read. None may be left out, since row n belongs to image n.
+        WeightsError: There is no readable backbone.
     """
     refuse_second_start()
     images, keys = images_and_keys(images, keys)
@@ -62,20 +63,21 @@ def write_features(
     on_progress: Callable[[int, int], object] = lambda done, total: None,
     **keys: Any,
 ) -> table.Embedded:
-    """Writes names and features of every image to a file; the same call goes on with what another one left.
+    """Write the names and features of all images to a file; repeating an interrupted call resumes it.
 
     Args:
-        model, images, keys: as for ``embed``.
-        out: ``….parquet`` with columns ``name``, ``cls`` and, if asked, ``patches``; or ``….npy`` with the cls tokens,
-            and beside it ``….names.txt`` and ``….patches.npy``.
-        patches: whether patch tokens are written, too.
-        on_progress: told images done and images in all, every few seconds.
+        model, images, keys: See ``embed``.
+        out: The file: ``….parquet`` with columns ``name``, ``cls`` and, if asked, ``patches``; or ``….npy`` with the
+            cls tokens, beside ``….names.txt`` and ``….patches.npy``. Unreadable images get no row; they are listed in
+            ``….skipped.txt``.
+        patches: Whether patch tokens are written, too.
+        on_progress: A function called every few seconds with the number of images done and of all images.
 
     Raises:
-        RunError: ``out`` is there already, was begun with something else, or cannot be written.
-        ExportError: another kind of file, or pyarrow is missing.
-        DataError: not one image can be read; single ones get no row and are listed in ``….skipped.txt``.
-        WeightsError: no readable backbone.
+        RunError: ``out`` exists already, was begun with other arguments, or cannot be written.
+        ExportError: The kind of file is unknown, or pyarrow is missing.
+        DataError: None of the images can be read.
+        WeightsError: There is no readable backbone.
     """
     refuse_second_start()
     backbone, keys = open_backbone(model, keys)

@@ -40,21 +40,24 @@ def evaluate_knn(
     seed: int = 0,
     **keys: Any,
 ) -> tuple[KnnResult, list[extract.Skipped]]:
-    """Weighted k-NN on frozen features, beside raw pixels and the untrained network.
+    """Evaluate weighted k-NN on frozen features, beside raw pixels and the untrained network.
 
     Args:
-        model: a run directory, whose ``summary.json`` then gets the result unless ``shots`` are given, or a weights
-            file.
-        images: labelled ones; without ``test``, five stratified 80/20 splits of them.
-        test: images to test on, with neighbours from ``images``.
-        labels: a CSV file with names and labels; by default the names of sub-folders.
-        shots: at most so many labelled images of each class; by default the whole training part.
-        seed: of the splits, the shots and the untrained network.
-        keys: ``eval`` keys; ``device`` and ``precision``.
+        model: A run directory or a weights file. The result is written to the ``summary.json`` of a run directory,
+            unless ``shots`` are given.
+        images: The labelled images. Without ``test``, the result is over five stratified 80/20 splits of them.
+        test: The images to test on, with neighbours from ``images``.
+        labels: A CSV file with names and labels; by default, the names of sub-folders.
+        shots: The maximum number of labelled images of each class; by default, the whole training part.
+        seed: The seed of the splits, the shots and the untrained network.
+        keys: The ``eval`` keys; ``device`` and ``precision``.
+
+    Returns:
+        The result, and the unreadable images that were left out.
 
     Raises:
-        DataError: images without labels, or fewer than two classes.
-        WeightsError: no readable backbone.
+        DataError: Images have no labels, or there are fewer than two classes.
+        WeightsError: There is no readable backbone.
     """
     run, setup = _evaluation(model, images, test, labels, shots, seed, keys)
     ways = partial(ways_to_embed, setup["device"], setup["size"])
@@ -64,7 +67,7 @@ def evaluate_knn(
     if run and shots is None:
         try:
             run.write_summary(dict(result))
-        except RunError as error:  # a run that one may only read; what was computed is not lost
+        except RunError as error:  # the run may be read-only; the result must not be lost
             print(f"summary  not written: {error}", file=sys.stderr)
     return result, skipped
 
@@ -80,15 +83,20 @@ def evaluate_classifier(
     seed: int = 0,
     **keys: Any,
 ) -> tuple[ClassifierResult, list[extract.Skipped]]:
-    """A linear classifier or logistic regression on frozen features, beside raw pixels and the untrained network.
+    """Evaluate a linear classifier or logistic regression on frozen features, beside raw pixels and untrained features.
+
+    The summary of a run does not change.
 
     Args:
         method: ``linear`` or ``logreg``.
-        model, images, test, labels, shots, seed, keys: see ``evaluate_knn``; the summary is left alone.
+        model, images, test, labels, shots, seed, keys: See ``evaluate_knn``.
+
+    Returns:
+        The result, and the unreadable images that were left out.
 
     Raises:
-        DataError: images without labels, fewer than two classes, too few shots, or scikit-learn is missing.
-        WeightsError: no readable backbone.
+        DataError: Images have no labels, there are fewer than two classes or too few shots, or scikit-learn is missing.
+        WeightsError: There is no readable backbone.
     """
     _, setup = _evaluation(model, images, test, labels, shots, seed, keys)
     ways = partial(ways_to_embed, setup["device"], setup["size"])
@@ -112,7 +120,7 @@ def _evaluation(
     seed: int,
     keys: Mapping[str, Any],
 ) -> tuple[RunDirectory | None, dict[str, Any]]:
-    """The run, if ``model`` is one, and the keywords of every evaluation."""
+    """Return the run, if ``model`` is one, and the keyword arguments that all evaluations share."""
     refuse_second_start()
     if shots is not None and shots < 2:
         raise DataError(f"--shots {shots}: expected at least 2 labelled images of each class")

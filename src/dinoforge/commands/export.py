@@ -28,21 +28,23 @@ def export(
     bake: bool = False,
     **keys: Any,
 ) -> exports.Exported:
-    """Writes a backbone for another library, and compares that library's outputs with ours before it is there.
+    """Write a backbone for another library; ``out`` appears only after that library's outputs were compared with ours.
 
     Args:
-        model: a run directory, on whose images it is compared if they are still there; a weights file; or what
-            ``load`` gave. Those are compared on random images.
-        to: ``safetensors``, ``official``, ``timm``, ``hf`` or ``onnx``.
-        out: the file, or for ``hf`` the folder; it must not be there yet.
-        size: height and width, or both, in pixels: a size to compare at, and what ``bake`` is for.
-        bake: make position embeddings for ``size`` alone, so that no library resamples them by a rule of its own.
-        keys: what a foreign file cannot say, such as ``student={"num_heads": 6}`` and ``data={"mean": 0.5}``.
+        model: A run directory, a weights file, or the result of ``load``. Outputs are compared on images of the run if
+            they still exist, and otherwise on random images.
+        to: The format: ``safetensors``, ``official``, ``timm``, ``hf`` or ``onnx``.
+        out: The file, or for ``hf`` the folder; it must not exist yet.
+        size: The image size in pixels, as (height, width) or one number for both: an additional size to compare at, and
+            the size for ``bake``.
+        bake: Whether to resample position embeddings to ``size``, so that no library resamples them by its own rule.
+        keys: Facts that a foreign file does not store, such as ``student={"num_heads": 6}`` and ``data={"mean": 0.5}``.
 
     Raises:
-        ExportError: the format cannot hold it, a package is missing, or outputs differ.
-        WeightsError: no readable backbone.
-        RunError: ``out`` is there already or cannot be written.
+        ExportError: The format cannot hold the backbone, a package is missing, or the outputs differ.
+        RecipeError: A key is not one of these, or has an invalid value.
+        WeightsError: There is no readable backbone.
+        RunError: ``out`` exists already or cannot be written.
     """
     refuse_second_start()
     backbone, other = open_backbone(model, keys)
@@ -50,14 +52,14 @@ def export(
         raise RecipeError(f"{', '.join(other)}: export takes only {', '.join(UNSAID)}")
     images, shown = _examples(model, backbone)
     size = (size, size) if isinstance(size, int) else size
-    with extract.placed(backbone, torch.device("cpu")):  # where the other library's outputs are, too
+    with extract.placed(backbone, torch.device("cpu")):  # the other library computes on the CPU, too
         return exports.make(backbone, to, Path(out), images, shown=shown, size=size, bake=bake)
 
 
 def _examples(
     model: str | Path | Backbone, backbone: Backbone
 ) -> tuple[Callable[[tuple[int, int]], torch.Tensor], str]:
-    """Two normalised images [2, C, H, W] of any size, and what they are: of the run, else random."""
+    """Make a function from a size to two normalised images [2, C, H, W], of the run or random, and describe them."""
     image = backbone.image
     run = None if isinstance(model, Backbone) else RunDirectory(Path(model))
     if run and run.exists:

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def images_and_keys(images: Any, keys: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Images that came by name as ``data=``, and the other keys: ``data`` as a mapping is a section of these."""
+    """Separate images that were passed as ``data=`` from the recipe keys; a mapping ``data`` is a section of keys."""
     if images is None and "data" in keys and not isinstance(keys["data"], Mapping):
         keys = dict(keys)
         images = keys.pop("data")
@@ -13,10 +13,11 @@ def images_and_keys(images: Any, keys: dict[str, Any]) -> tuple[Any, dict[str, A
 
 
 OF_VALUES = ("range", "sixteen_bit", "nodata", "fill", "plane", "max_pixels")
-"""Keys of the section ``data`` that say how values become pixels."""
+"""The keys of the section ``data`` that say how values become pixels."""
 
 
 def flat_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten sections given as mappings into dotted keys."""
     flat: dict[str, Any] = {}
     for name, value in keys.items():
         flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, Mapping) else {name: value}

@@ -20,20 +20,20 @@ def inspect(
     seconds: float = inspections.SECONDS,
     **keys: Any,
 ) -> Inspection:
-    """What images are, and what training would make of them, from a bounded sample; see docs/inspect.md.
+    """Inspect a bounded sample of images, and what training would make of them; see docs/inspect.md.
 
     Args:
-        images: as for ``train``.
-        labels: a CSV file with names and labels; by default the names of sub-folders.
-        report: an HTML page to write, with crops as the network sees them.
-        sample: images that are looked at, at most.
-        seconds: that looking may take; listing a folder comes on top.
-        keys: recipe keys, as for ``train``; what they do not say is as recipe ``auto`` chooses it.
+        images: The images, as for ``train``.
+        labels: A CSV file with names and labels; by default, the names of sub-folders.
+        report: An HTML page to write, with crops as the network sees them.
+        sample: The maximum number of images to read.
+        seconds: The time limit for reading images; listing a folder takes additional time.
+        keys: The recipe keys, as for ``train``; recipe ``auto`` chooses the values of all other keys.
 
     Raises:
-        DataError: no images, or no folder. What is wrong with some of them is a finding.
-        RecipeError: a key or value that cannot be.
-        RunError: the page cannot be written.
+        DataError: There are no images, or no folder. Problems of single images are findings instead.
+        RecipeError: A key or value is invalid.
+        RunError: The page cannot be written.
     """
     refuse_second_start()
     found = inspections.inspect(

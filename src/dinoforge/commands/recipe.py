@@ -1,4 +1,4 @@
-"""The recipe that a call means, completed from files, images and the run so far."""
+"""Resolve the recipe of a call, completed from files, images and the run so far."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -33,15 +33,18 @@ from dinoforge.system.out_of_memory import out_of_memory_in_words
 def resolve(
     recipe: str | Path | Recipe, keys: Mapping[str, Any], run: RunDirectory | None = None
 ) -> tuple[Recipe, dict[str, str]]:
-    """A recipe as ``load_recipe`` gives it, completed from the file in ``init.weights`` if it says so.
+    """Load a recipe by ``load_recipe``, and complete it from the file in ``init.weights`` if the recipe asks for that.
 
     Args:
-        recipe, keys: as for ``train``.
-        run: if it has begun, it knows what was taken from the file.
+        recipe, keys: See ``train``.
+        run: The run directory. If the run has begun, its recipe holds the values that were taken from the file.
+
+    Returns:
+        The recipe, and the reasons why keys were ignored.
 
     Raises:
-        RecipeError: a key or value that cannot be, or no ``init.weights`` where it is needed.
-        WeightsError: no readable backbone there.
+        RecipeError: A key or value is invalid, or ``init.weights`` is missing where it is needed.
+        WeightsError: There is no readable backbone in ``init.weights``.
     """
     flat = flat_keys(keys)
     resolved, ignored = load_recipe(recipe, flat)
@@ -49,7 +52,7 @@ def resolve(
         return resolved, ignored
     if resolved.init.weights is None:
         raise RecipeError("this recipe continues from given weights: say which by init.weights=RUN|FILE")
-    if run and run.exists:  # it may have begun long ago, from a file that is gone
+    if run and run.exists:  # the file that the run began from may be gone
         beneath = {key: value for key, value in flatten(run.recipe()).items() if key in ADOPTED}
     else:
         heads = resolved.student.num_heads
@@ -59,15 +62,16 @@ def resolve(
 
 
 def auto_recipe(images: Any = None, **keys: Any) -> tuple[Recipe, dict[str, auto.Choice]]:
-    """The recipe that ``auto`` makes of images, and what it chose, with reasons.
+    """Choose the recipe of ``auto`` for images, and return it with the choices and their reasons.
 
     Args:
-        images, keys: as for ``train``; what the user gives is not chosen, and other choices follow it. With
-            ``train.max_minutes`` and no other length, a step is timed and the steps are as many as fit in.
+        images: The images, as for ``train``.
+        keys: The recipe keys, as for ``train``. They override the choices, and other choices take them into account.
+            With ``train.max_minutes`` and no other length, a step is timed, and the run gets as many steps as fit.
 
     Raises:
-        RecipeError: a key or value that cannot be.
-        DataError: no usable images.
+        RecipeError: A key or value is invalid.
+        DataError: There are no usable images.
     """
     images, keys = images_and_keys(images, keys)
     recipe, _, choices = choose_recipe(source_for_auto(images, keys), flat_keys(keys), None)
@@ -75,7 +79,7 @@ def auto_recipe(images: Any = None, **keys: Any) -> tuple[Recipe, dict[str, auto
 
 
 def source_for_auto(images: Any, keys: Mapping[str, Any]) -> Source:
-    """The images that ``auto`` looks at: with ``data.plane=each`` every plane of a file."""
+    """Open the images for recipe ``auto``; with ``data.plane=each``, every plane of a file is an image."""
     said, source = converted(flat_keys(keys)), open_source(images)
     if said.get("data.plane") != "each":
         return source
@@ -85,6 +89,16 @@ def source_for_auto(images: Any, keys: Mapping[str, Any]) -> Source:
 def choose_recipe(
     source: Source, given: dict[str, Any], run: RunDirectory | None
 ) -> tuple[Recipe, dict[str, str], dict[str, auto.Choice]]:
+    """Choose the recipe of ``auto`` for images.
+
+    Args:
+        source: The images.
+        given: The keys of the user, dotted.
+        run: The run directory. A run that has begun keeps what it measured.
+
+    Returns:
+        The recipe, the reasons why keys were ignored, and the choices with their reasons.
+    """
     said = converted(given)
     begun = distributed.from_first(lambda: flatten(run.recipe()) if run and run.exists else None)
     channels = _auto_channels(source, said, begun)
@@ -93,7 +107,7 @@ def choose_recipe(
     base, _ = load_recipe(auto.BASE, values_said | one_for_all | {"student.in_chans": channels.count})
     base, measured = with_range(base, source, run)
     decoding = image_input(base).decoding
-    # Where none can be read, the second look says why.
+    # If no image can be read, summarize raises the error that says why.
     summary = read_sizes(source, channels.count, decoding) or summarize(
         source, channels=channels.count, decoding=decoding
     )
@@ -104,7 +118,7 @@ def choose_recipe(
     statistics = None
     if begun is None:
         statistics = distributed.from_first(lambda: measure_pixels(source, channels.count, decoding))
-    else:  # what was measured may have been by another version, or without one
+    else:  # another version may have measured other values, or none
         kept = {key: auto.Choice(begun[key], "as the run began") for key in auto.OF_PIXELS}
         found |= {key: choice for key, choice in kept.items() if key not in said}
     facts = auto.facts_of(summary, str(device), distributed.world_size(), channels=channels, statistics=statistics)
@@ -116,7 +130,7 @@ def choose_recipe(
             sample = auto.choose(facts, given | {"train.steps": auto.LONG}) | found
             values = {key: choice.value for key, choice in sample.items()}
             recipe, _ = load_recipe(auto.BASE, values | given | {"train.steps": auto.LONG})
-            # All ranks time it, since a step has to do with all of them, and the slowest is waited for.
+            # All ranks time the step, since a step involves all ranks, and the slowest rank sets the pace.
             ways = partial(ways_to_save, recipe, ranks=distributed.world_size(), mode="none", device=device)
             with out_of_memory_in_words(device, ways):
                 own = seconds_per_step(recipe, source)
@@ -130,7 +144,7 @@ def choose_recipe(
 
 
 def _auto_channels(source: Source, said: Mapping[str, Any], begun: Mapping[str, Any] | None) -> Channels:
-    """How many channels ``auto`` reads images with: as the user says, as the run began, or as most of them have."""
+    """Choose the number of channels for ``auto``: the user's, that of the run so far, or that of most images."""
     if given := said.get("student.in_chans"):
         return Channels(given, "as given")
     if begun is not None:
@@ -139,9 +153,12 @@ def _auto_channels(source: Source, said: Mapping[str, Any], begun: Mapping[str, 
 
 
 def with_range(recipe: Recipe, source: Source, run: RunDirectory | None = None) -> tuple[Recipe, MeasuredRange | None]:
-    """The recipe with a ``data.range`` for images of more than 8 bits, and how it was found if it was measured now.
+    """Complete the recipe with a ``data.range`` for images of more than 8 bits.
 
-    A run that has begun keeps what it had, also none, as runs of earlier versions have.
+    A run that has begun keeps its range. It also keeps having no range, as runs of earlier versions do.
+
+    Returns:
+        The recipe, and the measured range; None if no range was measured by this call.
     """
     data = recipe.data
     if data.range is not None or data.sixteen_bit == "minmax":
@@ -161,6 +178,7 @@ def with_range(recipe: Recipe, source: Source, run: RunDirectory | None = None) 
 
 
 def plan_of(recipe: Recipe, source: Source) -> Plan:
+    """Make the plan of a run on these images."""
     image = image_input(recipe)
     reduction = partial(least_reduction, recipe)
     summary = summarize(source, channels=image.in_chans, decoding=image.decoding, reduction=reduction)

@@ -23,19 +23,20 @@ from dinoforge.training.pieces import kept_samples
 def replay(
     model: str | Path, batch: str | Path, *, precision: Literal["recipe", "fp32"] = "recipe"
 ) -> tuple[replays.Findings, replays.SavedBatch, int]:
-    """Runs a saved batch again with the weights of the newest checkpoint that is not later.
+    """Run a saved batch again, with the weights of the newest checkpoint that is not later than the batch.
 
     Args:
-        model: the run directory.
-        batch: a file of its folder ``non_finite``.
-        precision: of the forward pass; ``recipe`` as in the run.
+        model: The run directory.
+        batch: A file in the run's folder ``non_finite``.
+        precision: The precision of the forward pass; ``recipe``: the run's precision.
 
     Returns:
-        What was found, the batch, and the step of the checkpoint; 0 without one, for the weights of the start.
+        The findings, the batch, and the step of the checkpoint. Without a checkpoint, the step is 0 and the weights are
+        those that the run started with.
 
     Raises:
-        RunError: no run.
-        WeightsError: no such batch, or one that does not fit the run.
+        RunError: The directory holds no run.
+        WeightsError: The batch cannot be read, or does not fit the run.
     """
     run = RunDirectory(Path(model))
     if not run.exists:
@@ -82,7 +83,7 @@ def _replay(
 
 
 def _precision_of(run: RunDirectory, recipe: Recipe, step: int, device: torch.device) -> torch.dtype:
-    """In which the run made that step, perhaps on another device, or sharded: ``auto`` may mean another one here."""
+    """Return the precision of the run at a step; ``auto`` may mean another one here than on the run's devices."""
     starts = [start for start in run.info()["starts"] if start["step"] <= step]
     if recipe.precision != "auto" or not starts:
         return devices.resolve_precision(recipe.precision, device)

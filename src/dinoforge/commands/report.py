@@ -1,4 +1,4 @@
-"""What a run has learned, and what is wrong with it."""
+"""Report what a run has learned, and diagnose its problems."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,10 +33,13 @@ from dinoforge.system.out_of_memory import out_of_memory_in_words
 
 
 def doctor(path: str | Path) -> list[Finding]:
-    """What is wrong with a run, from its metrics and its recipe alone; an empty list means nothing.
+    """Diagnose a run from its metrics and its recipe alone; an empty list means that no problem was found.
+
+    Args:
+        path: The run directory.
 
     Raises:
-        RunError: no run, or one that has logged nothing yet.
+        RunError: There is no run, or the run has not logged any metrics yet.
     """
     run = RunDirectory(Path(path))
     if not run.exists:
@@ -55,22 +58,22 @@ def report(
     channels: Sequence[int] | None = None,
     device: str = "auto",
 ) -> Written:
-    """Writes ``report.html`` into a run, or ``comparison.html`` into the first of several.
+    """Write ``report.html`` into a run, or ``comparison.html`` into the first of several runs.
 
     Args:
-        paths: run directories.
-        data: the images, where the run does not find them any more.
-        labels: a CSV file with names and labels; by default the names of sub-folders.
-        figures: a folder for the figures as PNG and SVG; of one run.
-        channels: that pictures show, one as grey or three as red, green and blue, from 0; by default the recipe's
-            ``report.channels``.
-        device: where the network runs; ``auto``: CUDA, then MPS, then the CPU.
+        paths: The run directories.
+        data: The images, if they are no longer where the run found them.
+        labels: A CSV file with names and labels; by default, the names of sub-folders.
+        figures: A folder for the figures of a single run, as PNG and SVG.
+        channels: The channels that pictures show, from 0: one as grey, or three as red, green and blue; by default, the
+            recipe's ``report.channels``.
+        device: The device of the network; ``auto``: CUDA, then MPS, then the CPU.
 
     Raises:
-        RunError: a folder that is no run, or cannot be written.
-        DataError: labels that do not fit the images.
-        DinoforgeError: figures, but matplotlib is missing.
-        RecipeError: channels that the images do not have.
+        RunError: A folder holds no run, or cannot be written.
+        DataError: The labels do not fit the images.
+        DinoforgeError: ``figures`` is given, but matplotlib is missing.
+        RecipeError: The images do not have these channels.
     """
     refuse_second_start()
     if not paths:
@@ -100,18 +103,19 @@ def open_run(
     device: torch.device | None = None,
     seconds: float | None = None,
 ) -> ReportedRun:
-    """A run as ``dinoforge.report.plots`` draws it: its recipe, metrics, verdict, images and network.
+    """Open a run for ``dinoforge.report.plots``: its recipe, metrics, findings, images and network.
 
     Args:
-        path: the run directory.
-        data, labels: as for ``report``; labels also as a list, in the order of the images.
-        pictures: look for images and network, too.
-        device: where the network runs; by default CUDA, then MPS, then the CPU.
-        seconds: that reading images may take; by default as long as it takes.
+        path: The run directory.
+        data: The images, as for ``report``.
+        labels: The labels, as for ``report``, or as a list in the order of the images.
+        pictures: Whether to open the images and the network, too.
+        device: The device of the network; by default CUDA, then MPS, then the CPU.
+        seconds: The time limit for reading images; None for no limit.
 
     Raises:
-        RunError: no run.
-        DataError: labels that do not fit the images.
+        RunError: The directory holds no run.
+        DataError: The labels do not fit the images.
     """
     run = RunDirectory(Path(path))
     if not run.exists:

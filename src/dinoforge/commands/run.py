@@ -1,4 +1,4 @@
-"""A run of training, from its first step or its newest checkpoint to its end."""
+"""Run a training, from its first step or its newest checkpoint to its end."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -45,13 +45,13 @@ from dinoforge.system.files import write_text
 from dinoforge.training import loop
 from dinoforge.training.state import TrainState
 
-_LIVE_REPORT_SECONDS = 20.0  # for reading images: training waits
-_TOLD_AT_ONCE = 20  # unreadable images of a step
+_LIVE_REPORT_SECONDS = 20.0  # time limit for reading images, since training waits
+_TOLD_AT_ONCE = 20  # maximum number of unreadable images to print per step
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a call of ``train`` ended."""
+    """The outcome of a call of ``train``."""
 
     out: Path
     steps: int
@@ -61,6 +61,7 @@ class RunResult:
 
     @property
     def finished(self) -> bool:
+        """Whether all steps of the run are done."""
         return self.steps >= self.total_steps
 
 
@@ -78,15 +79,15 @@ def run_training(
     """Train from the start, or from the newest checkpoint, to the end of the plan or until something stops the run.
 
     Args:
-        plan: what to do.
-        source: the images.
-        labels: of each image, for probes; None without.
-        run: where to write.
-        identity: of the images, for the run's record.
-        base: the recipe that the plan's is a variant of, for the record.
-        console: where to say what happens.
-        lock: checked at each step; None on ranks that do not hold it.
-        stop: says when to stop.
+        plan: The plan of the run.
+        source: The images.
+        labels: The label of each image, for probes; None without labels.
+        run: The run directory.
+        identity: The identity of the images, for the run's record.
+        base: The recipe that the plan's recipe is a variant of, for the run's record.
+        console: The console that shows progress.
+        lock: The run's lock, checked at each step; None on ranks that do not hold it.
+        stop: Says when to stop.
     """
     recipe, device = plan.recipe, plan.device
     image = plan.image
@@ -151,7 +152,7 @@ def run_training(
                     alarm.cut()
             saver.finish()
             reason = next((told for told in distributed.all_ranks(stop.reason) if told), None)
-            hurried = reason not in (None, "max_minutes")  # whoever sent a signal is in a hurry
+            hurried = reason not in (None, "max_minutes")  # the sender of a signal should not wait for a report
             reported = live is not None and not hurried and live.make()
         finally:
             for file in files:
@@ -178,7 +179,7 @@ def _train_or_save(
     last_step: LastStep,
     say: Callable[[str], object],
 ) -> loop.End:
-    """Train on batches from the state's next one on; any error saves what was done first."""
+    """Train from the state's next batch on; on an error, save the last good step first."""
     batches = make_loader(
         build_data(plan.recipe, source, rank=distributed.rank(), world_size=distributed.world_size()),
         start_step=state.next_batch,
@@ -195,7 +196,7 @@ def _train_or_save(
             raise _listed(error, run, state.bad_images, say) from error
         raise
     finally:
-        batches.close()  # ends the workers
+        batches.close()  # stops the workers
 
 
 def _record_start(
@@ -207,7 +208,7 @@ def _record_start(
     base: str,
     say: Callable[[str], object],
 ) -> None:
-    """Write down what begins, or goes on; say which images were replaced since the run began."""
+    """Record that the run starts or continues; report images that were replaced since the run began."""
     if changed := run.compare_stamps(stamps_of(source)):
         say(f"note     {changed}")
     run.list_skipped(state.bad_images.skipped.values(), first=True)
@@ -228,7 +229,7 @@ def _record_start(
 def _metrics_files(
     run: RunDirectory, recipe: Recipe, first_step: int, say: Callable[[str], object]
 ) -> tuple[list[JsonLines | TensorBoard], list[Alarm]]:
-    """The files that get the metrics, and what watches them."""
+    """Open the files for the metrics, and the alarms that watch them."""
     metrics_file = JsonLines(run.metrics, first_step=first_step)
     files: list[JsonLines | TensorBoard] = [metrics_file]
     if recipe.log.tensorboard:
@@ -244,7 +245,7 @@ def _say_end(
     waited: float,
     say: Callable[[str], object],
 ) -> None:
-    """Say how the training ended, and how to go on."""
+    """Print how training ended, and how to continue it."""
     total = plan.length.steps
     if state.step >= total:
         took = f"{duration(state.seconds)} and {waited:.1f} s of waiting for checkpoints"
@@ -265,7 +266,7 @@ def _say_end(
 def _live_report(
     run: RunDirectory, plan: Plan, source: Source, labels: list[str | None] | None, say: Callable[[str], object]
 ) -> Live | None:
-    """What writes the report while the run trains; None if the recipe does not want it."""
+    """Make the hook that writes the report during training; None if the recipe disables it."""
     minutes = plan.recipe.report.every_minutes
     if minutes is None or distributed.rank() != 0:
         return None
@@ -286,7 +287,7 @@ def _probes(
     labels: list[str | None] | None,
     say: Callable[[str], object],
 ) -> Probes | None:
-    """What measures the teacher while it trains; None without labels, or where the recipe wants none."""
+    """Make the probes that measure the teacher during training; None without labels, or if the recipe disables them."""
     settings = plan.recipe.probe
     if labels is None or not settings.is_on or not distributed.is_first():
         return None
@@ -336,7 +337,7 @@ def _probes(
 
 
 def _open_for_writing(run: RunDirectory, plan: Plan) -> tuple[int | None, list[str]]:
-    """Sees that there is room for the run; ``checkpoint.newest`` of what is there, and what else is to be told."""
+    """Check the disk space, clean up checkpoints, and return the newest whole one with the messages to print."""
     run.require_space(int((plan.recipe.checkpoint.keep_last + 1) * _checkpoint_bytes(plan)))
     kept = checkpoint.clean(run.path)
     newest, damage = checkpoint.newest(run.path)
@@ -344,7 +345,7 @@ def _open_for_writing(run: RunDirectory, plan: Plan) -> tuple[int | None, list[s
 
 
 def _roll_back(run: RunDirectory, state: TrainState, start: Start) -> None:
-    """Takes the state of the newest checkpoint, or of the start, and leaves out the batches since."""
+    """Restore the newest checkpoint, or else the start, and leave out the batches since."""
     tensors, batch, step, train = state.tensors(), state.next_batch, state.step, start.plan.recipe.train
     saved, damage = distributed.from_first(lambda: checkpoint.newest(run.path))
     for sentence in damage:
@@ -365,7 +366,7 @@ def _roll_back(run: RunDirectory, state: TrainState, start: Start) -> None:
 
 
 def _checkpoint_bytes(plan: Plan) -> float:
-    return sum(plan.parameters.values()) * 4 * 4 * 1.05  # student, teacher, two moments
+    return sum(plan.parameters.values()) * 4 * 4 * 1.05  # float32 student, teacher and two moments, with 5 % to spare
 
 
 def _tell_skipped(run: RunDirectory, say: Callable[[str], object], new: Sequence[Skipped]) -> None:
@@ -379,10 +380,10 @@ def _tell_skipped(run: RunDirectory, say: Callable[[str], object], new: Sequence
 
 
 def _listed(error: BadImagesError, run: RunDirectory, known: BadImages, say: Callable[[str], object]) -> BadImagesError:
-    """The error of too many unreadable images, after each of them was listed."""
+    """List the unreadable images in the run directory, and return the error with a pointer to the list."""
     new = {index: (name, reason) for index, name, reason in error.skipped if index not in known.skipped}
     if distributed.is_first():
         _tell_skipped(run, say, [(index, *told) for index, told in new.items()])
-    elif error.of_one_rank:  # the first does not know of them
+    elif error.of_one_rank:  # the first rank does not know of these images
         run.list_skipped(new.values())
     return BadImagesError(f"{error}. Each one is listed in {run.skipped}", error.skipped)

@@ -1,4 +1,4 @@
-"""The state that a run begins with."""
+"""Make the state that a run begins with."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,21 +16,26 @@ from dinoforge.training.state import TrainState
 
 
 class Start:
-    """Makes states at step 0, laid over the ranks.
+    """Makes states at step 0, distributed over the ranks.
 
     Args:
-        plan: of the run.
-        say: tells the user.
+        plan: The plan of the run.
+        say: Prints a message to the user.
     """
 
     parallel: Parallel
-    """How the networks of the first state are laid out."""
+    """How the networks of the first state are distributed."""
 
     def __init__(self, plan: Plan, say: Callable[[str], object]) -> None:
         self.plan, self.say = plan, say
 
     def state(self, *, images: int, fresh: bool = True) -> TrainState:
-        """A state; unless it is ``fresh``, its weights do not matter."""
+        """Make a state at step 0.
+
+        Args:
+            images: The number of images in the data.
+            fresh: Whether the weights are used. False if a checkpoint will replace them.
+        """
         recipe = self.plan.recipe
         return build_state(
             recipe,
@@ -57,12 +62,21 @@ class Start:
 
 
 def take_weights(networks: StudentTeacher, recipe: Recipe, say: Callable[[str], object]) -> None:
-    """Puts the weights that the recipe names into fresh networks; on the meta device, only checks that they fit."""
+    """Load the recipe's ``init.weights`` into fresh networks; on the meta device, only check that the weights fit.
+
+    Args:
+        networks: The fresh networks, changed in place.
+        recipe: The recipe.
+        say: Prints a message to the user.
+
+    Raises:
+        WeightsError: The weights cannot be read, or do not fit.
+    """
     if recipe.init.weights is None:
         return
     heads = vit_arguments(recipe)["num_heads"]
     given = load(recipe.init.weights, num_heads=heads)
-    if recipe.init.architecture == "file":  # what was assumed about it may have been overridden
+    if recipe.init.architecture == "file":  # the recipe may override assumptions about the file
         network = vit_arguments(recipe)
         rule = {key: network[key] for key in RESAMPLING if any(n.startswith(f"assumed {key}") for n in given.notes)}
         given = load(recipe.init.weights, num_heads=heads, **rule)
@@ -75,10 +89,17 @@ def take_weights(networks: StudentTeacher, recipe: Recipe, say: Callable[[str], 
 
 
 def heads_of_run(student_teacher: StudentTeacher, run: Path) -> str:
-    """Puts the heads and centres of a run's newest checkpoint into fresh networks; says what it did.
+    """Load the heads and centres of a run's newest checkpoint into fresh networks.
+
+    Args:
+        student_teacher: The fresh networks, changed in place.
+        run: The run directory.
+
+    Returns:
+        A phrase that says what was loaded.
 
     Raises:
-        WeightsError: heads of other sizes, or no whole checkpoint.
+        WeightsError: The heads have other sizes, or the checkpoint is incomplete.
     """
     steps = checkpoint.steps(run)
     if not steps:

@@ -1,4 +1,4 @@
-"""Train a backbone: see what the call means, then run it on the ranks that there are."""
+"""Train a backbone: resolve the arguments of the call, then run the training on all ranks."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -45,29 +45,29 @@ def train(
     console: Console | None = None,
     **keys: Any,
 ) -> RunResult:
-    """Pretrains a backbone on images without labels; calling it again with the same arguments continues the run.
+    """Pretrain a backbone on images without labels; calling again with the same arguments continues the run.
 
     Args:
-        images: a folder of them, walked recursively; or any object with ``__len__`` and ``__getitem__`` that gives
-            images (arrays [H, W, C], tensors [C, H, W], PIL images, paths, bytes) or (image, label). ``data=`` takes
-            them, too.
-        recipe: a name, a YAML file, or a recipe.
-        out: the run directory; by default ``runs/`` with the names of folder and recipe.
-        labels: a CSV file with names and labels; by default the names of sub-folders. Training never sees them: where
-            there are some, the teacher is measured while it trains; see docs/evaluation.md.
-        dry_run: only say what would run; writes nothing.
-        console: where to print; by default the terminal.
-        keys: recipe keys: sections as mappings (``train={"steps": 1000}``, ``data={"sixteen_bit": "minmax"}``), or
-            dotted ``**{"train.steps": 1000}``.
+        images: A folder of images, walked recursively; or any object with ``__len__`` and ``__getitem__`` that returns
+            images (arrays [H, W, C], tensors [C, H, W], PIL images, paths, bytes) or pairs (image, label). The images
+            can also be passed as ``data=``.
+        recipe: A recipe's name, a YAML file, or a recipe.
+        out: The run directory; by default ``runs/`` with the names of folder and recipe.
+        labels: A CSV file with names and labels; by default, the names of sub-folders. Training never sees labels. If
+            there are labels, the teacher is measured during training; see docs/evaluation.md.
+        dry_run: Whether to only print what would run. Then nothing is written.
+        console: The console to print to; by default, the terminal.
+        keys: The recipe keys, with sections as mappings (``train={"steps": 1000}``, ``data={"sixteen_bit": "minmax"}``)
+            or dotted (``**{"train.steps": 1000}``).
 
     Raises:
-        RecipeError: a key or value that cannot be; before work starts.
-        DataError: no usable images; too many unreadable ones.
-        RunError: ``out`` is another run's, or cannot be written.
-        TrainingError: losses or gradients that stay non-finite; see docs/reliability.md.
-        OutOfMemoryError: what the device has does not do; what was done until then is saved if there is one process.
-        LostRankError: another rank failed, was killed, or cannot be reached.
-        KeyboardInterrupt: a signal stopped it, after it has saved a checkpoint: what follows in a script does not run.
+        RecipeError: A key or value is invalid; raised before work starts.
+        DataError: There are no usable images, or too many unreadable ones.
+        RunError: ``out`` belongs to another run, or cannot be written.
+        TrainingError: Losses or gradients stay non-finite; see docs/reliability.md.
+        OutOfMemoryError: The device has too little memory. If there is one process, the finished steps are saved.
+        LostRankError: Another rank failed, was killed, or cannot be reached.
+        KeyboardInterrupt: A signal stopped the run, after it saved a checkpoint. The rest of a script does not run.
     """
     result = _train_here(images, recipe, out, labels, keys, dry_run=dry_run, console=console, is_program=False)
     if (result.stopped_by or "").startswith("SIG"):
@@ -84,13 +84,13 @@ def train_as_program(
     dry_run: bool = False,
     **keys: Any,
 ) -> RunResult:
-    """``train`` where this process is ours to end: a second Ctrl-C ends it at once, and a signal is no exception.
+    """Run ``train`` as a program: a second Ctrl-C ends the process at once, and a signal raises no exception.
 
     Args:
-        images, recipe, out, labels, dry_run, keys: as for ``train``.
+        images, recipe, out, labels, dry_run, keys: See ``train``.
 
     Raises:
-        As ``train``, but for KeyboardInterrupt.
+        The errors of ``train``, except KeyboardInterrupt.
     """
     return _train_here(images, recipe, out, labels, keys, dry_run=dry_run, console=None, is_program=True)
 
@@ -106,7 +106,7 @@ def _train_here(
     console: Console | None,
     is_program: bool,
 ) -> RunResult:
-    """``train`` on the device of this rank, with the others if there are any."""
+    """Run ``train`` on the device of this rank, in a process group with the other ranks if there are any."""
     refuse_second_start()
     images, keys = images_and_keys(images, keys)
     said = _said(recipe, flat_keys(keys))
@@ -130,7 +130,7 @@ def _train_here(
 
 
 def _said(recipe: str | Path | Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe says by dotted keys, before the images are known."""
+    """Return the values of a recipe by dotted keys, before the images are known."""
     if recipe == "auto":
         return flatten(Recipe()) | converted(given)
     return flatten(load_recipe(recipe, given)[0])
@@ -147,7 +147,7 @@ def _train_together(
     console: Console,
     is_program: bool,
 ) -> RunResult:
-    """``train`` on the ranks that there are."""
+    """Run ``train`` on all ranks of the process group."""
     data_name = str(images) if isinstance(images, str | os.PathLike) else type(images).__name__
     if out is None:
         recipe_name = "custom" if isinstance(recipe, Recipe) else Path(recipe).stem
@@ -165,7 +165,7 @@ def _train_together(
     resolved, measured = distributed.from_first(lambda: with_range(resolved, source, run))
     identity = DataIdentity(os.path.abspath(data_name), len(source), source.fingerprint())
     plan = plan_of(resolved, source)
-    # Only the first looks, since the others might see what it writes.
+    # Only the first rank checks, since the other ranks could see files that it writes.
     distributed.from_first(lambda: run.require_free_or_same(resolved, identity, batch_size=plan.length.batch_size))
     known = distributed.from_first(lambda: _labels(labels, source, resolved))
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
@@ -195,7 +195,7 @@ def _train_together(
     with threads(plan.threads), out_of_memory_in_words(plan.device, partial(ways_to_train, plan)):
         base = auto.BASE if choices else base_of(recipe)
         with _only_writer(run, say) as lock:
-            # It may have begun, or gone on, since it was looked at.
+            # Another process may have started or continued the run since the first check.
             distributed.from_first(
                 lambda: run.require_free_or_same(plan.recipe, identity, batch_size=plan.length.batch_size)
             )
@@ -205,7 +205,7 @@ def _train_together(
 
 @contextmanager
 def _only_writer(run: RunDirectory, say: Callable[[str], object]) -> Iterator[RunLock | None]:
-    """Hold the run's lock on the first rank; None on the others."""
+    """Hold the run's lock on the first rank; yield None on the others."""
     with ExitStack() as stack:
         lock = RunLock(run.path, say)
 
@@ -218,7 +218,7 @@ def _only_writer(run: RunDirectory, say: Callable[[str], object]) -> Iterator[Ru
 
 
 def _labels(labels: str | Path | None, source: Source, recipe: Recipe) -> Labels:
-    """Of each image, if there is a table or a use for them."""
+    """Read the labels of the images, if there is a table of labels or the probe needs them."""
     if labels is not None:
         return label_table(labels, source)
     return labels_of(source) if recipe.probe.is_on else Labels(None, "")
