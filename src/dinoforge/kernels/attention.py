@@ -14,21 +14,22 @@ from dinoforge.kernels.types import Groups
 
 
 def split_heads(x: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+    """Split packed rows [T, ...] into the rows of each group."""
     parts: tuple[Tensor, ...] = x.split([images * tokens for images, tokens in groups])
     return parts
 
 
 def heads_of(qkv: Tensor, images: int, tokens: int, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[B·N, 3D] to queries, keys and values, each [B, heads, N, D/heads]."""
-    width = qkv.shape[1] // (3 * num_heads)  # there may be no images, of which -1 would not know it
+    """View [B·N, 3D] as queries, keys and values, each [B, heads, N, D/heads]."""
+    width = qkv.shape[1] // (3 * num_heads)  # -1 could not be inferred if there are no images
     by_kind: Tensor = qkv.view(images, tokens, 3, num_heads, width).permute(2, 0, 3, 1, 4)
     return by_kind[0], by_kind[1], by_kind[2]
 
 
 class AttentionOnCpu(torch.autograd.Function):
-    """PyTorch's attention for CPUs on all groups, which is fast in float32.
+    """PyTorch's attention for CPUs, which is fast in float32, applied to each group.
 
-    The result is one tensor, which the next layer keeps anyway.
+    The backward pass reuses the output, one tensor that the next layer keeps anyway.
     """
 
     @staticmethod
@@ -36,7 +37,7 @@ class AttentionOnCpu(torch.autograd.Function):
         flash = private.flash_attention()
         assert flash is not None
         out = qkv.new_empty(len(qkv), qkv.shape[1] // 3)  # [T, D]
-        sums: list[Tensor] = []  # logarithms of the softmaxes' sums
+        sums: list[Tensor] = []  # logarithms of the softmax sums
         for part, into, (images, tokens) in zip(
             split_heads(qkv, groups), split_heads(out, groups), groups, strict=True
         ):
@@ -72,9 +73,9 @@ class AttentionOnCpu(torch.autograd.Function):
 class HalfAttentionOnCpu(torch.autograd.Function):
     """Attention by products in half precision, a few images at a time, so that their scores stay in the cache.
 
-    PyTorch's own is no faster in half precision than in float32, and its backward pass several times slower. Scores
-    are rounded; softmax itself computes in float32. Only what comes in is kept: the backward pass makes the scores
-    again.
+    PyTorch's attention is no faster in half precision than in float32, and its backward pass is several times slower.
+    Scores are rounded to half precision; softmax computes in float32. Only the input is kept: the backward pass
+    recomputes the scores.
     """
 
     @staticmethod
@@ -109,7 +110,7 @@ class HalfAttentionOnCpu(torch.autograd.Function):
 
 
 def _few_images(groups: Groups, num_heads: int) -> Iterator[tuple[slice, tuple[int, int, int]]]:
-    """Rows of a few images at a time, and the shape (images, tokens, heads) that they are to be padded to."""
+    """Iterate over the rows of a few images at a time, with the shape (images, tokens, heads) to pad them to."""
     start = 0
     for images, tokens in groups:
         at_once = 1 + 2**19 // (num_heads * tokens**2)
@@ -120,16 +121,16 @@ def _few_images(groups: Groups, num_heads: int) -> Iterator[tuple[slice, tuple[i
 
 
 def _stacked_heads(x: Tensor, kinds: int, images: int, tokens: int, num_heads: int) -> Tensor:
-    """``kinds`` vectors of each token [b·N, kinds · D] as [kinds, B·heads, N, D/heads], zeros where images lack."""
+    """Copy ``kinds`` vectors per token [b·N, kinds·D] to [kinds, B·heads, N, D/heads], zeros for missing images."""
     x = F.pad(x, (0, 0, 0, images * tokens - len(x)))
     return x.view(images, tokens, kinds, num_heads, -1).permute(2, 0, 3, 1, 4).contiguous().flatten(1, 2)
 
 
 def _by_token(x: Tensor, images: int, tokens: int, num_heads: int) -> Tensor:
-    """[B·heads, N, d] as [B, N, heads, d], a view."""
+    """View [B·heads, N, d] as [B, N, heads, d]."""
     return x.view(images, num_heads, tokens, -1).transpose(1, 2)
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
-    """How much each token reads of each other [B·heads, N, N]."""
+    """Compute the attention weights [B·heads, N, N]."""
     return torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, dim=-1)

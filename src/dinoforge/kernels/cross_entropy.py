@@ -1,4 +1,4 @@
-"""Cross-entropy between teacher targets and student logits on a CPU, without ever holding all logits."""
+"""Cross-entropy between teacher targets and student logits on a CPU, without ever storing all logits."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,11 +27,13 @@ _SAFE_EXPONENT = 40.0  # sums and products of exponentials up to this do not ove
 
 @dataclass(frozen=True)
 class _Piece:
-    """Samples of a term, as columns of a chunk: ``crops`` times the samples, crop-major.
+    """Samples of a term as columns of a chunk: n = crops · samples of them, crop-major.
 
-    number: of the term.
-    samples: of each of its crops.
-    columns: of the chunk.
+    Args:
+        number: The number of the term.
+        term: The term.
+        samples: The samples of each of the term's crops.
+        columns: The columns of the chunk.
     """
 
     number: int
@@ -41,16 +43,16 @@ class _Piece:
 
     @property
     def z(self) -> Tensor:
-        """Their embeddings over temperature [n, d]."""
+        """The embeddings of the columns over temperature [n, d]."""
         return self.term.embeddings[:, self.samples].flatten(0, 1) / self.term.temp
 
     @property
     def weights(self) -> Tensor:
-        """Of each column [n]."""
+        """The weights of the columns [n]."""
         return self.term.weights[self.samples].repeat(len(self.term.embeddings))
 
     def agreement(self, logits: Tensor, tile: slice) -> Tensor:
-        """Sums [n] over a tile of prototypes of target times logit, for logits [k, N] of all columns."""
+        """Sum target times logit over a tile of prototypes [n], for logits [k, N] of all the chunk's columns."""
         own = logits[:, self.columns]
         if len(self.term.embeddings) == 1:
             parts = [self.term.targets.agreement(own, tile, samples) for samples in self.sources]
@@ -58,7 +60,7 @@ class _Piece:
         return (self._per_crop(own) * self._mixed(tile)).sum(dim=0).flatten()
 
     def subtract_targets(self, gradient: Tensor, tile: slice) -> None:
-        """Takes the targets from a matrix [k, N] over a tile of prototypes and all columns."""
+        """Subtract the targets from a matrix [k, N] over a tile of prototypes and all the chunk's columns."""
         own = gradient[:, self.columns]
         if len(self.term.embeddings) == 1:
             for samples in self.sources:
@@ -68,16 +70,16 @@ class _Piece:
 
     @property
     def sources(self) -> list[slice]:
-        """Where their targets are."""
+        """The slices of the targets' samples."""
         return [slice(s.start + self.samples.start, s.start + self.samples.stop) for s in self.term.sources]
 
     def _per_crop(self, own: Tensor) -> Tensor:
-        """[k, n] as [k, crops, g], a view."""
+        """View [k, n] as [k, crops, g]."""
         shaped: Tensor = own.unflatten(1, (len(self.term.embeddings), -1))
         return shaped
 
     def _mixed(self, tile: slice) -> Tensor:
-        """The sum of the targets that crops share [k, 1, g]."""
+        """Sum the targets that the crops share [k, 1, g]."""
         first, *others = self.sources
         mixed = self.term.targets.tile(tile, first)
         for more in others:
@@ -87,22 +89,22 @@ class _Piece:
 
 @dataclass
 class LastLayer:
-    """The student's weight-normed last layer in a step that calls ``cross_entropy`` several times.
+    """The state of the student's weight-normed last layer in a step that calls ``cross_entropy`` several times.
 
-    Its weight is made by the first call, and its gradient is a sum over all calls, which the last one hands on: neither
-    is made anew, nor held twice. In between, the scratch memory of its name belongs to these calls.
+    The first call computes the effective weight. All calls add to one gradient, which the last call returns. So neither
+    is computed again or stored twice. Between the calls, no other code may use the scratch memory called ``name``.
 
     Args:
-        calls: how many are to come.
-        name: of the scratch memory of the weight.
+        calls: The number of calls to come.
+        name: The name of the weight's block in scratch memory.
     """
 
     calls: int = 1
     name: str = "weight"
-    weight: Tensor = field(init=False)  # effective [K, d], in scratch memory
-    lengths: Tensor = field(init=False)  # of ``weight_v`` [K, 1]
-    gradient: Tensor | None = field(init=False, default=None)  # of the effective weight [K, d]
-    begun: bool = field(init=False, default=False)
+    weight: Tensor = field(init=False)  # the effective weight [K, d], in scratch memory
+    lengths: Tensor = field(init=False)  # the lengths of the rows of ``weight_v`` [K, 1]
+    gradient: Tensor | None = field(init=False, default=None)  # the gradient of the effective weight [K, d]
+    begun: bool = field(init=False, default=False)  # whether a call was made
 
 
 def _kind(numbered: tuple[int, Term]) -> tuple[int, int]:
@@ -111,9 +113,14 @@ def _kind(numbered: tuple[int, Term]) -> tuple[int, int]:
 
 
 def _chunks(terms: Sequence[tuple[int, Term]], most: int) -> Iterator[list[_Piece]]:
-    """All columns of numbered terms in chunks of about equal size, at most ``most`` if crops allow it."""
+    """Cut the columns of numbered terms into chunks of about equal size, of at most ``most`` columns if crops allow.
+
+    Args:
+        terms: The terms with their numbers.
+        most: The maximum number of columns in a chunk.
+    """
     total = sum(term.embeddings.shape[0] * term.embeddings.shape[1] for _, term in terms)
-    # All crops of a sample come together: without that room, a few columns would be left for a chunk of their own.
+    # A chunk holds all crops of a sample. The room for them avoids a last chunk of a few columns.
     size = -(-total // max(1, -(-total // most))) + max(len(term.embeddings) for _, term in terms) - 1
     chunk: list[_Piece] = []
     filled = 0
@@ -134,7 +141,7 @@ def _chunks(terms: Sequence[tuple[int, Term]], most: int) -> Iterator[list[_Piec
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Computes the gradient in the forward pass, chunk by chunk, since everything it needs is at hand there."""
+    """Computes the gradient in the forward pass, chunk by chunk, while the exponentials of a chunk are in memory."""
 
     @staticmethod
     def forward(
@@ -157,7 +164,7 @@ class _CrossEntropy(torch.autograd.Function):
         ]
         largest = largest_logit(weight_g, min(term.temp for term in terms))
         most = columns_at_once(len(w), dtype)
-        # Fewer and wider products are faster; in float32, crops of one kind by themselves round as in the reference.
+        # Fewer and wider products are faster. In float32, separate chunks for each kind of crop round as the reference.
         numbered = list(enumerate(terms))
         kinds = [list(g) for _, g in groupby(numbered, _kind)] if dtype is torch.float32 else [numbered]
         chunks = [chunk for kind in kinds for chunk in _chunks(kind, most)]
@@ -195,7 +202,7 @@ class _CrossEntropy(torch.autograd.Function):
 def cross_entropy(
     terms: Sequence[Term], weight_g: Tensor, weight_v: Tensor, scratch: Scratch, layer: LastLayer | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As ``ops.cross_entropy``; the gradient is computed on the way, and the weights get theirs from the last call."""
+    """Compute ``ops.cross_entropy`` and its gradient; only the last call of ``layer`` gives the weights a gradient."""
     embeddings = [term.embeddings for term in terms]
     dtype = last_layer_dtype(embeddings[0])
     with torch.autocast(weight_v.device.type, enabled=False):
@@ -214,7 +221,7 @@ def _accumulate(
     largest: float | None,
     scratch: Scratch,
 ) -> None:
-    """Adds what a chunk gives to the values of its terms, to their gradients [C, G, d] and to ``grad_w`` [K, d]."""
+    """Add a chunk's part to the values of its terms, their gradients [C, G, d] and ``grad_w`` [K, d]."""
     filled = chunk[-1].columns.stop
     unused = padded(filled) - filled
     z = torch.cat([piece.z for piece in chunk])  # [n, d]
@@ -240,24 +247,24 @@ def _accumulate(
 def _forward(
     chunk: list[_Piece], z: Tensor, w: Tensor, largest: float | None, scratch: Scratch
 ) -> tuple[Tensor, Tensor, list[tuple[slice, Tensor]]]:
-    """Cross-entropy of each column.
+    """Compute the cross-entropy of each column.
 
     Args:
-        chunk: what the columns are.
-        z: embeddings over temperature [n, d].
-        w: effective weight [K, d].
-        largest: what no logit exceeds in size; None if that is not known.
-        scratch: where to keep the exponentials.
+        chunk: The pieces that make up the columns.
+        z: The embeddings over temperature [n, d].
+        w: The effective weight [K, d].
+        largest: An upper bound on the absolute values of the logits; None if there is no known bound.
+        scratch: The scratch memory that holds the exponentials.
 
     Returns:
-        The loss [n]; unnormalised exponentials [K, n], in the precision of ``w``; and per tile of prototypes the
-        factor [n] that makes them probabilities, times the number of targets.
+        The loss [n]; the unnormalised exponentials [K, n], in the precision of ``w``; and for each tile of prototypes
+        the factor [n] that turns exponentials into probabilities, times the number of targets.
     """
     rows = z.to(w.dtype)
     exponentials = scratch.take("student", (len(w), len(z)), w.dtype, w.device)
     exact = torch.promote_types(w.dtype, torch.float32)
     safe = largest is not None and largest < _SAFE_EXPONENT
-    # What exponents are over: with small logits nothing, else the largest of each column until then.
+    # Exponentials are taken of logits minus the running maximum of their column; of small logits as they are.
     top = torch.full((len(z),), 0.0 if safe else -torch.inf, dtype=exact, device=w.device)
     mass, agreement = torch.zeros_like(top), torch.zeros_like(top)
     tops: list[tuple[slice, Tensor]] = []
@@ -276,7 +283,7 @@ def _forward(
             exponentials[tile] = logits.exp_()
         mass += logits.sum(dim=0, dtype=exact)
         tops.append((tile, top))
-    targets = torch.zeros_like(top)  # of each column
+    targets = torch.zeros_like(top)  # number of targets of each column
     for piece in chunk:
         targets[piece.columns] = len(piece.term.sources)
     loss = targets * (top + mass.log()) - agreement  # targets sum to one
@@ -295,7 +302,7 @@ def _backward(
     *,
     first: bool,
 ) -> None:
-    """Adds the gradients of the unweighted loss to ``grad_z`` [n, d], of the weighted one to ``grad_w`` [K, d].
+    """Add the gradient of the unweighted loss to ``grad_z`` [n, d], and that of the weighted loss to ``grad_w`` [K, d].
 
     The first chunk overwrites ``grad_w`` instead.
     """

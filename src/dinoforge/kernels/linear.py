@@ -1,4 +1,4 @@
-"""A norm or a scale and a linear layer in one on a CPU, without keeping what lies between."""
+"""A linear layer fused with a norm or a scale on a CPU, without storing the intermediate result."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from dinoforge.kernels.rows import added, few_rows, gradient_of_weight, linear_r
 
 
 class NormLinear(torch.autograd.Function):
-    """Keeps only ``x``, in the precision of the product, and normalises it again in the backward pass."""
+    """LayerNorm and a linear layer; keeps only ``x``, in the product's precision, and normalises again in backward."""
 
     @staticmethod
     def forward(
@@ -63,18 +63,19 @@ class NormLinear(torch.autograd.Function):
 
 
 class ScaledLinear(torch.autograd.Function):
-    """Keeps only ``x`` for the backward pass, which makes the gradient of the factors from that of the weights.
+    """A linear layer and LayerScale; keeps only ``x``, and derives the scale's gradient from that of the weights.
 
-    With y = (x W^T + b) · scale, it is sum(dy · (x W^T + b)) over tokens = sum((dy^T x) · W) over inputs + sum(dy) · b:
-    neither the unscaled output nor a second pass over the tokens is needed.
+    With y = (x W^T + b) · scale, the scale's gradient is sum(dy · (x W^T + b)) over tokens, which equals
+    sum((dy^T x) · W) over inputs + sum(dy) · b. So backward needs neither the unscaled output nor a second pass over
+    the tokens.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, gelu: bool) -> Tensor:
         ctx.save_for_backward(x, weight, bias, scale)
         ctx.gelu = gelu
-        # In half precision the factors are part of the weights: one rounding less, and no pass over the output.
-        factors = scale if x.dtype is weight.dtype else None  # of the output
+        # In half precision, the factors are folded into the weights: one rounding less, and no pass over the output.
+        factors = scale if x.dtype is weight.dtype else None  # the output is multiplied by these
         folded = scale if factors is None else None
         w = (weight if folded is None else weight * folded[:, None]).to(x.dtype)
         b = None if bias is None else (bias if folded is None else bias * folded).to(x.dtype)
@@ -93,7 +94,7 @@ class ScaledLinear(torch.autograd.Function):
         of_gelu = private.gelu_backward() if ctx.gelu else None
         w = (weight if scale is None else weight * scale[:, None]).to(grad.dtype)
         grad_x = torch.empty_like(x)
-        sums: list[Tensor | None] = [None] * 2  # of the scaled weight [D, D'] and bias
+        sums: list[Tensor | None] = [None] * 2  # gradients of the scaled weight [D, D'] and bias
         for rows in few_rows(x, x.dtype):
             x_rows, g = x[rows], grad[rows]
             y = F.gelu(x_rows) if ctx.gelu else x_rows

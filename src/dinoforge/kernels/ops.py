@@ -1,7 +1,7 @@
 """The door to the arithmetic: the operations that the method and the networks are made of.
 
-Each has a definition in ``plain`` and a fast twin for CPUs. The plain one is what accelerators take, and graphs that
-are compiled or exported, and whoever asks for it by ``using``.
+Each operation has a definition in ``plain`` and a fast twin for CPUs. Accelerators, compiled or exported graphs, and
+callers that ask by ``using`` take the plain definition.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -55,7 +55,7 @@ _asked: ContextVar[Kernels] = ContextVar("_asked", default="auto")
 
 @contextmanager
 def using(kernels: Kernels) -> Iterator[None]:
-    """A context in which operations of this thread, backward passes included, are computed by ``kernels``."""
+    """Select the kernels that compute this thread's operations in the context, including their backward passes."""
     before = _asked.set(kernels)
     try:
         yield
@@ -64,17 +64,17 @@ def using(kernels: Kernels) -> Iterator[None]:
 
 
 def _by_fast(x: Tensor) -> bool:
-    """Whether fast twins compute on ``x``."""
+    """Return whether fast twins compute on ``x``."""
     return not torch.compiler.is_compiling() and x.device.type == "cpu" and _asked.get() != "plain"
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
-    """``linear(norm(x))``: the start of a residual branch.
+    """Compute ``linear(norm(x))`` [T, D'], the start of a residual branch.
 
     Args:
-        x: [T, D].
-        norm: over D.
-        linear: from D to D'.
+        x: The tokens [T, D].
+        norm: The norm over D.
+        linear: The linear layer from D to D'.
     """
     if not (_by_fast(x) and private.layer_norm_backward()):
         return plain.norm_linear(x, norm, linear)
@@ -85,16 +85,16 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
 
 
 def scaled_linear(x: Tensor, linear: nn.Linear, scale: Tensor | None, *, gelu: bool = False) -> Tensor:
-    """``linear(x) * scale``, or ``linear(gelu(x)) * scale``: the end of a residual branch, or a layer of an MLP.
+    """Compute ``linear(x) * scale`` or ``linear(gelu(x)) * scale`` [T, D]: the end of a branch, or a layer of an MLP.
 
     Args:
-        x: [T, D'].
-        linear: from D' to D.
-        scale: LayerScale's factors [D], or None.
-        gelu: whether to apply it first.
+        x: The tokens [T, D'].
+        linear: The linear layer from D' to D.
+        scale: LayerScale's factors [D]; None for 1.
+        gelu: Whether to apply GELU to ``x`` first.
     """
     dtype = product_dtype(x)
-    scaled_in_float16 = dtype is torch.float16 and scale is not None  # by the weights, it would lose their gradient
+    scaled_in_float16 = dtype is torch.float16 and scale is not None  # scaled weights would lose their gradient
     if scaled_in_float16 or not (_by_fast(x) and (private.gelu_backward() or not gelu)):
         return plain.scaled_linear(x, linear, scale, gelu)
     with torch.autocast(x.device.type, enabled=False):
@@ -103,12 +103,12 @@ def scaled_linear(x: Tensor, linear: nn.Linear, scale: Tensor | None, *, gelu: b
 
 
 def attention(qkv: Tensor, groups: Groups, num_heads: int) -> Tensor:
-    """What each token gathers from its image [T, D].
+    """Compute attention among the tokens of each image [T, D].
 
     Args:
-        qkv: queries, keys and values of packed tokens [T, 3D].
-        groups: which tokens belong together.
-        num_heads: of equal width.
+        qkv: The queries, keys and values of packed tokens [T, 3D].
+        groups: The groups of the tokens, which say where images begin.
+        num_heads: The number of heads, which divides D.
     """
     twin = _fast_attention(qkv.dtype) if _by_fast(qkv) else None
     if twin is None:
@@ -118,18 +118,21 @@ def attention(qkv: Tensor, groups: Groups, num_heads: int) -> Tensor:
 
 
 def _fast_attention(dtype: torch.dtype) -> type[torch.autograd.Function] | None:
-    """The fast twin of attention; None if this PyTorch lacks what it is made of."""
+    """Return the fast twin of attention; None if this PyTorch lacks the twin's operators."""
     if dtype.itemsize == 2:
         return HalfAttentionOnCpu if private.softmax_backward() else None
     return AttentionOnCpu if private.flash_attention() and private.flash_attention_backward() else None
 
 
 def take_rows(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` for the residual stream, which ``add_rows`` reads and nothing else, and some of its rows for a branch.
+    """Take some rows of ``x`` for a residual branch.
 
     Args:
-        x: [T, D].
-        rows: distinct indices [T'].
+        x: The tokens [T, D].
+        rows: Distinct indices [T'].
+
+    Returns:
+        The residual stream [T, D], which only ``add_rows`` may read, and the rows [T', D].
     """
     if not _by_fast(x):
         return plain.take_rows(x, rows)
@@ -138,12 +141,12 @@ def take_rows(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_rows(x: Tensor, branch: Tensor, subset: Subset) -> Tensor:
-    """Adds a branch that saw a subset of the images, scaled so that its expectation is the whole branch's.
+    """Add a branch computed on a subset of the images, scaled so that its expectation is that of the whole branch.
 
     Args:
-        x: the residual stream [T, D].
-        branch: of the subset's rows [T', D].
-        subset: what the branch saw.
+        x: The residual stream [T, D].
+        branch: The branch's output for the rows of the subset [T', D].
+        subset: The images that the branch keeps.
     """
     if not _by_fast(x):
         return plain.add_rows(x, branch, subset)
@@ -152,7 +155,7 @@ def add_rows(x: Tensor, branch: Tensor, subset: Subset) -> Tensor:
 
 
 def even_rows(x: Tensor) -> Tensor:
-    """``x`` [N, D] with rows of zeros up to a number that comes again, where each new number costs a CPU time."""
+    """Pad ``x`` [N, D] with zero rows to one of few sizes, on a CPU, where each new size costs time."""
     return F.pad(x, (0, 0, 0, padded(len(x)) - len(x))) if _by_fast(x) else x
 
 
@@ -160,14 +163,14 @@ def even_rows(x: Tensor) -> Tensor:
 def teacher_logits(
     embeddings: Tensor, weight_g: Tensor, weight_v: Tensor, temp: float, *, scratch: Scratch, name: str = "teacher"
 ) -> Tensor:
-    """Logits over temperature, prototypes first [K, N], in the precision of the product.
+    """Compute the teacher's logits over temperature, prototypes first [K, N], in the precision of the product.
 
     Args:
-        embeddings: normalised teacher bottlenecks [N, d].
-        weight_g, weight_v: of the teacher's last layer [K, 1], [K, d].
-        temp: the teacher's temperature.
-        scratch: whose memory ``name`` the logits may take.
-        name: of logits that are not needed beside others of this name.
+        embeddings: The normalised teacher bottlenecks [N, d].
+        weight_g, weight_v: The parameters of the teacher's last layer [K, 1], [K, d].
+        temp: The teacher's temperature.
+        scratch: The scratch memory that may hold the logits.
+        name: The name of the logits' block in ``scratch``. The next logits of this name overwrite the block.
     """
     if _by_fast(embeddings):
         return fast_targets.teacher_logits(embeddings, weight_g, weight_v, temp, scratch=scratch, name=name)
@@ -178,12 +181,13 @@ def teacher_logits(
 
 @torch.no_grad()
 def centering(logits: Tensor, center: Tensor, temp: float) -> Targets:
-    """``softmax((logits - center) / temp)``; the targets may take the memory of the logits.
+    """Compute targets by centering: ``softmax((logits - center) / temp)``.
 
     Args:
-        logits: of the teacher, over temperature [K, N], see ``teacher_logits``; not to be read again.
-        center: running mean of earlier logits [K].
-        temp: the teacher's temperature, for the centre.
+        logits: The teacher's logits, already over temperature [K, N]; see ``teacher_logits``. The targets may overwrite
+            them.
+        center: The running mean of earlier logits [K].
+        temp: The teacher's temperature, which divides the centre.
 
     Source: DINO (arXiv 2104.14294), section 3.1.
     """
@@ -195,11 +199,11 @@ def centering(logits: Tensor, center: Tensor, temp: float) -> Targets:
 
 @torch.no_grad()
 def sinkhorn_knopp(logits: Tensor, iterations: int = 3, largest: float | None = None) -> Targets:
-    """Balanced assignment of the samples of all ranks to prototypes; the targets may take the memory of the logits.
+    """Compute targets by Sinkhorn-Knopp: a balanced assignment of the samples of all ranks to prototypes.
 
-    Each iteration scales the matrix ``exp(logits)`` so that all prototypes have equal mass, then so that all samples
-    have; the last word is the samples', so each sample's probabilities sum to one. As pseudocode, with N samples on
-    all ranks:
+    Each iteration scales the matrix ``exp(logits)`` so that all prototypes have equal mass, and then so that all
+    samples have equal mass. Samples come last, so each sample's probabilities sum to one. As pseudocode, with N samples
+    on all ranks:
 
         for i in range(iterations):
             for k in range(K): u[k] = 1 / sum(exp(logits[k, n]) * v[n] for n in range(N))
@@ -208,10 +212,12 @@ def sinkhorn_knopp(logits: Tensor, iterations: int = 3, largest: float | None = 
     The constant masses 1/K and 1/N cancel.
 
     Args:
-        logits: of the teacher, over temperature [K, n], the samples of this rank, see ``teacher_logits``; n may be 0
-            on some; not to be read again.
-        iterations: 3 in SwAV (arXiv 2006.09882, section 3.1) and DINOv2 (arXiv 2304.07193, section 4).
-        largest: what no logit of any rank exceeds in size, the same on all ranks; None if that is not known.
+        logits: The teacher's logits over temperature for the samples of this rank [K, n]; see ``teacher_logits``. n may
+            be 0 on some ranks. The targets may overwrite the logits.
+        iterations: The number of iterations; 3 in SwAV (arXiv 2006.09882, section 3.1) and DINOv2 (arXiv 2304.07193,
+            section 4).
+        largest: An upper bound on the absolute values of the logits of all ranks, the same on all ranks; None if there
+            is no known bound.
     """
     if _by_fast(logits):
         return fast_targets.sinkhorn_knopp(logits, iterations, largest)
@@ -222,17 +228,17 @@ def sinkhorn_knopp(logits: Tensor, iterations: int = 3, largest: float | None = 
 def cross_entropy(
     terms: Sequence[Term], weight_g: Tensor, weight_v: Tensor, scratch: Scratch, layer: LastLayer | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Weighted cross-entropies of student logits against teacher targets.
+    """Compute weighted cross-entropies of student logits against teacher targets.
 
     Logits exist for a few samples at a time, so memory does not grow with the number of samples times K. Under autocast
-    to bfloat16 the products run in it; sums, softmax and loss are float32.
+    to bfloat16, products run in bfloat16; sums, softmax and loss are float32.
 
     Args:
-        terms: what is held against what; at least one.
-        weight_g, weight_v: of the student's weight-normed last layer [K, 1], [K, d].
-        scratch: keeps memory between calls.
-        layer: what this call has in common with others of the step, whose sums get the same gradient; the weights may
-            get theirs from the last one.
+        terms: The terms, at least one.
+        weight_g, weight_v: The parameters of the student's weight-normed last layer [K, 1], [K, d].
+        scratch: The scratch memory, kept between calls.
+        layer: The state that this call shares with the other calls of the step; the sums of all calls must get the same
+            gradient. The weights may get their gradient from the last call only.
 
     Returns:
         The sum of the terms, and each term [len(terms)] without a gradient.
@@ -250,8 +256,8 @@ def move_towards(moved: Iterable[Tensor], target: Iterable[Tensor], share: float
     """Move tensors a share of the way towards others, in place: ``moved += share * (target - moved)``.
 
     Args:
-        moved: Moved in place; of sharded ones, this rank's part.
-        target: Of the same shapes, sharded alike.
-        share: From 0 to 1.
+        moved: The tensors to move. Of sharded tensors, this rank's part is moved.
+        target: Tensors of the same shapes, sharded alike.
+        share: The share of the way, from 0 to 1.
     """
     torch._foreach_lerp_(distributed.shards(list(moved)), distributed.shards(list(target)), share)

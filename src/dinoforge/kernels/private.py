@@ -1,6 +1,6 @@
-"""Operators that are no part of PyTorch's public interface: each is tried once, and None where it does not work.
+"""CPU operators outside PyTorch's public interface: each is tried once, and is None if it does not work.
 
-They compute on a CPU. The fast twin that calls one is left where it is missing, for the plain definition.
+If an operator is missing, the plain definition replaces the fast twin that calls it.
 """
 
 from collections.abc import Callable
@@ -15,22 +15,22 @@ Operator = Callable[..., Any]
 
 
 def tried(get: Callable[[], Operator], call: Callable[[Operator], object]) -> Operator | None:
-    """An operator, or None if it is not there or does not take what it is called with.
+    """Look up an operator and try it; None if it does not exist or refuses the arguments.
 
     Args:
-        get: looks it up.
-        call: calls it on something small.
+        get: A function that looks the operator up.
+        call: A function that calls the operator on small inputs.
     """
 
     def attempt() -> Operator | None:
         try:
             operator = get()
             call(operator)
-        except (AttributeError, TypeError, RuntimeError):  # NotImplementedError is one of the last
+        except (AttributeError, TypeError, RuntimeError):  # NotImplementedError is a RuntimeError
             return None
         return operator
 
-    # In a thread of its own, where neither autocast nor whoever counts operations has a say.
+    # In a separate thread, which neither autocast nor counters of operations affect.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(attempt).result()
 
@@ -41,7 +41,7 @@ def _some(*shape: int) -> Tensor:
 
 @cache
 def linear_pointwise() -> Operator | None:
-    """oneDNN's linear layer, which PyTorch's compiler emits."""
+    """Return oneDNN's linear layer, which PyTorch's compiler emits."""
     return tried(
         lambda: torch.ops.mkldnn._linear_pointwise, lambda op: op(_some(4, 2), _some(3, 2), None, "none", [], "")
     )
@@ -49,14 +49,14 @@ def linear_pointwise() -> Operator | None:
 
 @cache
 def flash_attention() -> Operator | None:
-    """Attention that also gives the logarithms of the softmaxes' sums."""
+    """Return the attention that also gives the logarithms of the softmax sums."""
     q = _some(1, 1, 2, 4)
     return tried(lambda: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, lambda op: _pair(op(q, q, q)))
 
 
 @cache
 def flash_attention_backward() -> Operator | None:
-    """Its backward pass."""
+    """Return the backward pass of ``flash_attention``."""
     q = _some(1, 1, 2, 4)
     return tried(
         lambda: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
@@ -66,13 +66,13 @@ def flash_attention_backward() -> Operator | None:
 
 @cache
 def softmax_backward() -> Operator | None:
-    """The gradient of a softmax's argument, from those of its result and the result."""
+    """Return the backward pass of softmax, which takes the output's gradient and the output."""
     return tried(lambda: torch._softmax_backward_data, lambda op: op(_some(2, 2), _some(2, 2), -1, torch.float32))
 
 
 @cache
 def layer_norm_backward() -> Operator | None:
-    """The gradients of what LayerNorm reads, its weight and its bias."""
+    """Return the backward pass of LayerNorm, which gives the gradients of input, weight and bias."""
     x, of_row, of_channel = _some(2, 4), _some(2, 1), _some(4)
     return tried(
         lambda: torch.ops.aten.native_layer_norm_backward,
@@ -82,7 +82,7 @@ def layer_norm_backward() -> Operator | None:
 
 @cache
 def gelu_backward() -> Operator | None:
-    """The gradient of what GELU reads, into memory that is given."""
+    """Return the backward pass of GELU, which writes the input's gradient into given memory."""
     return tried(lambda: torch.ops.aten.gelu_backward, lambda op: op(_some(2), _some(2), grad_input=_some(2)))
 
 

@@ -1,4 +1,4 @@
-"""Residual branches on some of the images, without copies of the others."""
+"""Residual branches on some of the images, without copying the other images."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,10 +11,10 @@ from dinoforge.kernels.types import Subset
 
 
 class Take(torch.autograd.Function):
-    """``x, x[rows]`` for distinct rows, with a backward pass that needs no second gradient of the size of ``x``.
+    """Returns ``x, x[rows]`` for distinct rows; the backward pass needs no second gradient of the size of ``x``.
 
-    The gradient of the first result is added to in place. That is sound because a residual stream has one reader: the
-    addition of the branch, which hands the gradient on as it came.
+    The backward pass adds to the first result's gradient in place. This is sound because the residual stream has a
+    single reader: the addition of the branch, which returns the incoming gradient unchanged.
     """
 
     @staticmethod
@@ -31,7 +31,7 @@ class Take(torch.autograd.Function):
 
 
 class AddTo(torch.autograd.Function):
-    """Adds a branch that saw a subset of the images, scaled so that its expectation is the whole branch's.
+    """Adds a branch computed on a subset of the images, scaled so that its expectation is that of the whole branch.
 
     ``index_add`` would keep the branch's output for its backward pass, which needs only the shape.
     """
@@ -55,6 +55,6 @@ class AddTo(torch.autograd.Function):
 
 
 def _scaled_parts(subset: Subset, branch: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Of each group: the packed rows, those of the branch, and their factor."""
+    """Iterate over the groups: the packed row indices, the branch's rows, and the group's factor."""
     sizes = [images * tokens for images, tokens in subset.groups]
     return zip(subset.rows.split(sizes), branch.split(sizes), subset.scales, strict=True)

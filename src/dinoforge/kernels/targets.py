@@ -1,7 +1,7 @@
-"""Teacher logits to targets on a CPU: centering and Sinkhorn-Knopp.
+"""Turn teacher logits into targets on a CPU, by centering and Sinkhorn-Knopp.
 
-Both give probabilities of the form ``exp(logits / temp) · u[prototype] · v[sample]``. The exponentials take the place
-of the logits, which is the only matrix that is kept; the probabilities are made where they are read, a tile at a time.
+Both give probabilities of the form ``exp(logits / temp) · u[prototype] · v[sample]``. The exponentials overwrite the
+logits, the only matrix that is kept. Readers compute the probabilities, a tile at a time.
 """
 
 import torch
@@ -20,7 +20,7 @@ _SAFE_RANGE = 70.0  # sums of exponentials this far apart neither overflow nor u
 def teacher_logits(
     embeddings: Tensor, weight_g: Tensor, weight_v: Tensor, temp: float, *, scratch: Scratch, name: str = "teacher"
 ) -> Tensor:
-    """As ``ops.teacher_logits``; they take the memory ``name``."""
+    """Compute ``ops.teacher_logits`` in the scratch memory called ``name``."""
     dtype = last_layer_dtype(embeddings)
     w, _ = effective_weight(weight_g, weight_v, dtype, scratch)
     count = padded(len(embeddings))
@@ -35,18 +35,18 @@ def teacher_logits(
 
 @torch.no_grad()
 def centering(logits: Tensor, center: Tensor, temp: float) -> Targets:
-    """As ``ops.centering``; the targets take the memory of the logits."""
+    """Compute ``ops.centering``; the targets overwrite the logits."""
     per_sample = _exponentiate(logits, -center / temp)
     return Targets(logits, torch.ones_like(center), per_sample)
 
 
 @torch.no_grad()
 def sinkhorn_knopp(logits: Tensor, iterations: int = 3, largest: float | None = None) -> Targets:
-    """As ``ops.sinkhorn_knopp``; the targets take the memory of the logits.
+    """Compute ``ops.sinkhorn_knopp``; the targets overwrite the logits.
 
-    Exponentials are taken once, over each sample's largest, and scaled by two vectors from there on. Where logits are
-    so far apart that this could underflow, the first iteration works on logarithms instead; after it, each sample's
-    largest entry can be 1, and then each prototype has one of at least 1/N.
+    Exponentials are computed once, relative to each sample's largest logit. Two vectors then scale them. If logits are
+    so far apart that exponentials could underflow, the first iteration works on logarithms instead. After this
+    iteration, scaling each sample's largest entry to 1 leaves each prototype an entry of at least 1/N.
     """
     k, n = logits.shape
     every = list(tiles(k, n, logits.device))
@@ -58,7 +58,8 @@ def sinkhorn_knopp(logits: Tensor, iterations: int = 3, largest: float | None = 
         iterations -= 1
     u = v.new_ones(k)
     for _ in range(iterations):
-        # One of the vectors is kept in range; the other takes it back. On one rank, each tile is visited once.
+        # One vector is divided by its maximum to stay in range, and the other compensates. On one rank, an iteration
+        # reads each tile once.
         if distributed.is_active():
             u = torch.cat([torch.mv(exact(logits[tile]), v) for tile in every])
             u = distributed.sum_over_ranks(u).reciprocal_()
@@ -76,7 +77,7 @@ def sinkhorn_knopp(logits: Tensor, iterations: int = 3, largest: float | None = 
 
 
 def _exponentiate(logits: Tensor, shift: Tensor) -> Tensor:
-    """Replaces logits [K, N] by ``exp(logits + shift[prototype])`` over each sample's largest.
+    """Replace logits [K, N] by ``exp(logits + shift[prototype])``, divided by each sample's largest value.
 
     Returns:
         The factors [N] that make each sample sum to one.
@@ -87,16 +88,16 @@ def _exponentiate(logits: Tensor, shift: Tensor) -> Tensor:
         torch.maximum(top, (logits[tile] + shift[tile, None]).amax(dim=0), out=top)
     mass = torch.zeros_like(top)
     for tile in tiles(k, n, logits.device):
-        # Logits in half precision are shifted in float32, which a second rounding would undo.
+        # Logits in half precision are shifted in float32 and rounded once, after the exponential.
         part = exact(logits[tile]).add_(shift[tile, None]).sub_(top).exp_()
         if part.dtype != logits.dtype:
             part = logits[tile].copy_(part)
-        mass += part.sum(dim=0, dtype=mass.dtype)  # of what is kept, so that each sample does sum to one
+        mass += part.sum(dim=0, dtype=mass.dtype)  # of rounded values, so that each sample sums to one
     return mass.reciprocal_()
 
 
 def _exponentiate_over_largest(logits: Tensor) -> Tensor:
-    """Replaces logits [K, N] by ``exp(logits - top[sample])``; returns the tops [N], each sample's largest."""
+    """Replace logits [K, N] by ``exp(logits - top[sample])``; return ``top`` [N], the largest logit of each sample."""
     k, n = logits.shape
     every = list(tiles(k, n, logits.device))
     top = torch.stack([logits[tile].amax(dim=0) for tile in every]).amax(dim=0)

@@ -1,4 +1,4 @@
-"""What the operations take and give."""
+"""The argument and result types of the operations."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,28 +16,28 @@ class Targets:
     per_sample: Tensor  # v [N]
 
     def tile(self, prototypes: slice, samples: slice) -> Tensor:
-        """Probabilities of some samples [k, n], a new tensor."""
+        """Compute the probabilities of some prototypes and samples [k, n], as a new tensor."""
         scaled = self.scaled[prototypes, samples] * self.per_sample[samples]
         return scaled.mul_(self.per_prototype[prototypes, None])
 
     def agreement(self, logits: Tensor, prototypes: slice, samples: slice) -> Tensor:
-        """Sums [n] over prototypes of probability times student's logit [k, n], without making the probabilities."""
+        """Sum probability times student logit [k, n] over prototypes [n], without storing the probabilities."""
         products = (logits * self.scaled[prototypes, samples]).to(self.per_prototype.dtype)
         return torch.mv(products.T, self.per_prototype[prototypes]).mul_(self.per_sample[samples])
 
     def subtract_from(self, matrix: Tensor, prototypes: slice, samples: slice) -> None:
-        """Takes probabilities from a matrix [k, n], without making them."""
+        """Subtract the probabilities from a matrix [k, n] in place, without storing them."""
         scaled = self.scaled[prototypes, samples] * self.per_sample[samples]
         matrix.addcmul_(scaled, self.per_prototype[prototypes, None], value=-1)
 
     def rows(self, samples: slice) -> Tensor:
-        """Probabilities of some samples over all prototypes [n, K]."""
+        """Compute the probabilities of some samples over all prototypes [n, K]."""
         return self.tile(slice(None), samples).T
 
 
 @dataclass(frozen=True)
 class Term:
-    """A part of a loss: crops of the student held against targets of the teacher.
+    """A part of a loss: crops of the student compared with targets of the teacher.
 
         for c in range(C):
             for i in range(G):
@@ -47,11 +47,11 @@ class Term:
     with ``logits = embeddings @ prototypes.T / temp``.
 
     Args:
-        embeddings: normalised student bottlenecks [C, G, d]: C crops that share targets.
-        targets: of the teacher.
-        sources: slices of the targets' samples, each of length G.
-        weights: [G].
-        temp: the student's temperature.
+        embeddings: The normalised student bottlenecks [C, G, d] of C crops that share targets.
+        targets: The targets of the teacher.
+        sources: The slices of the targets' samples to compare with, each of length G.
+        weights: The weights of the samples [G].
+        temp: The student's temperature.
     """
 
     embeddings: Tensor
@@ -67,8 +67,10 @@ Groups = tuple[tuple[int, int], ...]  # (images, tokens per image) of each resol
 class Kept(NamedTuple):
     """The images of a group that a residual branch keeps (stochastic depth).
 
-    images: their indices, on the CPU.
-    scale: images / images kept, which keeps the expectation of the branch; of the whole group, if this is a part of it.
+    Args:
+        images: The indices of the kept images, on the CPU.
+        scale: The number of images over the number of kept images, which preserves the expectation of the branch. For a
+            part of a group, both numbers are those of the whole group.
     """
 
     images: Tensor
@@ -79,9 +81,10 @@ class Kept(NamedTuple):
 class Subset:
     """The images of a batch that one residual branch keeps (stochastic depth).
 
-    rows: packed indices of their tokens [T'].
-    groups: the groups that these tokens form.
-    scales: per group, see ``Kept``.
+    Args:
+        rows: The packed indices of the kept images' tokens [T'].
+        groups: The groups that these tokens form.
+        scales: The scale of each group; see ``Kept``.
     """
 
     rows: Tensor
