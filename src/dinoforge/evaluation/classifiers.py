@@ -1,9 +1,9 @@
-"""Classifiers trained on frozen features: a grid of linear ones by SGD, and logistic regression.
+"""Classifiers trained on frozen features: a grid of linear classifiers by SGD, and logistic regression.
 
-The linear ones follow DINOv2 (arXiv 2304.07193, section 7.1, and its released evaluation): SGD with momentum 0.9 and a
-cosine schedule, for 13 learning rates, on the cls tokens of the last 1 or 4 blocks, with or without the mean patch
-token. Unlike there, features are computed once, so images are not augmented; and the best of the grid is chosen within
-the training part.
+The linear classifiers follow DINOv2 (arXiv 2304.07193, section 7.1, and its released evaluation): SGD with momentum 0.9
+and a cosine schedule, for 13 learning rates, on the cls tokens of the last 1 or 4 blocks, with or without the mean
+patch token. Unlike in DINOv2, features are computed once, so images are not augmented, and the best setting of the grid
+is chosen within the training part.
 """
 
 import math
@@ -26,11 +26,11 @@ from dinoforge.models.vit import Tokens, VisionTransformer
 Method = Literal["linear", "logreg"]
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # for a batch of 256
-LAST_BLOCKS = (1, 4)  # the reference's
-BATCH_SIZE = 128  # the reference's, per GPU
-STEPS = 1250  # a tenth of the reference's 12,500, which are for a million images
+LAST_BLOCKS = (1, 4)  # as in the reference
+BATCH_SIZE = 128  # as in the reference, per GPU
+STEPS = 1250  # a tenth of the reference's 12,500 steps, which are for a million images
 STRENGTHS = tuple(10.0**power for power in range(-5, 3))  # C of logistic regression
-MIN_SHOTS = 5  # fewer leave no image of most classes for choosing in the grid
+MIN_SHOTS = 5  # with fewer shots, most classes have no image left to choose a setting by
 
 Fit = Callable[[Tensor, Tensor, int, Sequence[float]], Tensor]
 """A fit: features [N, D] of all images, labels [T] of the first T, C classes, V settings -> scores [V, N - T, C]."""
@@ -43,9 +43,9 @@ class Row(TypedDict):
     sd: float | None
     balanced_mean: float
     balanced_sd: float | None
-    auroc_mean: float | None  # two classes: of the second; more: mean of each against the rest
+    auroc_mean: float | None  # two classes: of the second class; more: mean of each class against the rest
     auroc_sd: float | None
-    setting_by_split: list[str]  # chosen within each training part
+    setting_by_split: list[str]  # the setting that each training part chose
 
 
 class ClassifierResult(TypedDict):
@@ -56,19 +56,25 @@ class ClassifierResult(TypedDict):
     setting: str  # the setting that most splits chose for the trained network
     splits: int
     n: int  # images in training and test parts together
-    shots: int | None  # labelled images of each class; None: the whole training part
+    shots: int | None  # the most labelled images of each class; None: the whole training part
     labels_from: str  # "folders", or the name of the labels file
-    duplicates: Duplicates  # test images that are among the training images as well
+    duplicates: Duplicates  # test images that are also among the training images
 
 
 class LastBlocks(nn.Module):
-    """A backbone whose cls, [B, (n + 1)·D], is the cls tokens of the last n blocks, last first, and the mean patch."""
+    """A backbone whose ``cls`` [B, (n + 1)·D] is the last n blocks' cls tokens, last first, and the mean patch token.
+
+    Args:
+        network: The backbone.
+        n: The number of blocks.
+    """
 
     def __init__(self, network: VisionTransformer, n: int) -> None:
         super().__init__()
         self.network, self.n = network, n
 
     def forward(self, images: Tensor) -> Tokens:
+        """Compute the tokens of normalised images [B, C, H, W]."""
         layers = self.network.get_intermediate_layers(images, self.n, return_class_token=True)
         pairs = cast(tuple[tuple[Tensor, Tensor], ...], layers)
         patches = pairs[-1][0]
@@ -91,14 +97,14 @@ def run_classifier(
     learning_rates: Sequence[float] = LEARNING_RATES,
     **reading: Unpack[Reading],
 ) -> tuple[ClassifierResult, list[Skipped]]:
-    """Measure how well a classifier on frozen features tells an image's label, on pixels, untrained and trained ones.
+    """Measure how well a classifier predicts an image's label from pixels, untrained and trained frozen features.
 
     Args:
         method: The classifier: ``linear``, or ``logreg`` for logistic regression on the normalised cls token.
         backbone: The trained network.
         untrained: A network of the same architecture before training.
         source: The labelled images.
-        labels: The label of each image of ``source``; images without one, None, take no part.
+        labels: The label of each image of ``source``; None leaves an image out.
         labels_from: The origin of the labels, as the result names it.
         test: Images and labels of a test part; ``None`` makes ``n_splits`` stratified splits of ``source``.
         n_splits: The number of splits, at least 2; each holds out ``1 / n_splits`` of the images.
@@ -174,9 +180,9 @@ def score_classifiers(
     *,
     seed: int = 0,
 ) -> Row:
-    """Compute scores on the test part of each split, with the setting that a fifth of its training part chose.
+    """Compute scores on the test part of each split, with the setting that is best on a fifth of its training part.
 
-    The chosen setting then learns from the whole training part. No label of a test part is seen.
+    A classifier with this setting is then fitted on the whole training part. No label of a test part is used.
 
     Args:
         features: Features of all images, [N, D], any real type.
@@ -187,7 +193,7 @@ def score_classifiers(
         key: The name of the setting to choose.
         values: Values of the setting to choose from.
         fit: A function that fits a classifier for each value.
-        seed: The seed by which a fifth of the training part is drawn.
+        seed: The seed of the draw of a fifth of the training part.
     """
     classes = int(labels.max()) + 1
     accuracy: list[float] = []
@@ -206,7 +212,7 @@ def score_classifiers(
                 (name, value): int((scores.argmax(1) == y[choose]).sum())
                 for value, scores in zip(values, trials, strict=True)
             }
-        name, value = max(right, key=lambda setting: right[setting])  # the first of equals
+        name, value = max(right, key=lambda setting: right[setting])  # the first in a tie
         rows = torch.cat([known, in_test.nonzero().flatten()])
         scores = fit(_columns(x[rows], inputs[name]), y[known], classes, [value])[0]  # [T, C]
         predicted, truth = scores.argmax(1), y[in_test]
@@ -236,7 +242,7 @@ def fit_linear(
     steps: int = STEPS,
     batch_size: int = BATCH_SIZE,
 ) -> Tensor:
-    """Fit one linear classifier for each learning rate, all on the same batches; their losses are independent.
+    """Fit one linear classifier for each learning rate, all on the same batches, with independent losses.
 
     SGD has momentum 0.9 and a cosine schedule to 0.
 
@@ -287,7 +293,7 @@ def fit_logreg(x: Tensor, labels: Tensor, classes: int, strengths: Sequence[floa
 
 
 def classifier_table(result: ClassifierResult) -> str:
-    """Lay a result out as a table and a sentence for a terminal."""
+    """Format a result as a table and a sentence for a terminal."""
     lines = [f"{'':<12}{'accuracy':>16}{'balanced accuracy':>22}{'AUROC':>16}"]
     for name, row in result["rows"].items():
         area = "–" if row["auroc_mean"] is None else percent(row["auroc_mean"], row["auroc_sd"])

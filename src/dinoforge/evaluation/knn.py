@@ -1,7 +1,7 @@
 """Weighted k-nearest-neighbour classification on frozen features, beside raw pixels and the untrained network.
 
-The protocol of DINO and DINOv2 (arXiv 2104.14294, section 4.1; arXiv 2304.07193, section 7.1): cosine similarity of
-cls tokens; each of the k nearest images votes for its class with weight exp(similarity / 0.07).
+The protocol is that of DINO and DINOv2 (arXiv 2104.14294, section 4.1; arXiv 2304.07193, section 7.1). Cls tokens are
+compared by cosine similarity, and each of the k nearest images votes for its class with weight exp(similarity / 0.07).
 """
 
 from collections import Counter
@@ -18,9 +18,9 @@ from dinoforge.evaluation.overlap import Duplicates
 from dinoforge.evaluation.protocol import balanced_accuracy, few_shot, gather, how_measured, percent
 from dinoforge.features.extract import Reading, Skipped
 
-KS = (10, 20, 100, 200)  # DINO's
-TEMPERATURE = 0.07  # DINO's
-MOST_CHOOSE = 10_000  # training images of a split that choose its k; more would take time that grows with N²
+KS = (10, 20, 100, 200)  # DINO's values of k
+TEMPERATURE = 0.07  # DINO's temperature
+MOST_CHOOSE = 10_000  # the most training images of a split that choose its k, since the time grows with their square
 CHUNK_VALUES = 2**25  # values in the largest matrices that knn_predict makes: 128 MiB each in float32
 
 
@@ -32,19 +32,19 @@ class Row(TypedDict):
     balanced_mean: float  # mean of the classes' recalls, at the same k
     balanced_sd: float | None
     by_k: dict[str, float]  # mean accuracy at each k
-    k_by_split: list[int]  # the chosen ones
+    k_by_split: list[int]  # the k that each split chose
 
 
 class KnnResult(TypedDict):
     """The result of ``dinoforge eval knn``, as ``--json`` prints it."""
 
     knn: dict[str, Row]  # "pixels", "untrained", "trained"
-    k: int  # the k that most splits chose for the trained network, the smallest of equals
+    k: int  # the k that most splits chose for the trained network; the smallest in a tie
     splits: int
     n: int  # images in training and test parts together
-    shots: int | None  # labelled images of each class; None: the whole training part
+    shots: int | None  # the most labelled images of each class; None: the whole training part
     labels_from: str  # "folders", or the name of the labels file
-    duplicates: Duplicates  # test images that are among the training images as well
+    duplicates: Duplicates  # test images that are also among the training images
 
 
 def run_knn(
@@ -61,13 +61,13 @@ def run_knn(
     seed: int = 0,
     **reading: Unpack[Reading],
 ) -> tuple[KnnResult, list[Skipped]]:
-    """Measure how well an image's nearest neighbours tell its label, by pixels, untrained and trained features.
+    """Measure how well an image's nearest neighbours predict its label, for pixels, untrained and trained features.
 
     Args:
         backbone: The trained network, from float32 images [B, C, H, W] to ``Tokens``.
         untrained: A network of the same architecture before training; ``None`` leaves its row out.
         source: The labelled images.
-        labels: The label of each image of ``source``; images without one, None, take no part.
+        labels: The label of each image of ``source``; None leaves an image out.
         labels_from: The origin of the labels, as the result names it.
         test: Images and labels of a test part; ``None`` makes ``n_splits`` stratified splits of ``source``.
         pixels: Whether raw pixels are measured, too.
@@ -98,7 +98,7 @@ def run_knn(
     )
     device = reading.get("device")
     if device is not None and device.type != "cuda":
-        device = None  # MPS sorts out 16 neighbours at most in some versions; the CPU is quick enough
+        device = None  # in some versions, topk on MPS returns at most 16 neighbours; the CPU is fast enough
     knn = {
         name: score_knn(x, sets.labels, sets.train, test=sets.test, centred=name == "pixels", device=device)
         for name, x in sets.features.items()
@@ -130,8 +130,8 @@ def score_knn(
 ) -> Row:
     """Compute the accuracy on the test part of each split, at the k that classifies its training part best.
 
-    The choice of k leaves each training image out of its own neighbours and sees no label of the test part; the
-    smallest of equally good k is taken. A k is capped at the neighbours that every training image has.
+    The choice of k leaves each training image out of its own neighbours, and uses no label of the test part. Of equally
+    good values, the smallest k is chosen. Values of k are capped at the number of neighbours of a training image.
 
     Args:
         features: Features of all images, [N, D], any real type.
@@ -142,13 +142,13 @@ def score_knn(
         ks: Numbers of neighbours to choose from.
         temperature: The temperature of the votes.
         device: The device of the computation; ``None`` for the CPU.
-        most_choose: The most training images of a split that choose its k; beyond, as many are drawn at random.
+        most_choose: The most training images of a split that choose its k; of more images, so many are drawn at random.
     """
     most = int(train.sum(1).min()) - 1
     assert most >= 1
     ks = sorted({min(k, most) for k in ks})
     test = ~train if test is None else test
-    choose = few_shot(torch.zeros_like(labels), train, most_choose)  # drawn from all classes together
+    choose = few_shot(torch.zeros_like(labels), train, most_choose)  # a random draw regardless of class
     predictions = knn_predict(
         features,
         labels,
@@ -164,7 +164,7 @@ def score_knn(
     balanced: list[float] = []  # by split, at the chosen k
     for predicted, chooses, in_test in zip(predictions, choose, test, strict=True):  # [K, N], [N]
         correct = predicted == labels
-        best = int(correct[:, chooses].sum(1).argmax())  # the first of equals
+        best = int(correct[:, chooses].sum(1).argmax())  # the first in a tie
         chosen.append(best)
         accuracy.append(correct[:, in_test].double().mean(1).tolist())
         balanced.append(balanced_accuracy(predicted[best, in_test], labels[in_test]))
@@ -191,16 +191,16 @@ def knn_predict(
     device: torch.device | None = None,
     chunk_values: int = CHUNK_VALUES,
 ) -> Tensor:
-    """Predict every image's class by its nearest neighbours in the training part of each split, itself left out.
+    """Predict every image's class by its nearest neighbours in the training part of each split, without itself.
 
     ::
 
         for i in images:
             nearest = sorted(train - {i}, key=lambda j: -cos(features[i], features[j]))[:k]
             votes[c] = sum(exp(cos(features[i], features[j]) / temperature) for j in nearest if labels[j] == c)
-            prediction = argmax(votes)  # the lowest class of equals
+            prediction = argmax(votes)  # the lowest class in a tie
 
-    All splits share one pass over the similarities, in chunks of images: memory grows with N, not with N².
+    All splits share one pass over the similarities, in chunks of images, so memory grows with N, not with N².
 
     Args:
         features: Features of all images, [N, D], any real type; converted to float32 chunk by chunk.
@@ -211,7 +211,7 @@ def knn_predict(
         centred: Whether each split's mean training feature is subtracted first.
         temperature: The temperature of the votes.
         device: The device of the computation; ``None`` for the CPU.
-        chunk_values: The most values in the largest matrices that are made.
+        chunk_values: The most values in the largest temporary matrices.
 
     Returns:
         Classes, [S, K, N] int64 on the CPU; -1 for images that are not queries.
@@ -233,7 +233,7 @@ def knn_predict(
         for chunk in chunks:
             means += train[:, chunk].float() @ load(chunk)
         means /= train.sum(1, keepdim=True)
-        origin = means.mean(0)  # near all of them, so that the differences above lose no digits
+        origin = means.mean(0)  # near all means, so that the differences above lose no digits
         means -= origin
     along = torch.cat([means @ load(chunk).T for chunk in chunks], 1)  # [S, N] x·m
     squares = torch.cat([load(chunk).square().sum(1) for chunk in chunks])  # [N] x·x
@@ -260,7 +260,7 @@ def knn_predict(
 
 
 def knn_table(result: KnnResult) -> str:
-    """Lay a result out as a table and a sentence for a terminal."""
+    """Format a result as a table and a sentence for a terminal."""
     lines = [f"{'':<12}{'accuracy':>16}{'balanced accuracy':>22}"]
     for name, row in result["knn"].items():
         accuracy = percent(row["mean"], row["sd"])

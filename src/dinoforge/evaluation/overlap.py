@@ -1,4 +1,4 @@
-"""Test images that are equal or nearly equal to training images, which flatters every score."""
+"""Test images that are equal or nearly equal to training images, which inflate every score."""
 
 from collections.abc import Sequence
 from typing import TypedDict
@@ -13,16 +13,16 @@ MOST_EXAMPLES = 5
 
 
 class Duplicates(TypedDict):
-    """Test images that the training parts hold as well, summed over the splits; see ``dinoforge.data.duplicates``."""
+    """Test images that are also in the training parts, summed over the splits; see ``dinoforge.data.duplicates``."""
 
-    exact: int  # test images with the pixels of a training image
-    near: int  # further ones that are nearly equal to one
+    exact: int  # test images with the same pixels as a training image
+    near: int  # other test images that are nearly equal to a training image
     tested: int  # all test images
-    examples: list[list[str]]  # a few pairs: name of a test image, name of a training image that it is like
+    examples: list[list[str]]  # a few pairs: names of a test image and of a similar training image
 
 
 def count(fingerprints: Sequence[Fingerprint], names: Sequence[str], train: Tensor, test: Tensor) -> Duplicates:
-    """Count the test images that are like a training image other than themselves.
+    """Count the test images that are equal or nearly equal to a training image other than themselves.
 
     Args:
         fingerprints: The fingerprints of N images.
@@ -49,7 +49,7 @@ def count(fingerprints: Sequence[Fingerprint], names: Sequence[str], train: Tens
 
 
 def duplicates_in_words(found: Duplicates, *, splits: int = 1) -> str | None:
-    """Say in a sentence what was found; None where nothing was."""
+    """Describe the duplicates in a sentence; None if there are none."""
     number = found["exact"] + found["near"]
     if not number:
         return None
@@ -71,6 +71,6 @@ def _numbered(groups: Sequence[Sequence[int]], n: int) -> Tensor:
 
 
 def _has_other(groups: Tensor, learns: Tensor) -> Tensor:
-    """Whether another image of an image's group is in the training part, [N] bool."""
+    """Return for each image whether another image of its group is in the training part, [N] bool."""
     learning = torch.bincount(groups[learns], minlength=int(groups.max()) + 1)
     return (groups > 0) & (learning[groups] > learns)

@@ -1,8 +1,8 @@
-"""A quick measurement of a backbone on the same few labelled images, again and again while it trains.
+"""A quick measurement of a backbone on a few labelled images, repeated during training.
 
-It scores weighted k-NN as in ``dinoforge eval knn``, at one k, and a linear classifier by least squares; both classify
-each image by all the others, so that every image counts and nothing is trained by steps. The scores compare moments of
-one run; the evaluation commands are for numbers to report.
+It scores weighted k-NN as in ``dinoforge eval knn``, at one k, and a linear classifier by least squares. Both classify
+each image by all other images, so every image counts, and no classifier is trained by steps. The scores compare moments
+of one run. For numbers to report, use the evaluation commands.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from dinoforge.evaluation import overlap
 from dinoforge.evaluation.knn import knn_predict
 from dinoforge.features.extract import Reading, Skipped, embed, extract
 
-K = 20  # DINO's best for most networks
+K = 20  # the best k in DINO for most networks
 PENALTIES = tuple(10.0**power for power in range(-6, 1))  # candidates for the linear classifier
 MIN_IMAGES = 10
 MOST_BYTES = 2**28  # bytes of images kept in memory
-COLUMNS = 4096  # features that are standardised at a time
+COLUMNS = 4096  # number of features that are standardised at a time
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,20 @@ class Scores:
 
 
 class Probe:
-    """Measures backbones on a choice of the labelled images.
+    """Measures backbones on a random selection of the labelled images.
 
-    It leaves the global random state alone, and nothing that it returns may train.
+    The probe does not change the global random state, and its results must not be used for training.
 
     Args:
         source: The images.
-        labels: The label of each image; images without one, None, take no part.
-        max_images: The most images that take part, drawn at random; fewer where they would take more than
-            ``max_bytes``.
-        seed: The seed of that choice.
-        max_bytes: The most memory for the images, which are kept.
+        labels: The label of each image; None leaves an image out.
+        max_images: The most images to select; fewer if they would take more than ``max_bytes``.
+        seed: The seed of the selection.
+        max_bytes: The most memory for the images, which are kept, in bytes.
         reading: Keywords of ``features.extract.Reading``: how images are shown to a backbone.
 
     Raises:
-        DataError: Nothing can be measured by these labels.
+        DataError: The labels have too few classes, or too few images per class, to measure anything.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class Probe:
         chosen = [i for i, _ in drawn]
         number = {label: i for i, label in enumerate(sorted({label for _, label in drawn}))}
         encoded = torch.tensor([number[label] for _, label in drawn], dtype=torch.int64)
-        # Nothing tells the class of its only image.
+        # The only image of a class cannot be classified by other images.
         has_others = encoded.bincount(minlength=len(number))[encoded] > 1
         self.indices = [i for i, kept in zip(chosen, has_others.tolist(), strict=True) if kept]
         _, self.labels = encoded[has_others].unique(return_inverse=True)
@@ -85,10 +84,10 @@ class Probe:
         self.skipped: list[Skipped] = []
         """The images that turned out to be unreadable."""
         self.duplicates: overlap.Duplicates | None = None
-        """Images that are among the others as well, once the images are read."""
+        """The images that are equal or nearly equal to others, known once the images are read."""
         everything = repr((self.indices, self.labels.tolist(), sorted(reading.items(), key=str)))
         self.fingerprint = hashlib.sha256(everything.encode()).hexdigest()
-        """A hash of everything but the weights on which scores depend."""
+        """A hash of everything that scores depend on, except the weights."""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -112,9 +111,9 @@ class Probe:
         }
 
     def _features(self, backbone: nn.Module) -> tuple[Tensor, Tensor]:
-        """Compute features [N, D] of the images, and return these as well, uint8 [N, C, size, size].
+        """Compute the features [N, D] of the images, and return them with the images, uint8 [N, C, size, size].
 
-        Images are read once; those that cannot be read are left out from then on.
+        Images are read once. Unreadable images are left out from then on.
         """
         if self._images is not None:
             return embed(backbone, self._images, **self.reading), self._images
@@ -123,7 +122,7 @@ class Probe:
         place = {index: i for i, index in enumerate(self.indices)}
         self.labels = self.labels[[place[index] for index in found.kept]]
         self.indices, self._images, self.skipped = found.kept, found.images, found.skipped
-        everyone = torch.ones(1, len(self.indices), dtype=torch.bool)  # each is told by all others
+        everyone = torch.ones(1, len(self.indices), dtype=torch.bool)  # each image is classified by all others
         names = [printable(self.source.name(index)) for index in self.indices]
         self.duplicates = overlap.count(found.fingerprints or [], names, everyone, everyone)
         return found.cls, found.images
@@ -145,9 +144,9 @@ def ridge_predict(features: Tensor, labels: Tensor, *, columns: int = COLUMNS) -
             W, b = argmin(sum(|W @ x[j] + b - one_hot(labels[j])|^2 for j in images if j != i) + penalty * |W|^2)
             prediction = argmax(W @ x[i] + b)
 
-    Features have mean 0 and standard deviation 1. The penalty, as a share of the largest squared singular value, is
-    the one of ``PENALTIES`` that gives the least sum of squares over images left out. The result is exact, from one
-    decomposition (Hastie, Tibshirani and Friedman, "The Elements of Statistical Learning", section 7.10).
+    Features are standardised to mean 0 and standard deviation 1. The penalty is the value in ``PENALTIES``, a share of
+    the largest squared singular value, with the least sum of squares over left-out images. The result is exact, from
+    one decomposition (Hastie, Tibshirani and Friedman, "The Elements of Statistical Learning", section 7.10).
 
     Args:
         features: Features of the images, [N, D], any real type.
@@ -159,7 +158,7 @@ def ridge_predict(features: Tensor, labels: Tensor, *, columns: int = COLUMNS) -
     """
     n = len(labels)
     y = F.one_hot(labels).double()  # [N, C]
-    # Raw pixels are many more than images: standardised a part at a time, they only meet in products of images.
+    # Raw pixels are far more than images. They are standardised in parts, and enter only products between images.
     parts = (_standardise(part) for part in features.split(columns, dim=1))
     if features.shape[1] < n:
         x = torch.cat(list(parts), 1)  # [N, D]
@@ -173,7 +172,7 @@ def ridge_predict(features: Tensor, labels: Tensor, *, columns: int = COLUMNS) -
     for share in PENALTIES:
         kept = squares / (squares + share * squares.max().clamp_min(1e-12))
         fitted = y.mean(0) + u @ (kept[:, None] * along)
-        leverage = u.square() @ kept + 1 / n  # how much an image's own label takes part
+        leverage = u.square() @ kept + 1 / n  # weight of an image's own label in its prediction
         left_out = y - (y - fitted) / (1 - leverage).clamp_min(1e-9)[:, None]
         error = float((left_out - y).square().sum())
         if error < best:

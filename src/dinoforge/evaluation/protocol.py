@@ -19,12 +19,12 @@ class LabelledSets:
     """Features of the same images by each network, and the training and test parts of each split.
 
     Args:
-        features: ``pixels`` [N, C·H·W] uint8, ``untrained`` [N, D] and ``trained`` [N, D]; the last is always there.
+        features: ``trained`` [N, D] and, if wanted, ``pixels`` [N, C·H·W] uint8 and ``untrained`` [N, D].
         labels: Classes from 0, [N] int64.
         train: The training part of each split, [S, N] bool.
         test: The test part of each split, [S, N] bool.
         skipped: The images that could not be read.
-        duplicates: Test images that are among the training images as well.
+        duplicates: The test images that are also among the training images.
     """
 
     features: dict[str, Tensor]
@@ -48,9 +48,9 @@ def gather(
     seed: int = 0,
     **reading: Unpack[Reading],
 ) -> LabelledSets:
-    """Read each image once and embed it with both networks; see ``run_knn`` for arguments and errors."""
+    """Read each image once, and embed it with both networks; for arguments and errors, see ``run_knn``."""
     parts = [_labelled(source, labels), *([_labelled(*test)] if test else [])]
-    # A mistake shows now, not after the long part.
+    # Raise errors about labels before the long computation.
     _plan([list(labels.values()) for _, labels in parts], n_splits, seed)
 
     rows: dict[str, list[Tensor]] = {"pixels": [], "untrained": [], "trained": []}
@@ -84,20 +84,20 @@ def gather(
 
 
 def stratified_splits(labels: Tensor, n_splits: int = 5, seed: int = 0) -> Tensor:
-    """Draw training parts whose test parts are disjoint and hold an equal share of each class, to within one image.
+    """Split images into training and test parts; test parts are disjoint, with equal class shares to within one image.
 
-    The only image of a class is in every training part: nothing could tell its class if it were held out.
+    The only image of a class is in every training part: if it were held out, no training image would have its class.
 
     Args:
         labels: Classes from 0, [N] int64.
         n_splits: The number of splits, at least 2.
-        seed: The seed by which images are dealt to test parts.
+        seed: The seed of the assignment of images to test parts.
 
     Returns:
         The training part of each split, [n_splits, N] bool.
 
     Raises:
-        DataError: There are fewer images to hold out than splits.
+        DataError: Fewer images can be held out than there are splits.
     """
     assert n_splits >= 2
     generator = torch.Generator().manual_seed(seed)
@@ -107,7 +107,7 @@ def stratified_splits(labels: Tensor, n_splits: int = 5, seed: int = 0) -> Tenso
         images = (labels == label).nonzero().flatten()
         if len(images) > 1:
             images = images[torch.randperm(len(images), generator=generator)]
-            # Dealt like cards, on from where the last class ended: the splits' sizes differ by one at most.
+            # Dealing continues where the last class ended, so the sizes of the splits differ by at most one.
             held_out_by[images] = torch.arange(dealt, dealt + len(images)) % n_splits
             dealt += len(images)
     if dealt < n_splits:
@@ -119,9 +119,15 @@ def stratified_splits(labels: Tensor, n_splits: int = 5, seed: int = 0) -> Tenso
 
 
 def few_shot(labels: Tensor, train: Tensor, shots: int, seed: int = 0) -> Tensor:
-    """Draw at random at most ``shots`` images of each class from each training part, ``train`` [S, N] bool.
+    """Draw at most ``shots`` random images of each class from each training part.
 
-    A smaller number of shots draws a subset of what a larger one draws.
+    For the same seed, the images of fewer shots are a subset of the images of more shots.
+
+    Args:
+        labels: Classes from 0, [N] int64.
+        train: The training part of each split, [S, N] bool.
+        shots: The maximum number of images of each class.
+        seed: The seed of the draw.
 
     Returns:
         The smaller training parts, [S, N] bool.
@@ -136,7 +142,7 @@ def few_shot(labels: Tensor, train: Tensor, shots: int, seed: int = 0) -> Tensor
 
 
 def balanced_accuracy(predictions: Tensor, labels: Tensor) -> float:
-    """Compute the share of images that ``predictions`` [N] gets right, averaged over the classes in ``labels`` [N]."""
+    """Compute the share of correct ``predictions`` [N], averaged over the classes in ``labels`` [N]."""
     images = labels.bincount()
     right = labels[predictions == labels].bincount(minlength=len(images))
     return float((right[images > 0] / images[images > 0]).double().mean())
@@ -145,14 +151,14 @@ def balanced_accuracy(predictions: Tensor, labels: Tensor) -> float:
 def auroc(scores: Tensor, labels: Tensor) -> float | None:
     """Compute the area under the ROC curve: how often a class's image outscores another image, ties counting half.
 
-    Of two classes it is that of class 1; of more, the mean over the classes, each against the rest.
+    For two classes, it is the area of class 1. For more, it is the mean over the classes, each against the rest.
 
     Args:
-        scores: Scores of each image, [N, C], larger where class c is likelier.
+        scores: The scores of each image, [N, C]; a larger score makes class c likelier.
         labels: Classes from 0, [N] int64.
 
     Returns:
-        The area, 0 to 1; ``None`` where ``labels`` hold one class.
+        The area, 0 to 1; ``None`` if ``labels`` hold a single class.
     """
     present = labels.unique()
     if len(present) < 2:
@@ -163,7 +169,7 @@ def auroc(scores: Tensor, labels: Tensor) -> float | None:
     for label in present:
         of_class = labels == label
         _, place, count = scores[:, label].unique(return_inverse=True, return_counts=True)
-        ranks = (count.cumsum(0) - (count - 1) / 2).double()[place]  # from 1; equals share their mean
+        ranks = (count.cumsum(0) - (count - 1) / 2).double()[place]  # from 1; equal scores share their mean rank
         n = int(of_class.sum())
         areas.append((float(ranks[of_class].sum()) - n * (n + 1) / 2) / (n * (len(labels) - n)))
     return sum(areas) / len(areas)
@@ -184,7 +190,7 @@ def how_measured(result: Mapping[str, Any]) -> str:
 
 
 def _labelled(source: Source, labels: Sequence[str | None] | None) -> tuple[Source, dict[int, str]]:
-    """The images, and the labels of those that have one, by index."""
+    """Return the images, and the labels by index, without the images that have none."""
     if labels is None:
         raise DataError("the images have no labels: expected a sub-folder for each class, or a labels file (--labels)")
     if len(labels) != len(source):
@@ -193,7 +199,7 @@ def _labelled(source: Source, labels: Sequence[str | None] | None) -> tuple[Sour
 
 
 def _plan(parts: Sequence[Sequence[str]], n_splits: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Number the labels, [N], and take or draw training parts, [S, N], of a given test part or of one part to split."""
+    """Number the labels [N], and return training parts [S, N]: the first of two given parts, or splits of a single."""
     classes = {label: i for i, label in enumerate(sorted(set(parts[0])))}
     if len(classes) < 2:
         have = f"all {len(parts[0])} are labelled {parts[0][0]!r}" if parts[0] else "there are none"

@@ -1,4 +1,4 @@
-"""The content of every export: weights under official names, for one size of images."""
+"""The content of every export: weights under official names, for one image size."""
 
 import importlib
 from collections.abc import Callable
@@ -14,19 +14,19 @@ from dinoforge.models.vit import VisionTransformer
 from dinoforge.weights.backbone import Backbone
 
 Size = tuple[int, int]  # height and width in pixels
-Rule = tuple[bool, float]  # antialias and offset: how position embeddings are resampled for another size
+Rule = tuple[bool, float]  # antialias and offset of the resampling of position embeddings for another size
 Outputs = tuple[Tensor, Tensor]  # cls tokens [B, D], patch tokens [B, N, D]
 
 
 @dataclass(frozen=True)
 class Content:
-    """A backbone as it is to be written.
+    """A backbone prepared for writing.
 
     Args:
         backbone: The backbone.
         tensors: The weights under official names, on the CPU.
-        size: The size of the images that the position embeddings are for.
-        fixed: Whether the position embeddings are meant for that size only.
+        size: The image size that the position embeddings are for.
+        fixed: Whether the position embeddings are for this size only.
     """
 
     backbone: Backbone
@@ -43,15 +43,15 @@ class Content:
 
 @dataclass(frozen=True)
 class Format:
-    """The way in which a library's files are written, and read by that library.
+    """A library's format: how its files are written, and how the library reads them.
 
     Args:
         name: The name of the library.
-        suffixes: The ends of its files' names; none for a folder.
+        suffixes: The suffixes of its file names; none for a folder.
         square: Whether position embeddings have to be a square grid.
-        rule: A function that gives the library's rule of resampling position embeddings; None if its files are for one
-            size.
-        write: A function that makes the file or folder, and returns lines for the user.
+        rule: A function that returns the library's rule of resampling position embeddings; None if its files are for
+            one size.
+        write: A function that writes the file or folder, and returns lines for the user.
         open: A function that opens the file or folder as the library does, and returns its network on normalised images
             [B, C, H, W].
     """
@@ -77,13 +77,13 @@ def make_content(backbone: Backbone, *, fixed: Size | None = None) -> Content:
 
 
 def native_size(backbone: Backbone) -> Size:
-    """The size of images for which position embeddings need no resampling."""
+    """Return the image size for which position embeddings need no resampling."""
     side = int(backbone.architecture["image_size"])
     return side, side
 
 
 def completed(content: Content) -> tuple[dict[str, Tensor], list[str]]:
-    """Add zeros for missing biases and ones for missing LayerScale, for libraries that always have them.
+    """Add zeros for missing biases and ones for missing LayerScale, for libraries that always expect them.
 
     Returns:
         The weights, and notes on what was added.

@@ -1,4 +1,4 @@
-"""Exports, verified when they are made: the library's outputs are compared with ours."""
+"""Write exports, and verify each by comparing the library's outputs with ours."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from dinoforge.weights.backbone import Backbone
 FORMATS = {"safetensors": SAFETENSORS, "official": OFFICIAL, "timm": TIMM, "hf": HUGGING_FACE, "onnx": ONNX}
 
 TOLERANCE = 1e-4
-"""The largest difference in float32 of outputs up to 1, or as a share of the largest output."""
+"""The largest allowed difference in float32, for outputs up to 1; for larger outputs, as a share of the largest."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,10 @@ class Check:
 
     Args:
         size: The size of the images.
-        difference: The largest difference of cls and patch tokens.
-        scale: The largest output.
-        same_rule: Whether the library resamples position embeddings by our rule; otherwise the difference is only told.
+        difference: The largest absolute difference of cls and patch tokens.
+        scale: The largest absolute output.
+        same_rule: Whether the library resamples position embeddings by our rule; otherwise the difference is reported,
+            but no error.
     """
 
     size: Size
@@ -41,12 +42,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Exported:
-    """An export that was made, and its differences from our outputs.
+    """A finished export, and its differences from our outputs.
 
     Args:
         path: The file or folder.
         library: The name of the library.
-        shown: The images of the comparison, in words.
+        shown: A description of the images of the comparison.
         checks: The comparisons.
         notes: Lines for the user.
     """
@@ -68,18 +69,18 @@ def make(
     size: Size | None = None,
     bake: bool = False,
 ) -> Exported:
-    """Write a backbone in a library's format and compare that library's outputs with ours.
+    """Write a backbone in a library's format, and compare that library's outputs with ours.
 
-    The file or folder gets its name only if outputs agree.
+    The file or folder appears under its name only if the outputs agree.
 
     Args:
         backbone: A backbone in evaluation mode, on the CPU.
         to: The format, a key of ``FORMATS``.
-        out: A file or folder that is not there yet.
-        images: A function that gives normalised images [B, C, H, W] of a size, for the comparison.
-        shown: The images of the comparison, in words.
-        size: A size of the comparison besides the usual ones; the only one with ``bake``.
-        bake: Whether position embeddings are made for ``size``, or for the size of training without one.
+        out: A file or folder that does not exist yet.
+        images: A function that returns normalised images [B, C, H, W] of a size, for the comparison.
+        shown: A description of the images of the comparison.
+        size: An additional size of the comparison; with ``bake``, the only size.
+        bake: Whether position embeddings are resampled to ``size``, by default the size of training.
 
     Raises:
         ExportError: The format or size is unknown, the format cannot hold the network, a package is missing, or
@@ -125,7 +126,7 @@ def make(
 
 
 def _sizes(content: Content, size: Size | None) -> list[Size]:
-    """The sizes of the comparison: that of the position embeddings, the given one, a larger and an oblong one."""
+    """List the sizes of the comparison: that of the position embeddings, the given, a larger and an oblong size."""
     if content.fixed:
         return [content.size]
     side, patch = content.size[0], content.backbone.network.patch_size
@@ -151,7 +152,7 @@ def _written(size: Size) -> str:
 
 
 def exported_in_words(made: Exported) -> str:
-    """Say in lines for a terminal what was made, and how near its outputs are to ours."""
+    """Describe an export in lines for a terminal, with the differences from our outputs."""
     lines = [f"{made.path}: the largest difference from {made.library}, of cls and patch tokens, on {made.shown}"]
     for check in made.checks:
         other = "" if check.same_rule else "  position embeddings are resampled by another rule there"

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from dinoforge.export.content import Content, Format, Outputs, Rule, library
 from dinoforge.models.vit import VisionTransformer
 
-_MAX_BYTES = 2**31 - 2**24  # the most that an ONNX file holds; larger weights lie beside it
+_MAX_BYTES = 2**31 - 2**24  # the most weights that fit in an ONNX file; larger weights go into a file beside it
 
 
 class _Outputs(nn.Module):
-    """The network with the outputs that the graph has."""
+    """The network with the outputs of the graph."""
 
     def __init__(self, network: VisionTransformer) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ def _write(content: Content, path: Path) -> list[str]:
     height, width = content.size
     if not content.fixed:
         shape |= {2: side * torch.export.Dim("rows"), 3: side * torch.export.Dim("columns")}
-        # Of different sides, none of which the grid of position embeddings has: nothing is taken for a constant.
+        # The sides differ from each other and from the grid of position embeddings, so export finds no constant.
         height, width = height + side, width + 2 * side
     example = torch.zeros(2, network.in_chans, height, width)
     with torch.no_grad(), warnings.catch_warnings():
@@ -77,7 +77,7 @@ def _open(content: Content, path: Path) -> Callable[[Tensor], Outputs]:
 
 
 def _rule(content: Content) -> Rule | None:
-    """The graph resamples as the network does, except with an offset: that scale cannot follow the images' size."""
+    """Return the network's rule; None for a rule with an offset, whose scale cannot depend on the size in a graph."""
     return content.rule if content.rule[1] == 0 else None
 
 

@@ -57,7 +57,7 @@ def _outputs(backbone: Backbone) -> Callable[[Tensor], Outputs]:
 
 
 def _official_rule(content: Content) -> Rule:
-    """The rule of the official models, as torch.hub's entries of DINOv2 build them."""
+    """Return the rule of the official models, as DINOv2's torch.hub entries build them."""
     return (True, 0.0) if content.backbone.network.num_register_tokens else (False, 0.1)
 
 

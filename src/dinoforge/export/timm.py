@@ -13,7 +13,7 @@ from dinoforge.weights.timm import model_of, to_timm
 
 
 def _model(content: Content) -> tuple[str, dict[str, Any]]:
-    """The name and the arguments of the model in timm that takes the weights."""
+    """Return the name and the arguments of the timm model that takes the weights."""
     return model_of(content.backbone.architecture, content.tensors, content.size, fixed=content.fixed)
 
 

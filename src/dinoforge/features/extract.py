@@ -1,4 +1,4 @@
-"""Features of a data set's images by a backbone, in bounded memory."""
+"""Compute features of a data set's images by a backbone, in bounded memory."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,16 +23,16 @@ from dinoforge.errors import DataError, ImageError, WeightsError
 from dinoforge.models.vit import Tokens
 
 MAX_KEPT_BYTES = 8 * 2**30
-"""The most memory for images, as uint8, that are kept for a comparison with raw pixels."""
+"""The most memory, in bytes, for uint8 images that are kept for a comparison with raw pixels."""
 
-_PREFETCH = 2  # batches that each worker has ready
+_PREFETCH = 2  # number of batches that each worker prefetches
 
 
 class Reading(Decoding):
     """The keywords of ``extract`` that say how images are read and shown to a backbone.
 
     Args:
-        size: The side in pixels of the images that the backbone gets.
+        size: The side of the backbone's input images, in pixels.
         channels: The number of channels.
         mean: The mean of each channel, on the range 0 to 1.
         std: The standard deviation of each channel, on the same range.
@@ -56,7 +56,7 @@ class Reading(Decoding):
 
 
 def decoding_of(reading: Reading) -> Decoding:
-    """The part of it that says how values become pixels."""
+    """Select the keywords that say how values become pixels."""
     return cast(Decoding, {key: value for key, value in reading.items() if key in Decoding.__annotations__})
 
 
@@ -102,8 +102,8 @@ def extract(
     Memory holds one batch of images and tokens, and the result; a fingerprint takes 2 KiB.
 
     Args:
-        backbone: A network from float32 images [B, C, H, W] to ``Tokens``. It runs in eval mode, on the ``device`` of
-            ``reading``, and is put back on its own device.
+        backbone: A network from float32 images [B, C, H, W] to ``Tokens``. It runs in evaluation mode, on the
+            ``device`` of ``reading``, and is moved back to its own device afterwards.
         source: The data set.
         indices: Indices of the images to embed.
         keep_images: Whether ``Features.images`` is filled.
@@ -112,7 +112,7 @@ def extract(
         reading: Keywords of ``Reading``.
 
     Raises:
-        DataError: Not one image can be read, or the kept images would take more than ``max_kept_bytes``.
+        DataError: None of the images can be read, or the kept images would take more than ``max_kept_bytes``.
         WeightsError: The backbone's output is not finite.
     """
     image_bytes = len(indices) * reading["channels"] * reading["size"] ** 2
@@ -155,8 +155,8 @@ def stream(
         reading: Keywords of ``Reading``.
 
     Yields:
-        Indices of the images of a batch that could be read; their tokens in float32 on the CPU, or None where not one
-        could be read; and the images that could not be read.
+        The indices of the readable images of a batch; their tokens in float32 on the CPU, or None if no image is
+        readable; and the unreadable images.
 
     Raises:
         WeightsError: The backbone's output is not finite.
@@ -178,7 +178,7 @@ def embed(backbone: nn.Module, images: Tensor, **reading: Unpack[Reading]) -> Te
 
 @contextmanager
 def placed(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put a network on a device for as long as the context lasts, and back on its own device afterwards."""
+    """Move a network to a device inside the context, and back to its own device afterwards."""
     before = next((p.device for p in network.parameters()), device)
     network.to(device)
     try:
@@ -194,7 +194,7 @@ def _device(reading: Reading) -> torch.device:
 def _tokens(backbone: nn.Module, images: Tensor, reading: Reading) -> Tokens:
     """Compute the tokens, float32 on the CPU, of uint8 images [B, C, H, W]; the backbone is on its device already."""
     device, dtype = _device(reading), reading.get("autocast")
-    # Activations of a sound network can be too large for float16; then float32 has the last word.
+    # Activations of a sound network can be too large for float16; then float32 decides.
     for precision in (dtype, None) if dtype is torch.float16 else (dtype,):
         tokens = _forward(backbone, normalize(images.to(device), reading["mean"], reading["std"]), precision)
         if tokens.cls.isfinite().all() and tokens.patches.isfinite().all():
@@ -216,7 +216,7 @@ def _forward(backbone: nn.Module, images: Tensor, precision: torch.dtype | None)
 
 @dataclass(frozen=True)
 class _Images(Dataset[tuple[int, Tensor | str, Fingerprint | None]]):
-    """Images for the loader: index; uint8 [C, size, size], or why it cannot be read; fingerprint if wanted."""
+    """Images for the loader: index; pixels uint8 [C, size, size], or an error's text; fingerprint if wanted."""
 
     source: Source
     indices: Sequence[int]
@@ -246,8 +246,8 @@ def _batches(
     """Read images batch by batch.
 
     Yields:
-        Indices of the images that could be read; their pixels, uint8 [B, C, size, size]; the images that could not be
-        read; and, if wanted, the fingerprints of those that could.
+        The indices of the readable images; their pixels, uint8 [B, C, size, size]; the unreadable images; and, if
+        wanted, the fingerprints of the readable images.
     """
     number, batch_size = reading.get("num_workers", 0), reading.get("batch_size", 64)
     if number:
@@ -264,7 +264,7 @@ def _batches(
         prefetch_factor=_PREFETCH if number else None,
         worker_init_fn=partial(start_worker, table=workers.table),
         collate_fn=list,
-        # Without its own generator the loader would draw from the global one, and a probe would change a run.
+        # Without its own generator, the loader would draw from the global generator, and a probe would change a run.
         generator=torch.Generator(),
     )
     none = torch.empty(0, reading["channels"], reading["size"], reading["size"], dtype=torch.uint8)

@@ -1,12 +1,12 @@
-"""Features of a whole data set in a file: names and tokens, in order, resumable, in bounded memory.
+"""Write features of a whole data set to a file: names and tokens, in order, resumable, in bounded memory.
 
-While the file is made, `.NAME.parts` lies beside it:
+Until the file is complete, a folder `.NAME.parts` lies beside it:
 
-plan.json               the backbone, the images, and how they are read; another plan does not go on with these parts
-00000000.safetensors    cls tokens, patch tokens, indices of the images, and the images that could not be read
+plan.json               the backbone, the images, and how they are read; a call with another plan refuses these parts
+00000000.safetensors    cls tokens, patch tokens, indices of the images, and the unreadable images
 
-A part is whole or not there, and holds the same bytes whenever a process makes it. The file is put together from the
-parts, which are deleted after it has its name.
+A part is complete or does not exist, and its bytes do not depend on the process that writes it. The file is assembled
+from the parts, which are deleted once the file has its name.
 """
 
 import hashlib
@@ -38,22 +38,22 @@ from dinoforge.features.extract import Skipped, stream
 from dinoforge.models.vit import VisionTransformer
 from dinoforge.system.files import save_tensors, write_atomically, write_text, written_aside
 
-_PART_BYTES = 2**26  # the memory for tokens, roughly: the most that a part or a batch holds
-_PART_IMAGES = 512  # the most images of a part, which are lost when the process is killed
+_PART_BYTES = 2**26  # approximate limit on the tokens of a part or a batch
+_PART_IMAGES = 512  # the most images in a part; a killed process loses its unfinished part
 _BATCH = 64
-_LINE_SECONDS = 10.0  # between lines of progress where the output is no terminal
+_LINE_SECONDS = 10.0  # time between lines of progress if the output is no terminal
 SUFFIXES = (".parquet", ".npy")
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """The files of features that were written.
+    """The written files of features.
 
     Args:
         path: The file that the user asked for.
         images: The number of images that have a row.
-        skipped: The images that could not be read and have none.
-        files: All files, with ``path``.
+        skipped: The unreadable images, which have no row.
+        files: All files, including ``path``.
     """
 
     path: Path
@@ -77,13 +77,13 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Layout:
-    """The layout of the whole file.
+    """The layout of the complete file.
 
     Args:
         images: The number of rows.
         dim: The width of a token.
         patches: The number of patch tokens of an image; None if they are not wanted.
-        meaning: A description of the features, as values of JSON.
+        meaning: A description of the features, as JSON values.
     """
 
     images: int
@@ -102,24 +102,23 @@ def write_features(
     on_progress: Callable[[int, int], object] = lambda done, total: None,
     **reading: Any,
 ) -> Embedded:
-    """Write the cls token of every image, and if asked its patch tokens, to a file; go on with parts that are there.
+    """Write the cls token of every image, and its patch tokens if wanted, to a file; continue from existing parts.
 
-    An image that cannot be read gets no row: ``….skipped.txt`` beside the file names it and says why.
+    An unreadable image gets no row; ``….skipped.txt`` beside the file lists it with the reason.
 
     Args:
         network: The backbone.
-        source: The images, in the order of which rows come.
-        out: A file that is not there yet: ``….parquet``, or ``….npy`` with names and patch tokens in files beside it.
+        source: The images, in the order of the rows.
+        out: A file that does not exist yet: ``….parquet``, or ``….npy`` with names and patch tokens in files beside it.
         patches: Whether patch tokens are written.
-        meaning: A description of the features, to be written with them.
-        on_progress: A function that gets the number of images done and of all images, after each part.
-        reading: Keywords of ``features.extract.Reading`` but the batch size, which is chosen here.
-
+        meaning: A description of the features, stored in the file if it is ``….parquet``.
+        on_progress: A function that is called with the number of images done and of all images, after each part.
+        reading: Keywords of ``features.extract.Reading``, except the batch size, which this function chooses.
 
     Raises:
-        RunError: ``out`` is there already, holds parts of something else, or cannot be written.
-        ExportError: The name is of another kind of file, or pyarrow is missing.
-        DataError: Not one image can be read.
+        RunError: ``out`` exists already, its parts belong to other features, or it cannot be written.
+        ExportError: The suffix of ``out`` is unknown, or pyarrow is missing.
+        DataError: None of the images can be read.
         WeightsError: Features are not finite.
     """
     write, companions = _writer(out, patches)
@@ -167,7 +166,7 @@ def write_features(
 
 
 def embedded_in_words(result: Embedded) -> str:
-    """Say in lines for a terminal what was written, and what could not be read."""
+    """Describe in lines for a terminal what was written, and which images could not be read."""
     lines = [f"{', '.join(map(str, result.files))}: {result.images:,} images"]
     if result.skipped:
         first = result.skipped[0]
@@ -176,7 +175,7 @@ def embedded_in_words(result: Embedded) -> str:
 
 
 class Progress:
-    """Progress on the terminal: a bar, or a line now and then where the output is no terminal."""
+    """Progress of ``write_features``: a bar on a terminal, or else a line every few seconds."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -189,7 +188,7 @@ class Progress:
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task("", total=None)
-        self._begun: tuple[float, int] | None = None  # when, and how many were done
+        self._begun: tuple[float, int] | None = None  # time of the first call, and number of images done by then
         self._last_line = -math.inf
 
     def __enter__(self) -> Self:
@@ -213,7 +212,7 @@ class Progress:
 
 
 def _writer(out: Path, patches: bool) -> tuple[_Writer, list[str]]:
-    """The function that writes this kind of file, and the ends of the names of the files that it writes beside it."""
+    """Return the function that writes this kind of file, and the name endings of the files that it writes beside it."""
     if out.suffix == ".npy":
         return _write_npy, [".names.txt", *([".patches.npy"] if patches else [])]
     if out.suffix != ".parquet":
@@ -228,24 +227,24 @@ def _writer(out: Path, patches: bool) -> tuple[_Writer, list[str]]:
 
 
 def _remove(parts: Path) -> None:
-    """Delete the folder of parts; it loses its name first, so that nobody finds it with some of its files."""
+    """Delete the folder of parts; rename it first, so that no process finds it with only some of its files."""
     gone = parts.with_suffix(".deleted")
     parts.rename(gone)
     shutil.rmtree(gone)
 
 
 def _claim(parts: Path, out: Path, plan: dict[str, Any]) -> bool:
-    """Make the folder of parts, or check that it is of this plan; return whether the file is whole already.
+    """Create the folder of parts, or check that it has this plan; return whether the file is already complete.
 
     Raises:
-        RunError: The file is there already, or the folder holds parts of another plan.
+        RunError: The file exists already, or the folder holds parts of another plan.
     """
     shutil.rmtree(parts.with_suffix(".deleted"), ignore_errors=True)
     there: dict[str, Any] | None = None
     with suppress(OSError, ValueError):
         there = json.loads((parts / "plan.json").read_text(encoding="utf-8"))
     if out.exists():
-        if there == plan:  # killed when all was in place, before its parts were cleared away
+        if there == plan:  # a process was killed after it had finished the file, before it deleted the parts
             shutil.rmtree(out.with_name(f".{out.name}.partial"), ignore_errors=True)
             return True
         raise RunError(f"{out} exists: choose another place with --out, or delete it if you no longer need it")
@@ -261,7 +260,7 @@ def _claim(parts: Path, out: Path, plan: dict[str, Any]) -> bool:
 
 
 def _sum_of(network: VisionTransformer) -> str:
-    """The SHA-256 of a network's weights."""
+    """Compute the SHA-256 of a network's weights."""
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
@@ -299,7 +298,7 @@ def _load_part(file: Path, source: Source) -> _Part:
 
 
 def _summary(parts: Path, count: int) -> tuple[int, list[Skipped]]:
-    """Count the rows of all parts, and gather the images that could not be read."""
+    """Count the rows of all parts, and collect the unreadable images."""
     kept, skipped = 0, []
     for number in range(count):
         with _opened(_file(parts, number)) as part:
@@ -323,7 +322,7 @@ def _beside(path: Path, end: str) -> Path:
 
 
 def _line(text: str) -> str:
-    """Put a text on one line and into one cell of a table; ``dinoforge.data.names.original_name`` gives it back."""
+    """Escape a text for one cell of a table; ``dinoforge.data.names.original_name`` restores it."""
     return in_table(printable(text))
 
 
@@ -366,7 +365,7 @@ def _write_parquet(path: Path, parts: Iterator[_Part], layout: _Layout) -> None:
 
 
 def _grouped(parts: Iterator[_Part]) -> Iterator[list[_Part]]:
-    """Gather parts into row groups, which a reader reads at once, up to the bytes of the largest part."""
+    """Collect parts into row groups of up to ``_PART_BYTES``; a reader reads a row group at once."""
     group: list[_Part] = []
     size = 0
     for part in parts:

@@ -34,6 +34,7 @@ class Prototypes(nn.Module):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the logits [N, K] of bottlenecks [N, d]."""
         return F.linear(x, self.weight())
 
 
@@ -41,6 +42,7 @@ class Mlp(nn.Sequential):
     """Linear layers with GELU between them; the backward pass recomputes GELU instead of storing its output."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the bottlenecks [N, d] of tokens [N, D], before normalisation."""
         first, *others = (layer for layer in self if isinstance(layer, nn.Linear))
         x = first(x)
         for linear in others:
@@ -80,5 +82,6 @@ class DINOHead(nn.Module):
         return F.normalize(bottleneck.float(), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the logits [N, K] of tokens [N, D]."""
         logits: Tensor = self.last_layer(self.embed(x))
         return logits

@@ -22,6 +22,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Embed the patches of images [B, C, H, W], row by row."""
         out: Tensor = self.proj(images).flatten(2).transpose(1, 2)
         return out
 
@@ -53,6 +54,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor, norm: nn.LayerNorm, scale: Tensor | None) -> Tensor:
+        """Compute the branch of tokens [T, D], from their ``norm`` to LayerScale's factors ``scale`` [D]."""
         return scaled_linear(norm_linear(x, norm, self.fc1), self.fc2, scale, gelu=True)
 
 
@@ -66,6 +68,7 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor, norm: nn.LayerNorm, scale: Tensor | None) -> Tensor:
+        """Compute the branch of tokens [T, D], from their ``norm`` to LayerScale's factors ``scale`` [D]."""
         gate, value = norm_linear(x, norm, self.w12).chunk(2, dim=-1)
         return scaled_linear(F.silu(gate) * value, self.w3, scale)
 
