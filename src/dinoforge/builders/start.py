@@ -20,9 +20,10 @@ def adopted(given: Backbone, recipe: Recipe) -> dict[str, Any]:
     """Collect the recipe values that ``init.architecture: file`` takes from a backbone, by the keys of ``ADOPTED``.
 
     The values describe the network and its images. Crops are as large as in the run that made the backbone, times
-    ``init.enlarge``. For other files, global crops have 224 pixels, or the size of the position embeddings if that is
-    smaller, and local crops have 3/7 of it, as in the reference. With ``init.heads: run``, the sizes of the heads and
-    the kinds and temperature of the targets are also taken from that run, or else from recipe ``small``.
+    ``init.enlarge``. For other files, the side of global crops is 224 pixels, or the image size of the position
+    embeddings if that is smaller, and the side of local crops is 3/7 of it, as in the reference. With
+    ``init.heads: run``, the sizes of the heads and the kinds and temperature of the targets are also taken from that
+    run, or else from recipe ``small``.
 
     Args:
         given: The backbone.

@@ -36,7 +36,7 @@ def embed(model: str | Path | Backbone, images: Any = None, **keys: Any) -> np.n
             does not store, such as ``data={"mean": 0.5}``.
 
     Raises:
-        DataError: An image cannot be read. None may be left out, since row n belongs to image n.
+        DataError: An image cannot be read. No image is left out, since row n belongs to image n.
         WeightsError: There is no readable backbone.
     """
     refuse_second_start()

@@ -1,4 +1,4 @@
-"""Run a training, from its first step or its newest checkpoint to its end."""
+"""Carry out a training run, from its first step or its newest checkpoint to its end."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field

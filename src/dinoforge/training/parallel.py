@@ -25,7 +25,7 @@ Mode = Literal["none", "ddp", "fsdp", "hsdp"]
 
 @dataclass(frozen=True)
 class Parallel:
-    """How a step runs on this rank.
+    """The setup of a step on this rank.
 
     Args:
         mode: The way in which the networks are distributed.

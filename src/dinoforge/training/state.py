@@ -25,7 +25,7 @@ class TrainState:
     skipped_in_a_row: int = 0  # skipped steps since the last step that was not skipped
     rollbacks: int = 0
     passed_over: int = 0  # batches that rollbacks left out: step n takes batch n + passed_over
-    overflows: int = 0  # steps whose gradients were too large for float16 at the current loss scale
+    overflows: int = 0  # steps whose gradients were too large for float16 at the step's loss scale
     overflows_in_a_row: int = 0  # overflows since the last normal step
 
     @property
