@@ -211,9 +211,9 @@ def test_the_command_says_which_keys_help_and_has_a_code_of_its_own(classes, tmp
             "eval.size below 32",
         ),
         ("report.page.page", lambda run, data: report(run), "a smaller network"),
-        ("planning.bench.measure", lambda run, data: bench(data, **KEYS), "a smaller network"),
+        ("commands.bench.measure", lambda run, data: bench(data, **KEYS), "a smaller network"),
         (
-            "planning.bench.seconds_per_step",
+            "commands.recipe.seconds_per_step",
             lambda run, data: auto_recipe(data, **{"train.max_minutes": 1}),
             "a smaller network",
         ),
