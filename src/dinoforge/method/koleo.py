@@ -76,4 +76,5 @@ def koleo_of_views(
         else:
             first = distributed.rank() * share.images + share.first_image
             losses.append(koleo_loss_among(own, neighbours[view], first, size))
-    return torch.stack(losses).sum() * (len(own) / share.images)
+    images = len(cls) // len(share.views)
+    return torch.stack(losses).sum() * (images / share.images)
