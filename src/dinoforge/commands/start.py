@@ -5,10 +5,10 @@ from datetime import timedelta
 from pathlib import Path
 
 from dinoforge.builders.networks import build_state, vit_arguments
+from dinoforge.builders.resolved import ResolvedRun
 from dinoforge.builders.start import initialise
 from dinoforge.commands.backbone import RESAMPLING, load
 from dinoforge.method.dinov2 import StudentTeacher
-from dinoforge.planning.dry_run import Plan
 from dinoforge.recipe.schema import Recipe
 from dinoforge.runs import checkpoint
 from dinoforge.training.parallel import Parallel, wrap
@@ -26,7 +26,7 @@ class Start:
     parallel: Parallel
     """How the networks of the first state are distributed."""
 
-    def __init__(self, plan: Plan, say: Callable[[str], object]) -> None:
+    def __init__(self, plan: ResolvedRun, say: Callable[[str], object]) -> None:
         self.plan, self.say = plan, say
 
     def state(self, *, images: int, fresh: bool = True) -> TrainState:

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from dinoforge.data.sampling import spaced, spread
+
 FIRST = 16
 """Evenly spaced images that come first: those that a run looks at before it starts, so that both say the same."""
 
@@ -16,21 +18,13 @@ def places(count: int, limit: int) -> list[int]:
         count: Number of images, at least 1.
         limit: Most places to return, at least 1.
     """
-    found = dict.fromkeys(np.unique(np.linspace(0, count - 1, FIRST).round().astype(int)).tolist())
+    found = dict.fromkeys(spaced(count, FIRST))
     pairs = -(-count // 2) if count <= limit else -(-limit // 2)
     starts = np.linspace(0, max(count - 2, 0), pairs).round().astype(int)
     if count <= limit:
         starts = np.arange(0, count, 2)
-    for number in _spread(len(starts)):
-        start = int(starts[number])
+    for start in spread(starts.tolist()):
         found.update(dict.fromkeys(range(start, min(start + 2, count))))
         if len(found) >= limit:
             break
     return list(found)[:limit]
-
-
-def _spread(count: int) -> list[int]:
-    """The numbers 0…count - 1 by their bits read backwards: any first part of them is spread over all."""
-    bits = max(count - 1, 1).bit_length()
-    backwards = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(1 << bits))
-    return [number for number in backwards if number < count]

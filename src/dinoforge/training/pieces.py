@@ -103,10 +103,11 @@ def pieces(
             to_means = _to_means(networks.objective, part)
         targets = replace(targets, features=None, last_layers=_last_layers(networks, ways))
         for crops in ways:
+            is_all = len(ways) == 1
             yield Piece(
-                part.with_crops(crops.views, crops.local) if len(ways) > 1 else part,
+                part if is_all else part.with_crops(crops.views, crops.local),
                 targets,
-                _kept_of(part_kept, part, crops),
+                part_kept if is_all else _kept_of(part_kept, part, crops),
                 neighbours,
                 is_last=number + 1 == len(micro_batches) and crops is ways[-1],
                 to_means=to_means,
